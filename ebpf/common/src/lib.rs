@@ -1,1 +1,91 @@
+//! The tables, counters and events that `noded` and the eBPF programs share: the ABI of the pinned maps.
+//!
+//! Everything here is `repr(C)`, made of integers and byte arrays, with its padding written out. A change of any layout,
+//! limit or meaning raises [`ABI_VERSION`], which is part of the pin path: another version never reads these maps.
+//!
+//! # How a packet finds its decision
+//!
+//! ```text
+//! CONTROL.active ──► copy c of every table (0 or 1), read once a packet
+//! address ─ HEADER[c].roots ─► BLOCKS[c] … ─► LEAVES[c] = (class, cidr, local?)       one walk for s, one for d
+//! (direction, own class, other class) ─► MATRIX[c] = decision | page                  one load
+//! (page, service) ─► PAGES[c] ─► PORTS[c] ─► DECISIONS[c] = (verdict, reason, rule slot, flags)
+//! ```
+//!
+//! Every table map holds both copies: the entry `i` of copy `c` is at index `c * CAPACITY + i`.
+
 #![no_std]
+
+pub mod counter;
+pub mod event;
+pub mod flow;
+pub mod limit;
+pub mod reason;
+pub mod table;
+
+/// Version of everything in this crate; part of the pin path.
+pub const ABI_VERSION: u32 = 1;
+
+/// Names of the maps in the object, which are also the names of their pins.
+pub mod map {
+    /// `Array<Control>`, 1 entry.
+    pub const CONTROL: &str = "CONTROL";
+    /// `Array<Header>`, 2 entries.
+    pub const HEADER: &str = "HEADER";
+    /// `Array<Block>`, `2 * BLOCKS` entries.
+    pub const BLOCKS: &str = "BLOCKS";
+    /// `Array<Leaf>`, `2 * LEAVES` entries.
+    pub const LEAVES: &str = "LEAVES";
+    /// `Array<u32>` of cells, `2 * CELLS` entries.
+    pub const MATRIX: &str = "MATRIX";
+    /// `Array<Page>`, `2 * PAGES` entries.
+    pub const PAGES: &str = "PAGES";
+    /// `Array<Ports>`, `2 * PORTS` entries.
+    pub const PORTS: &str = "PORTS";
+    /// `Array<Decision>`, `2 * DECISIONS` entries.
+    pub const DECISIONS: &str = "DECISIONS";
+    /// `HashMap<FlowKey, Flow>`, `FLOWS` entries.
+    pub const FLOWS: &str = "FLOWS";
+    /// `PerCpuArray<Counter>`, `DIRECTIONS * REASONS` entries.
+    pub const REASON_COUNTERS: &str = "REASON_COUNTERS";
+    /// `PerCpuArray<Counter>`, `RULES` entries, by rule slot.
+    pub const RULE_COUNTERS: &str = "RULE_COUNTERS";
+    /// `PerCpuHashMap<PairKey, Counter>`, `PAIRS` entries.
+    pub const PAIR_COUNTERS: &str = "PAIR_COUNTERS";
+    /// `PerCpuArray<u64>`, one entry per `counter::LOSS_*`.
+    pub const LOSSES: &str = "LOSSES";
+    /// `RingBuf` of `Event`.
+    pub const EVENTS: &str = "EVENTS";
+    /// `Array<Bucket>`, `REASONS` entries: the rate limit of events.
+    pub const EVENT_BUCKETS: &str = "EVENT_BUCKETS";
+
+    /// The tables of the policy: what a probe shares with the enforcing programs.
+    pub const TABLES: [&str; 8] = [CONTROL, HEADER, BLOCKS, LEAVES, MATRIX, PAGES, PORTS, DECISIONS];
+    /// What belongs to no copy of the tables and outlives every generation.
+    pub const STATE: [&str; 7] = [FLOWS, REASON_COUNTERS, RULE_COUNTERS, PAIR_COUNTERS, LOSSES, EVENTS, EVENT_BUCKETS];
+}
+
+/// Names of the read-only globals that tell one instance of the program from another.
+pub mod global {
+    /// `u32`: bytes of link header ahead of the IP header; 0 on a WireGuard interface.
+    pub const LINK_HEADER: &str = "LINK_HEADER";
+    /// `u32`: [`super::EGRESS`] or [`super::INGRESS`].
+    pub const DIRECTION: &str = "DIRECTION";
+    /// `u32`: 1 makes the programs report every packet through aya-log.
+    pub const TRACE: &str = "TRACE";
+    /// `i32`: what the program returns to let a packet pass: `TCX_NEXT` (-1; where other clsact filters
+    /// follow, `TC_ACT_UNSPEC` is the same number).
+    pub const ALLOW: &str = "ALLOW";
+}
+
+/// Name of the classifier in the object; it is loaded once for each direction.
+pub const PROGRAM: &str = "rampart";
+
+/// The packet leaves this node: its source must be this node's.
+pub const EGRESS: u32 = 0;
+/// The packet arrives at this node: its destination must be this node's.
+pub const INGRESS: u32 = 1;
+/// Number of directions.
+pub const DIRECTIONS: u32 = 2;
+/// Copies of the tables.
+pub const COPIES: u32 = 2;

@@ -1,0 +1,93 @@
+//! Records of flows: what a reply is a reply to.
+
+use crate::table::Address;
+
+/// A flow as its opener sends it. Replies are looked up with the ends exchanged.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FlowKey {
+    pub source: Address,
+    pub destination: Address,
+    /// Host order. ICMP and ICMPv6 echo: the identifier. Protocols without ports: 0.
+    pub source_port: u16,
+    /// Host order. ICMP and ICMPv6 echo: 0. Protocols without ports: 0.
+    pub destination_port: u16,
+    /// Protocol number.
+    pub protocol: u8,
+    pub _pad: [u8; 3],
+}
+
+/// What is known of a flow.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow {
+    /// `bpf_ktime_get_coarse_ns` (or `bpf_ktime_get_ns`) of the first packet.
+    pub opened: u64,
+    /// The same clock, of the last packet.
+    pub seen: u64,
+    /// Packets and bytes from the opener, and to it.
+    pub packets: u64,
+    pub bytes: u64,
+    pub reply_packets: u64,
+    pub reply_bytes: u64,
+    /// Generation in which the record was last judged.
+    pub generation: u32,
+    /// Counter slot of the deciding rule when last judged.
+    pub rule: u32,
+    /// One of the `STATE_*`.
+    pub state: u8,
+    /// The reason that allowed the opener when last judged.
+    pub reason: u8,
+    pub _pad: [u8; 6],
+}
+
+/// Opened, no reply seen.
+pub const STATE_OPENING: u8 = 0;
+/// Replied to.
+pub const STATE_ESTABLISHED: u8 = 1;
+/// TCP: a FIN or RST was seen.
+pub const STATE_CLOSING: u8 = 2;
+/// Revoked: the policy denies what the flow was opened for. Nothing but a new opener's packet replaces it.
+pub const STATE_TOMBSTONE: u8 = 3;
+
+/// Idle time-outs in seconds (SEMANTICS.md, section 3).
+pub mod timeout {
+    /// TCP, both ends heard.
+    pub const TCP_ESTABLISHED: u64 = 7_200;
+    /// TCP, opening or closing; and a tombstone.
+    pub const TCP_OPENING: u64 = 60;
+    /// UDP without an answer.
+    pub const UDP_OPENING: u64 = 30;
+    /// UDP once answered.
+    pub const UDP_ESTABLISHED: u64 = 180;
+    /// ICMP and ICMPv6.
+    pub const ICMP: u64 = 30;
+    /// Every other protocol.
+    pub const OTHER: u64 = 120;
+}
+
+/// The idle time-out of a record in nanoseconds.
+#[inline(always)]
+pub const fn idle_timeout_ns(protocol: u8, state: u8) -> u64 {
+    let seconds = match (protocol, state) {
+        (6, STATE_ESTABLISHED) => timeout::TCP_ESTABLISHED,
+        (6, _) => timeout::TCP_OPENING,
+        (17, STATE_ESTABLISHED) => timeout::UDP_ESTABLISHED,
+        (17, STATE_OPENING) => timeout::UDP_OPENING,
+        (1 | 58, _) => timeout::ICMP,
+        _ => timeout::OTHER,
+    };
+    seconds * 1_000_000_000
+}
+
+const _: () = assert!(size_of::<FlowKey>() == 40);
+const _: () = assert!(size_of::<Flow>() == 64);
+
+#[cfg(feature = "user")]
+mod pod {
+    #![allow(unsafe_code, reason = "aya reads and writes map values as bytes")]
+    // SAFETY: repr(C), no hidden padding, no invalid bit pattern.
+    unsafe impl aya::Pod for super::FlowKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Flow {}
+}

@@ -1,0 +1,31 @@
+//! Sizes of the maps. Array maps are allocated whole, so these are also what a node pays: about 14 MB a copy.
+
+/// Blocks of 256 children in one copy of the stride table (1,064 bytes each). A densely filled IPv4 /16 of 10,000
+/// cidrs needs 256; sparse IPv6 /128s need one or two each.
+pub const BLOCKS: u32 = 8_192;
+/// Distinct (class, cidr, locality) triples in one copy.
+pub const LEAVES: u32 = 65_536;
+/// Cells of one copy: 2 directions x classes of the node's own x classes it can talk to.
+pub const CELLS: u32 = 524_288;
+/// Action sets that tell services apart, in one copy.
+pub const PAGES: u32 = 1_024;
+/// Deduplicated runs of 256 ports in one copy.
+pub const PORTS: u32 = 2_048;
+/// Distinct decisions in one copy.
+pub const DECISIONS: u32 = 8_192;
+/// Rules with a counter of their own in one node's slice.
+pub const RULES: u32 = 8_192;
+/// Records of flows. A full table refuses new records, never allows.
+pub const FLOWS: u32 = 131_072;
+/// (direction, source cidr, destination cidr, reason) with counters of their own.
+pub const PAIRS: u32 = 16_384;
+/// Bytes of the events' ring buffer; a power of two, a multiple of the page size.
+pub const EVENT_BYTES: u32 = 262_144;
+/// Roots of the stride table for IPv4: the network's own, and one for all external cidrs.
+pub const ROOTS_V4: usize = 2;
+/// Roots of the stride table for IPv6.
+pub const ROOTS_V6: usize = 8;
+/// The longest walk: 16 address bytes.
+pub const STRIDES: u32 = 16;
+/// Events per second and reason that reach the ring buffer, and the largest burst.
+pub const EVENTS_PER_SECOND: u64 = 32;

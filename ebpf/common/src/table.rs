@@ -1,0 +1,226 @@
+//! The policy's tables. See the crate's documentation for how they hang together.
+
+use crate::limit::{ROOTS_V4, ROOTS_V6};
+
+/// One word that every hook reads once a packet.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Control {
+    /// The copy of the tables in force: 0 or 1.
+    pub active: u32,
+    /// Counts switches; 0 means that no policy was ever loaded, and everything is dropped as `no-policy`.
+    pub generation: u32,
+}
+
+/// What is known of one copy as a whole.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// The controller's revision that this copy was lowered from.
+    pub revision: u64,
+    /// The switch that put this copy in force; 0: never filled.
+    pub generation: u32,
+    /// Classes 1..=own belong to addresses that this node stands for (and possibly to others, see [`LOCAL`]).
+    pub own: u32,
+    /// Number of classes, the unknown class 0 included: the length of a row of the matrix.
+    pub classes: u32,
+    pub _pad: u32,
+    /// Entries with `block == NO_BLOCK` are unused; the first match wins.
+    pub roots_v4: [Root; ROOTS_V4],
+    pub roots_v6: [Root; ROOTS_V6],
+}
+
+/// An entrance to the stride table: addresses with `address & mask == prefix` continue in `block`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Root {
+    pub mask: Address,
+    pub prefix: Address,
+    /// Index in BLOCKS, or [`NO_BLOCK`].
+    pub block: u32,
+    pub _pad: u32,
+}
+
+/// Marks an unused root.
+pub const NO_BLOCK: u32 = u32::MAX;
+
+/// An IPv6 address or an IPv4-mapped one (RFC 4291, 2.5.5.2), as two words in memory order: word 0 is bytes 0-7. The
+/// words are loaded and compared as they lie in memory, so no byte order is involved.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Address(pub [u64; 2]);
+
+impl Address {
+    /// From 16 bytes in network order.
+    #[inline(always)]
+    pub const fn from_bytes(bytes: [u8; 16]) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = bytes;
+        Self([
+            u64::from_ne_bytes([a, b, c, d, e, f, g, h]),
+            u64::from_ne_bytes([i, j, k, l, m, n, o, p]),
+        ])
+    }
+
+    /// From the 4 bytes of an IPv4 address in network order.
+    #[inline(always)]
+    pub const fn from_v4(v4: [u8; 4]) -> Self {
+        let [a, b, c, d] = v4;
+        Self::from_bytes([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d])
+    }
+
+    /// The 16 bytes in network order.
+    #[inline(always)]
+    pub const fn to_bytes(self) -> [u8; 16] {
+        let [a, b, c, d, e, f, g, h] = self.0[0].to_ne_bytes();
+        let [i, j, k, l, m, n, o, p] = self.0[1].to_ne_bytes();
+        [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
+    }
+
+    /// Whether this is an IPv4 address.
+    pub const fn is_v4(self) -> bool {
+        let bytes = self.to_bytes();
+        self.0[0] == 0 && bytes[8] == 0 && bytes[9] == 0 && bytes[10] == 0xff && bytes[11] == 0xff
+    }
+}
+
+impl From<core::net::IpAddr> for Address {
+    fn from(address: core::net::IpAddr) -> Self {
+        match address {
+            core::net::IpAddr::V4(v4) => Self::from_v4(v4.octets()),
+            core::net::IpAddr::V6(v6) => Self::from_bytes(v6.octets()),
+        }
+    }
+}
+
+impl From<Address> for core::net::IpAddr {
+    fn from(address: Address) -> Self {
+        core::net::Ipv6Addr::from(address.to_bytes()).to_canonical()
+    }
+}
+
+/// One stride of 8 bits, with the bytes above it that were skipped because no prefix tells them apart.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// The skipped bytes: an address with `address & mask != path` ends here, in leaf `otherwise`.
+    pub mask: Address,
+    pub path: Address,
+    /// Leaf of the addresses that leave the path.
+    pub otherwise: u32,
+    /// Which byte (0-15) of the address indexes `entries`; [`PLAIN`] is set where `mask` is empty.
+    pub position: u32,
+    /// A leaf's index, or with [`CHILD`] a block's.
+    pub entries: [u32; 256],
+}
+
+/// In [`Block::position`]: there are no skipped bytes to compare.
+pub const PLAIN: u32 = 1 << 31;
+/// In [`Block::entries`]: the rest is the index of a block.
+pub const CHILD: u32 = 1 << 31;
+
+/// What an address is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Leaf {
+    /// 0: in no cidr.
+    pub class: u32,
+    /// The deepest cidr's id; 0: none.
+    pub cidr: u32,
+    /// [`LOCAL`].
+    pub flags: u32,
+}
+
+/// In [`Leaf::flags`]: this node stands for the address.
+pub const LOCAL: u32 = 1;
+
+/// The index of leaf 0 of each copy: an address in no cidr.
+pub const UNKNOWN: u32 = 0;
+
+/// In a cell: the low 16 bits are the decision for every service; otherwise they are a page.
+pub const UNIFORM: u32 = 1 << 31;
+/// In a cell: an allowed flow needs a record, because the opposite cell does not allow every service.
+pub const RECORD: u32 = 1 << 30;
+/// In a cell: the index of the decision or page.
+pub const CELL_INDEX: u32 = 0xffff;
+
+/// Index of a cell in one copy of the matrix. `own` and `other` are classes, `own` in 1..=`header.own`.
+#[inline(always)]
+pub const fn cell_index(header_own: u32, classes: u32, direction: u32, own: u32, other: u32) -> u32 {
+    (direction * header_own + (own - 1)) * classes + other
+}
+
+/// An action set: for each run of 256 services the index in PORTS of its decisions.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Page {
+    /// By destination port >> 8.
+    pub tcp: [u16; 256],
+    /// By destination port >> 8.
+    pub udp: [u16; 256],
+    /// By type.
+    pub icmp: u16,
+    /// By type.
+    pub icmpv6: u16,
+    /// By protocol number, for the others.
+    pub protocol: u16,
+    pub _pad: u16,
+}
+
+/// 256 decisions, by the low byte of the port, by ICMP type or by protocol.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ports {
+    /// Indices in DECISIONS.
+    pub decisions: [u16; 256],
+}
+
+/// The end of the walk.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Decision {
+    /// [`DENY`] or [`ALLOW`].
+    pub verdict: u8,
+    /// A `reason` of the policy: `RULE`, `LINEAGE` or `NO_RULE`.
+    pub reason: u8,
+    /// [`LOG`].
+    pub flags: u16,
+    /// The deciding rule's counter slot, or [`NO_RULE_SLOT`].
+    pub rule: u32,
+}
+
+/// In [`Decision::verdict`].
+pub const DENY: u8 = 0;
+/// In [`Decision::verdict`].
+pub const ALLOW: u8 = 1;
+/// In [`Decision::flags`]: the rule asks for its packets to be reported.
+pub const LOG: u16 = 1;
+/// In [`Decision::rule`]: no rule decided.
+pub const NO_RULE_SLOT: u32 = u32::MAX;
+
+const _: () = assert!(size_of::<Control>() == 8);
+const _: () = assert!(size_of::<Root>() == 40);
+const _: () = assert!(size_of::<Header>() == 24 + 40 * (ROOTS_V4 + ROOTS_V6));
+const _: () = assert!(size_of::<Block>() == 1_064);
+const _: () = assert!(size_of::<Leaf>() == 12);
+const _: () = assert!(size_of::<Page>() == 1_032);
+const _: () = assert!(size_of::<Ports>() == 512);
+const _: () = assert!(size_of::<Decision>() == 8);
+
+#[cfg(feature = "user")]
+mod pod {
+    #![allow(unsafe_code, reason = "aya reads and writes map values as bytes")]
+    // SAFETY: each is repr(C), has no padding that is not a field (asserted above) and no invalid bit pattern.
+    unsafe impl aya::Pod for super::Control {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Header {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Block {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Leaf {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Page {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Ports {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Decision {}
+}
