@@ -1,0 +1,5 @@
+//! The node's daemon.
+
+fn main() -> std::process::ExitCode {
+    node::cli::noded::main()
+}

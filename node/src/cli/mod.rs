@@ -1,0 +1,4 @@
+//! The two programs' command lines.
+
+pub mod nodectl;
+pub mod noded;
