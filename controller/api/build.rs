@@ -1,0 +1,23 @@
+//! Compiles the protocol without `protoc`, and keeps its descriptors for server reflection.
+
+use std::path::PathBuf;
+use std::{env, error, fs};
+
+use prost::Message as _;
+
+const ROOT: &str = "proto";
+const FILES: [&str; 4] = [
+    "rampart/v1/network.proto",
+    "rampart/v1/admin.proto",
+    "rampart/v1/enrol.proto",
+    "rampart/v1/sync.proto",
+];
+
+fn main() -> Result<(), Box<dyn error::Error>> {
+    println!("cargo::rerun-if-changed={ROOT}");
+    let descriptors = protox::compile(FILES, [ROOT])?;
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(out.join("rampart_descriptor.bin"), descriptors.encode_to_vec())?;
+    tonic_prost_build::configure().compile_fds(descriptors)?;
+    Ok(())
+}

@@ -1,0 +1,279 @@
+//! What a node hears: a slice, or the difference of two.
+
+use ipnet::IpNet;
+use policy::{
+    Cell, CellEntry, Cells, CidrId, ClassId, Local, NodeId, Peer, Reason, Revision, RuleId, ServiceRange, SliceDelta,
+    SliceRule, Verdict,
+};
+
+use super::{ConvertError, action, id, narrow, parse, prefixes_to_nets, public_key, required};
+use crate::v1;
+
+impl From<&SliceDelta> for v1::Update {
+    fn from(delta: &SliceDelta) -> Self {
+        let SliceDelta {
+            from,
+            revision,
+            local,
+            peers,
+            removed_peers,
+            cidrs,
+            removed_cidrs,
+            rules,
+            removed_rules,
+            prefixes,
+            removed_prefixes,
+            cells,
+            removed_classes,
+        } = delta;
+        Self {
+            from: from.0,
+            revision: revision.0,
+            local: local.as_ref().map(v1::Local::from),
+            peers: peers.iter().map(|(node, peer)| peer_to_wire(*node, peer)).collect(),
+            removed_peers: removed_peers.iter().map(|node| node.0).collect(),
+            cidrs: cidrs.iter().map(|(id, name)| v1::SliceCidr { id: id.0, name: name.to_string() }).collect(),
+            removed_cidrs: removed_cidrs.iter().map(|cidr| cidr.0).collect(),
+            rules: rules.iter().map(|(id, rule)| rule_to_wire(*id, rule)).collect(),
+            removed_rules: removed_rules.iter().map(|rule| rule.0).collect(),
+            prefixes: prefixes
+                .iter()
+                .map(|(prefix, (class, cidr))| v1::SlicePrefix {
+                    prefix: Some(prefix.into()),
+                    class: class.0,
+                    cidr: cidr.0,
+                })
+                .collect(),
+            removed_prefixes: removed_prefixes.iter().map(v1::Prefix::from).collect(),
+            cells: cells.iter().map(v1::Cells::from).collect(),
+            removed_classes: removed_classes.iter().map(|class| class.0).collect(),
+        }
+    }
+}
+
+impl TryFrom<v1::Update> for SliceDelta {
+    type Error = ConvertError;
+
+    fn try_from(update: v1::Update) -> Result<Self, Self::Error> {
+        let v1::Update {
+            from,
+            revision,
+            local,
+            peers,
+            removed_peers,
+            cidrs,
+            removed_cidrs,
+            rules,
+            removed_rules,
+            prefixes,
+            removed_prefixes,
+            cells,
+            removed_classes,
+        } = update;
+        Ok(Self {
+            from: Revision(from),
+            revision: Revision(revision),
+            local: local.map(Local::try_from).transpose()?,
+            peers: peers.into_iter().map(peer_from_wire).collect::<Result<_, _>>()?,
+            removed_peers: list("update.removed_peers", removed_peers, NodeId)?,
+            cidrs: cidrs
+                .into_iter()
+                .map(|v1::SliceCidr { id: number, name }| Ok((id("cidr.id", number, CidrId)?, parse("cidr.name", &name)?)))
+                .collect::<Result<_, ConvertError>>()?,
+            removed_cidrs: list("update.removed_cidrs", removed_cidrs, CidrId)?,
+            rules: rules.into_iter().map(rule_from_wire).collect::<Result<_, _>>()?,
+            removed_rules: list("update.removed_rules", removed_rules, RuleId)?,
+            prefixes: prefixes
+                .into_iter()
+                .map(|v1::SlicePrefix { prefix, class, cidr }| {
+                    let prefix = IpNet::try_from(required("prefix.prefix", prefix)?)?;
+                    Ok((prefix, (id("prefix.class", class, ClassId)?, id("prefix.cidr", cidr, CidrId)?)))
+                })
+                .collect::<Result<_, ConvertError>>()?,
+            removed_prefixes: prefixes_to_nets(removed_prefixes)?,
+            cells: cells.into_iter().map(Cells::try_from).collect::<Result<_, _>>()?,
+            removed_classes: list("update.removed_classes", removed_classes, ClassId)?,
+        })
+    }
+}
+
+fn list<T, C: FromIterator<T>>(field: &'static str, values: Vec<u32>, make: impl Fn(u32) -> T) -> Result<C, ConvertError> {
+    values.into_iter().map(|value| id(field, value, &make)).collect()
+}
+
+impl From<&Local> for v1::Local {
+    fn from(local: &Local) -> Self {
+        let Local { node, name, network, addresses, roots, external_routes, gateway_for } = local;
+        Self {
+            node: node.0,
+            name: name.to_string(),
+            network: network.to_string(),
+            addresses: Some(addresses.into()),
+            roots: Some(roots.into()),
+            external_routes: external_routes.iter().map(v1::Prefix::from).collect(),
+            gateway_for: gateway_for.iter().map(v1::Prefix::from).collect(),
+        }
+    }
+}
+
+impl TryFrom<v1::Local> for Local {
+    type Error = ConvertError;
+
+    fn try_from(local: v1::Local) -> Result<Self, Self::Error> {
+        let v1::Local { node, name, network, addresses, roots, external_routes, gateway_for } = local;
+        Ok(Self {
+            node: id("local.node", node, NodeId)?,
+            name: parse("local.name", &name)?,
+            network: parse("local.network", &network)?,
+            addresses: required("local.addresses", addresses)?.try_into()?,
+            roots: required("local.roots", roots)?.try_into()?,
+            external_routes: prefixes_to_nets(external_routes)?,
+            gateway_for: prefixes_to_nets(gateway_for)?,
+        })
+    }
+}
+
+fn peer_to_wire(node: NodeId, peer: &Peer) -> v1::Peer {
+    let Peer { name, public_key, endpoint, allowed_ips } = peer;
+    v1::Peer {
+        node: node.0,
+        name: name.to_string(),
+        public_key: public_key.as_bytes().to_vec(),
+        endpoint: endpoint.map(|endpoint| endpoint.to_string()).unwrap_or_default(),
+        allowed_ips: allowed_ips.iter().map(v1::Prefix::from).collect(),
+    }
+}
+
+fn peer_from_wire(peer: v1::Peer) -> Result<(NodeId, Peer), ConvertError> {
+    let v1::Peer { node, name, public_key: key, endpoint, allowed_ips } = peer;
+    let node = id("peer.node", node, NodeId)?;
+    let peer = Peer {
+        name: parse("peer.name", &name)?,
+        public_key: public_key("peer.public_key", &key)?,
+        endpoint: if endpoint.is_empty() { None } else { Some(parse("peer.endpoint", &endpoint)?) },
+        allowed_ips: prefixes_to_nets(allowed_ips)?,
+    };
+    Ok((node, peer))
+}
+
+fn rule_to_wire(id: RuleId, rule: &SliceRule) -> v1::SliceRule {
+    let SliceRule { name, action, log } = rule;
+    v1::SliceRule { id: id.0, name: name.to_string(), action: v1::Action::from(*action).into(), log: *log }
+}
+
+fn rule_from_wire(rule: v1::SliceRule) -> Result<(RuleId, SliceRule), ConvertError> {
+    let v1::SliceRule { id: number, name, action: verb, log } = rule;
+    let rule = SliceRule { name: parse("rule.name", &name)?, action: action("rule.action", verb)?, log };
+    Ok((id("rule.id", number, RuleId)?, rule))
+}
+
+impl From<&Cells> for v1::Cells {
+    fn from(cells: &Cells) -> Self {
+        let Cells { sources, destinations, cell } = cells;
+        let Cell { otherwise, entries } = cell;
+        Self {
+            sources: sources.iter().map(|class| class.0).collect(),
+            destinations: destinations.iter().map(|class| class.0).collect(),
+            otherwise: Some(otherwise.into()),
+            entries: entries.iter().map(v1::CellEntry::from).collect(),
+        }
+    }
+}
+
+impl TryFrom<v1::Cells> for Cells {
+    type Error = ConvertError;
+
+    fn try_from(cells: v1::Cells) -> Result<Self, Self::Error> {
+        let v1::Cells { sources, destinations, otherwise, entries } = cells;
+        Ok(Self {
+            sources: list("cells.sources", sources, ClassId)?,
+            destinations: list("cells.destinations", destinations, ClassId)?,
+            cell: Cell {
+                otherwise: required("cells.otherwise", otherwise)?.try_into()?,
+                entries: entries.into_iter().map(CellEntry::try_from).collect::<Result<_, _>>()?,
+            },
+        })
+    }
+}
+
+impl From<&CellEntry> for v1::CellEntry {
+    fn from(entry: &CellEntry) -> Self {
+        let CellEntry { range: ServiceRange { protocol, low, high }, verdict } = entry;
+        Self {
+            protocol: u32::from(*protocol),
+            low: u32::from(*low),
+            high: u32::from(*high),
+            verdict: Some(verdict.into()),
+        }
+    }
+}
+
+impl TryFrom<v1::CellEntry> for CellEntry {
+    type Error = ConvertError;
+
+    fn try_from(entry: v1::CellEntry) -> Result<Self, Self::Error> {
+        let v1::CellEntry { protocol, low, high, verdict } = entry;
+        let range = ServiceRange {
+            protocol: narrow("entry.protocol", protocol)?,
+            low: narrow("entry.low", low)?,
+            high: narrow("entry.high", high)?,
+        };
+        if range.low > range.high {
+            return Err(ConvertError::invalid("entry.high", range.high, format!("it is below the low end, {}", range.low)));
+        }
+        Ok(Self { range, verdict: required("entry.verdict", verdict)?.try_into()? })
+    }
+}
+
+impl From<&Verdict> for v1::PolicyVerdict {
+    fn from(verdict: &Verdict) -> Self {
+        let Verdict { action, reason, rule } = verdict;
+        Self {
+            action: v1::Action::from(*action).into(),
+            reason: v1::PolicyReason::from(*reason).into(),
+            rule: rule.map_or(0, |rule| rule.0),
+        }
+    }
+}
+
+impl TryFrom<v1::PolicyVerdict> for Verdict {
+    type Error = ConvertError;
+
+    fn try_from(verdict: v1::PolicyVerdict) -> Result<Self, Self::Error> {
+        let v1::PolicyVerdict { action: verb, reason: why, rule } = verdict;
+        let verdict = Self {
+            action: action("verdict.action", verb)?,
+            reason: reason("verdict.reason", why)?,
+            rule: (rule != 0).then_some(RuleId(rule)),
+        };
+        match (verdict.reason, verdict.rule) {
+            (Reason::Rule, None) => Err(ConvertError::Missing { field: "verdict.rule" }),
+            (Reason::Rule, Some(_)) | (_, None) => Ok(verdict),
+            (_, Some(rule)) => Err(ConvertError::invalid("verdict.rule", rule, "no rule decided")),
+        }
+    }
+}
+
+impl From<Reason> for v1::PolicyReason {
+    fn from(reason: Reason) -> Self {
+        match reason {
+            Reason::Rule => Self::Rule,
+            Reason::Lineage => Self::Lineage,
+            Reason::NoRule => Self::NoRule,
+            Reason::UnknownSource => Self::UnknownSource,
+            Reason::UnknownDestination => Self::UnknownDestination,
+        }
+    }
+}
+
+fn reason(field: &'static str, value: i32) -> Result<Reason, ConvertError> {
+    match v1::PolicyReason::try_from(value) {
+        Ok(v1::PolicyReason::Rule) => Ok(Reason::Rule),
+        Ok(v1::PolicyReason::Lineage) => Ok(Reason::Lineage),
+        Ok(v1::PolicyReason::NoRule) => Ok(Reason::NoRule),
+        Ok(v1::PolicyReason::UnknownSource) => Ok(Reason::UnknownSource),
+        Ok(v1::PolicyReason::UnknownDestination) => Ok(Reason::UnknownDestination),
+        Ok(v1::PolicyReason::Unspecified) => Err(ConvertError::Missing { field }),
+        Err(_) => Err(ConvertError::Unknown { field, value }),
+    }
+}
