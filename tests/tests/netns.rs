@@ -1,0 +1,237 @@
+//! The whole of Rampart in network namespaces on this kernel: four programs, real WireGuard, real traffic.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use tests::mesh::{Family, Mesh, START_LIMIT, wait_for};
+use tests::namespace::Lifetime;
+use tests::probe::{self, RunningFlow, Seen, Traffic};
+use tests::scenario::{self, Expected, Line};
+
+fn story() -> Result<(Mesh, Vec<probe::EchoServer>)> {
+    let mut mesh = Mesh::new(Lifetime::Bound, "deny")?;
+    scenario::build(&mut mesh, |_| ())?;
+    scenario::allow(&mesh)?;
+    let servers = scenario::serve(&mesh)?;
+    Ok((mesh, servers))
+}
+
+fn check_lines(mesh: &Mesh, when: &str) -> Result<()> {
+    let lines = scenario::lines();
+    for (line, outcome) in lines.iter().zip(scenario::run(mesh, &lines)?) {
+        ensure!(line.holds(&outcome), "{when}: {line}: expected {}, seen {outcome}", line.expected);
+    }
+    Ok(())
+}
+
+#[test]
+fn the_story_of_the_demo_holds() -> Result<()> {
+    let (mut mesh, _servers) = story()?;
+    check_lines(&mesh, "at first")?;
+    for family in [Family::V4, Family::V6] {
+        scenario::time_to_allow(&mesh, family)?;
+        scenario::time_to_revoke(&mesh, family)?;
+    }
+    mesh.converge()?;
+    mesh.stop_controller(Signal::SIGKILL)?;
+    mesh.stop_node("app1", Signal::SIGKILL)?;
+    check_allowed(&mesh, "while controllerd and the noded of app1 are dead")?;
+    mesh.start_node("app1")?;
+    mesh.wait_until_up("app1")?;
+    check_lines(&mesh, "without a controller, after a restart of noded")?;
+    mesh.start_controller()?;
+    mesh.converge()
+}
+
+/// The lines that need no counter: a dead agent serves no metrics.
+fn check_allowed(mesh: &Mesh, when: &str) -> Result<()> {
+    for line in scenario::lines().into_iter().filter(|line| line.traffic != Traffic::Ping) {
+        let seen = probe::attempt(mesh.node(line.from)?.namespace(), mesh.node(line.to)?.address(line.family), line.traffic)?;
+        let expected = if line.expected == Expected::Answered { Seen::Answered } else { Seen::Silent };
+        ensure!(seen == expected, "{when}: {line}: expected {expected:?}, seen {seen:?}");
+    }
+    Ok(())
+}
+
+/// With the sender's egress program gone, the receiver's ingress must refuse what the policy denies.
+#[test]
+fn ingress_alone_refuses() -> Result<()> {
+    let (mut mesh, _servers) = story()?;
+    // Peers of each other by one service, so that WireGuard would carry every other.
+    for (name, from, to) in [("peers-1", "web", "db"), ("peers-2", "db", "app")] {
+        let (from, to) = (format!("cidr:{from}"), format!("cidr:{to}"));
+        mesh.meshctl_ok(&["rule", "add", name, "--from", &from, "--to", &to, "--service", "tcp/9001"])?;
+    }
+    mesh.converge()?;
+    for node in ["web1", "app1", "db1"] {
+        mesh.stop_node(node, Signal::SIGKILL)?; // it would put its program back
+    }
+    let denied: Vec<Line> = scenario::lines().into_iter().filter(|line| line.expected != Expected::Answered).collect();
+    for node in ["web1", "app1", "db1"] {
+        take_off_egress(&mesh, node)?;
+    }
+    for line in &denied {
+        let seen = probe::attempt(mesh.node(line.from)?.namespace(), mesh.node(line.to)?.address(line.family), line.traffic)?;
+        ensure!(seen == Seen::Silent, "{line}: {seen:?} although ingress denies it");
+    }
+    for node in ["web1", "app1", "db1"] {
+        mesh.start_node(node)?;
+        mesh.wait_until_up(node)?;
+    }
+    for line in &denied {
+        let cidr = |node: &'static str| node.trim_end_matches('1');
+        let labels =
+            [("direction", "ingress"), ("reason", "no-rule"), ("source", cidr(line.from)), ("destination", cidr(line.to))];
+        let dropped = mesh.scrape_node(line.to)?.sum("rampart_packets_total", &labels);
+        ensure!(dropped >= 1.0, "{line}: nothing was counted at ingress of {}", line.to);
+    }
+    check_lines(&mesh_without(&mesh, &["peers-1", "peers-2"])?, "after the programs are back")
+}
+
+fn mesh_without<'a>(mesh: &'a Mesh, rules: &[&str]) -> Result<&'a Mesh> {
+    for rule in rules {
+        mesh.meshctl_ok(&["rule", "delete", rule])?;
+    }
+    mesh.converge()?;
+    Ok(mesh)
+}
+
+/// Detaches the egress program behind the agent's back: the pinned TCX link goes, or the clsact filter.
+fn take_off_egress(mesh: &Mesh, node: &str) -> Result<()> {
+    let host = mesh.node(node)?.namespace();
+    host.run("sh", &["-c", "find /sys/fs/bpf -path '*links*' -name '*egress*' -delete"])?;
+    // On kernels without TCX the link is a filter.
+    host.run("sh", &["-c", "tc filter delete dev rampart0 egress 2>/dev/null || true"])?;
+    Ok(())
+}
+
+/// noded is killed again and again under traffic: what is denied never passes, what is allowed never stops.
+#[test]
+fn killed_agents_neither_open_nor_close_anything() -> Result<()> {
+    let (mut mesh, _servers) = story()?;
+    let allowed = SocketAddr::new(mesh.node("app1")?.v4.into(), 8080);
+    let denied = SocketAddr::new(mesh.node("app1")?.v6.into(), 9000);
+    let mut flow = RunningFlow::open(mesh.node("web1")?.namespace(), allowed)?;
+    let socket = probe::udp_socket(mesh.node("web1")?.namespace(), denied.ip())?;
+    socket.set_read_timeout(Some(Duration::from_millis(1)))?;
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let beating = scope.spawn(|| {
+            let mut beats = 0_u64;
+            while !stop.load(Ordering::Relaxed) {
+                ensure!(flow.beats(), "the allowed flow stopped after {beats} beats");
+                beats += 1;
+            }
+            Ok(beats)
+        });
+        let trying = scope.spawn(|| {
+            let mut sent = 0_u64;
+            while !stop.load(Ordering::Relaxed) {
+                let _ = socket.send_to(b"ping", denied);
+                ensure!(socket.recv_from(&mut [0; 16]).is_err(), "a denied datagram was answered after {sent}");
+                sent += 1;
+            }
+            Ok(sent)
+        });
+        let killed = kill_agents(&mut mesh);
+        stop.store(true, Ordering::Relaxed);
+        let (beats, sent) = (beating.join().expect("panicked"), trying.join().expect("panicked"));
+        let (beats, sent) = (beats?, sent?);
+        killed?;
+        ensure!(beats > 100 && sent > 100, "too little traffic to tell: {beats} beats, {sent} datagrams");
+        Ok(())
+    })
+}
+
+fn kill_agents(mesh: &mut Mesh) -> Result<()> {
+    let mut wait = Duration::from_millis(3);
+    for round in 0..12 {
+        let node = ["web1", "app1"][round % 2];
+        mesh.stop_node(node, Signal::SIGKILL)?;
+        mesh.start_node(node)?;
+        // A different moment of the start each time: 3 ms, 5, 8, … 400.
+        let until = Instant::now() + wait;
+        while Instant::now() < until {
+            thread::park_timeout(until - Instant::now());
+        }
+        wait = wait * 8 / 5;
+    }
+    for node in ["web1", "app1"] {
+        mesh.wait_until_up(node)?;
+    }
+    Ok(())
+}
+
+/// Every change that `meshctl` said was done is there after `controllerd` was killed, and reaches the nodes.
+#[test]
+fn a_killed_controller_loses_no_acknowledged_change() -> Result<()> {
+    let (mut mesh, _servers) = story()?;
+    let mut acknowledged = Vec::new();
+    for round in 0..5 {
+        for n in 0..=round {
+            let (name, service) = (format!("r{round}-{n}"), format!("tcp/{}", 20_000 + 100 * round + n));
+            let args = ["rule", "add", &name, "--from", "cidr:web", "--to", "cidr:db", "--service", &service];
+            if mesh.meshctl(&args)?.status.success() {
+                acknowledged.push(name);
+            }
+        }
+        mesh.stop_controller(Signal::SIGKILL)?;
+        mesh.start_controller()?;
+    }
+    let rules = mesh.meshctl_ok(&["rule", "list", "-o", "json"])?;
+    for name in &acknowledged {
+        ensure!(rules.contains(&format!("\"{name}\"")), "rule `{name}` was acknowledged and is gone:\n{rules}");
+    }
+    mesh.converge()?;
+    let last = acknowledged.last().context("nothing was acknowledged")?;
+    let shown = mesh.nodectl_ok("db1", &["policy", "show"])?;
+    ensure!(shown.contains(last.as_str()), "rule `{last}` did not reach db1:\n{shown}");
+    Ok(())
+}
+
+/// What somebody breaks by hand is put right within seconds, and counted.
+#[test]
+fn drift_is_repaired_and_reported() -> Result<()> {
+    let (mesh, _servers) = story()?;
+    let web = mesh.node("web1")?.namespace();
+    let repairs = || Ok::<_, anyhow::Error>(mesh.scrape_node("web1")?.sum("rampart_drift_repairs_total", &[]));
+    type Breakage<'a> = (&'a str, Box<dyn Fn() -> Result<()> + 'a>);
+    let breakages: [Breakage<'_>; 4] = [
+        ("the egress program", Box::new(|| take_off_egress(&mesh, "web1"))),
+        ("an address", Box::new(|| {
+            let address = format!("{}/32", mesh.node("web1")?.v4);
+            let shown = web.run("ip", &["-o", "-4", "address", "show", "dev", "rampart0"])?;
+            let given = shown.split_whitespace().find(|word| word.contains('/')).unwrap_or(&address).to_owned();
+            web.run("ip", &["address", "delete", &given, "dev", "rampart0"]).map(drop)
+        })),
+        ("a route", Box::new(|| web.run("ip", &["route", "delete", "10.42.0.0/16", "dev", "rampart0"]).map(drop))),
+        ("the link's state", Box::new(|| web.run("ip", &["link", "set", "rampart0", "down"]).map(drop))),
+    ];
+    for (what, break_it) in &breakages {
+        let before = repairs()?;
+        break_it().with_context(|| format!("breaking {what}"))?;
+        wait_for(&format!("the repair of {what}"), START_LIMIT, || Ok(repairs()? > before))?;
+        wait_for(&format!("traffic after the repair of {what}"), START_LIMIT, || {
+            Ok(probe::attempt(web, mesh.node("app1")?.v4.into(), Traffic::Tcp(8080))? == Seen::Answered)
+        })?;
+    }
+    check_lines(&mesh, "after all repairs")
+}
+
+/// A disabled node is nobody's peer, and is refused by the controller; enabled again it is back.
+#[test]
+fn a_disabled_node_is_cut_off() -> Result<()> {
+    let (mesh, _servers) = story()?;
+    let app = mesh.node("app1")?;
+    let reaches = || Ok(probe::attempt(mesh.node("web1")?.namespace(), app.v4.into(), Traffic::Tcp(8080))? == Seen::Answered);
+    ensure!(reaches()?, "web1 does not reach app1 at first");
+    mesh.meshctl_ok(&["node", "disable", "app1"])?;
+    wait_for("app1 to be nobody's peer", START_LIMIT, || Ok(!mesh.nodectl_ok("web1", &["peers"])?.contains("app1")))?;
+    ensure!(!reaches()?, "web1 reaches a disabled node");
+    mesh.meshctl_ok(&["node", "enable", "app1"])?;
+    wait_for("app1 to be reached again", START_LIMIT, reaches)
+}
