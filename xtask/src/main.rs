@@ -1,1 +1,88 @@
-fn main() {}
+//! `cargo xtask VERB`: everything a checkout needs, from the tool chain to the tests. One module per verb. It depends
+//! on no other crate of the workspace, because set-up runs before what those need is there.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+
+mod check;
+mod demo;
+mod process;
+mod progress;
+mod setup;
+mod test;
+mod vm;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    about = "Build, test and show Rampart",
+    version
+)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Setup(setup::Args),
+    Demo(demo::Args),
+    Test(test::Args),
+    Vm(vm::Args),
+    Check(check::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = process::watch_signals().and_then(|()| dispatch(cli.verb));
+    if process::interrupted().is_some() {
+        process::kill_orphans();
+    }
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(verb: Verb) -> Result<ExitCode> {
+    let root = root();
+    std::env::set_current_dir(root).with_context(|| format!("failed to enter `{}`", root.display()))?;
+    match verb {
+        Verb::Setup(args) => setup::run(&args),
+        Verb::Demo(args) => demo::run(&args),
+        Verb::Test(args) => test::run(&args),
+        Verb::Vm(args) => vm::run(&args),
+        Verb::Check(args) => check::run(&args),
+    }
+}
+
+/// The root of the repository.
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("xtask lies in the root")
+}
+
+/// Where cargo builds, and where xtask keeps kernels and images.
+fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |dir| root().join(dir))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::Cli;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,98 @@
+//! The arrows of the house: which crate of the workspace may depend on which.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::process::output;
+
+/// Every crate, and all that it may depend on, for whatever purpose. `tests` may depend on anything.
+const ARROWS: [(&str, &[&str]); 7] = [
+    ("controller", &["controller-api", "policy"]),
+    ("controller-api", &["policy"]),
+    ("ebpf", &["ebpf-common"]),
+    ("ebpf-common", &[]),
+    ("node", &["controller-api", "policy", "ebpf-common"]),
+    ("policy", &[]),
+    ("xtask", &[]),
+];
+const SINK: &str = "tests";
+
+pub(super) fn findings() -> Result<Vec<String>> {
+    let text = output(Command::new("cargo").args(["metadata", "--no-deps", "--format-version", "1"]))?;
+    let metadata: Value = serde_json::from_str(&text).context("failed to read what `cargo metadata` printed")?;
+    Ok(judge(&crates(&metadata)?))
+}
+
+/// Each crate of the workspace with those that it depends on.
+fn crates(metadata: &Value) -> Result<BTreeMap<String, BTreeSet<String>>> {
+    let packages = metadata["packages"]
+        .as_array()
+        .context("`cargo metadata` names no packages")?;
+    let name = |value: &Value| value["name"].as_str().unwrap_or_default().to_owned();
+    // Only dependencies of ours have a path.
+    let ours = |dependency: &&Value| dependency["path"].is_string();
+    let dependencies = |package: &Value| {
+        let all = package["dependencies"]
+            .as_array()
+            .map(Vec::as_slice)
+            .unwrap_or_default();
+        all.iter().filter(ours).map(name).collect()
+    };
+    Ok(packages
+        .iter()
+        .map(|package| (name(package), dependencies(package)))
+        .collect())
+}
+
+fn judge(crates: &BTreeMap<String, BTreeSet<String>>) -> Vec<String> {
+    let mut findings = Vec::new();
+    for (name, dependencies) in crates.iter().filter(|(name, _)| *name != SINK) {
+        let Some((_, allowed)) = ARROWS.iter().find(|(known, _)| known == name) else {
+            findings.push(format!(
+                "crate `{name}` has no arrows yet; add it to xtask/src/check/arrows.rs"
+            ));
+            continue;
+        };
+        for dependency in dependencies
+            .iter()
+            .filter(|dependency| !allowed.contains(&dependency.as_str()))
+        {
+            let allowed = if allowed.is_empty() {
+                "no crate of the workspace".to_owned()
+            } else {
+                allowed.join(", ")
+            };
+            findings.push(format!(
+                "`{name}` depends on `{dependency}`; it may depend on {allowed}"
+            ));
+        }
+    }
+    findings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(name: &str, dependency: &str, findings: usize) {
+        let crates = BTreeMap::from([(name.to_owned(), BTreeSet::from([dependency.to_owned()]))]);
+        let found = judge(&crates);
+        assert_eq!(found.len(), findings, "{name} -> {dependency}: {found:?}");
+    }
+
+    #[test]
+    fn only_the_arrows_of_the_house_are_allowed() {
+        check("controller", "controller-api", 0);
+        check("node", "ebpf-common", 0);
+        check("tests", "node", 0);
+        check("policy", "policy", 0);
+        check("ebpf", "policy", 1);
+        check("node", "controller", 1);
+        check("policy", "tests", 1);
+        check("xtask", "policy", 1);
+        check("stranger", "policy", 1);
+    }
+}

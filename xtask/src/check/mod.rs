@@ -1,0 +1,56 @@
+//! `cargo xtask check`: what must hold of the repository and no compiler looks at.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::ValueEnum;
+
+mod arrows;
+mod docs;
+
+/// Check what no compiler looks at
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example: cargo xtask check arrows")]
+pub(crate) struct Args {
+    /// What to check; everything if nothing is given
+    #[arg(value_enum)]
+    what: Option<What>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum What {
+    /// Which crate of the workspace may depend on which
+    Arrows,
+    /// Links between documents, and commands in them
+    Docs,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let checks = args
+        .what
+        .map_or_else(|| vec![What::Arrows, What::Docs], |what| vec![what]);
+    let mut good = true;
+    for what in checks {
+        good &= check(what)?;
+    }
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Checks one thing and prints what is wrong with it, or that nothing is.
+pub(crate) fn check(what: What) -> Result<bool> {
+    let findings = match what {
+        What::Arrows => arrows::findings()?,
+        What::Docs => docs::findings(crate::root())?,
+    };
+    let name = what
+        .to_possible_value()
+        .map(|value| value.get_name().to_owned())
+        .unwrap_or_default();
+    for finding in &findings {
+        eprintln!("{name}: {finding}");
+    }
+    if findings.is_empty() {
+        println!("{name}: in order");
+    }
+    Ok(findings.is_empty())
+}

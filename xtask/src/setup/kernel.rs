@@ -1,0 +1,182 @@
+//! Debian's kernels, unpacked under `target/vm/<version>` and never installed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::apt;
+use crate::process::output;
+use crate::progress::Progress;
+use crate::vm::KernelVersion;
+
+const DOWNLOAD_LIMIT: Duration = Duration::from_secs(15 * 60);
+const UNPACK_LIMIT: Duration = Duration::from_secs(5 * 60);
+
+/// An unpacked kernel.
+#[derive(Clone, Debug)]
+pub(crate) struct Kernel {
+    pub(crate) version: KernelVersion,
+    /// As `uname -r` says it.
+    pub(crate) release: String,
+    /// Where its package is unpacked.
+    pub(crate) root: PathBuf,
+}
+
+impl Kernel {
+    pub(crate) fn image(&self) -> PathBuf {
+        self.root.join("boot").join(format!("vmlinuz-{}", self.release))
+    }
+
+    pub(crate) fn modules(&self) -> PathBuf {
+        self.root.join("lib/modules").join(&self.release)
+    }
+
+    /// Opens the kernel that set-up unpacked.
+    pub(crate) fn open(version: KernelVersion) -> Result<Self> {
+        let root = directory(version).join("root");
+        let release = release_in(&root).with_context(|| {
+            format!(
+                "kernel {version} is not in `{}`; run `cargo xtask setup`",
+                directory(version).display()
+            )
+        })?;
+        Ok(Self { version, release, root })
+    }
+}
+
+/// Where everything about one kernel lies.
+pub(crate) fn directory(version: KernelVersion) -> PathBuf {
+    crate::target().join("vm").join(version.to_string())
+}
+
+/// The directory gets its name when all is in it, so that it is whole if it is there.
+pub(super) fn is_there(version: KernelVersion) -> bool {
+    Kernel::open(version).is_ok_and(|kernel| kernel.image().exists() && kernel.modules().join("modules.dep").exists())
+}
+
+/// Downloads and unpacks a kernel.
+pub(super) fn fetch(version: KernelVersion) -> Result<()> {
+    let package = match image_package(version)? {
+        Some(package) => package,
+        None => {
+            apt::update()?;
+            image_package(version)?.with_context(|| no_package(version))?
+        }
+    };
+    let mut progress = Progress::start(format!("downloading {package}"));
+    let kept = directory(version);
+    let fresh = kept.with_file_name(format!("{version}.new"));
+    remove(&fresh)?;
+    fs::create_dir_all(&fresh).with_context(|| format!("failed to create `{}`", fresh.display()))?;
+    // apt's own user cannot write here.
+    let mut download = apt::apt_get();
+    download
+        .args(["-o", "APT::Sandbox::User=root", "download", &package])
+        .current_dir(&fresh);
+    if progress
+        .run(&mut download, DOWNLOAD_LIMIT, &apt::log("kernel-download"))
+        .is_err()
+    {
+        // The lists may name a package that the mirror has replaced since.
+        apt::update()?;
+        progress.run(&mut download, DOWNLOAD_LIMIT, &apt::log("kernel-download"))?;
+    }
+    let archive = fs::read_dir(&fresh)
+        .with_context(|| format!("failed to read `{}`", fresh.display()))?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .with_context(|| format!("the download of `{package}` left nothing in `{}`", fresh.display()))?;
+    let root = fresh.join("root");
+    let mut unpack = Command::new("dpkg");
+    unpack.arg("-x").arg(&archive).arg(&root);
+    progress.run(&mut unpack, UNPACK_LIMIT, &apt::log("kernel-unpack"))?;
+    if !root.join("lib").exists() {
+        std::os::unix::fs::symlink("usr/lib", root.join("lib")).context("failed to link `lib` to `usr/lib`")?;
+    }
+    let release = release_in(&root).with_context(|| format!("`{package}` has no kernel image in it"))?;
+    let mut index = Command::new(super::find_program("depmod").context("`depmod` is missing")?);
+    index.arg("-b").arg(&root).arg(&release);
+    progress.run(&mut index, UNPACK_LIMIT, &apt::log("kernel-depmod"))?;
+    fs::remove_file(&archive).with_context(|| format!("failed to remove `{}`", archive.display()))?;
+    remove(&kept)?;
+    fs::rename(&fresh, &kept).with_context(|| format!("failed to rename `{}`", fresh.display()))?;
+    progress.done();
+    Ok(())
+}
+
+fn remove(directory: &Path) -> Result<()> {
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("failed to remove `{}`", directory.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn release_in(root: &Path) -> Option<String> {
+    let entries = fs::read_dir(root.join("boot")).ok()?;
+    entries
+        .flatten()
+        .find_map(|entry| Some(entry.file_name().to_str()?.strip_prefix("vmlinuz-")?.to_owned()))
+}
+
+/// The package that holds the image of this version: what the right one of Debian's meta packages depends on.
+fn image_package(version: KernelVersion) -> Result<Option<String>> {
+    if !apt::is_there() {
+        bail!("kernel {version} is fetched by apt-get, which is not here; the virtual machines need Debian");
+    }
+    let metas = [
+        format!("linux-image-{version}-cloud-amd64"),
+        "linux-image-cloud-amd64".to_owned(),
+    ];
+    for meta in metas {
+        let text = output(Command::new("apt-cache").args(["show", "--no-all-versions", &meta])).unwrap_or_default();
+        if let Some(package) = dependency(&text, version) {
+            return Ok(Some(package));
+        }
+        // Backports have a later version than the candidate.
+        let text = output(Command::new("apt-cache").args(["show", &meta])).unwrap_or_default();
+        if let Some(package) = dependency(&text, version) {
+            return Ok(Some(package));
+        }
+    }
+    Ok(None)
+}
+
+/// Out of the records of a meta package, the first dependency on an image of this version.
+fn dependency(records: &str, version: KernelVersion) -> Option<String> {
+    let wanted = format!("linux-image-{version}.");
+    records
+        .lines()
+        .filter_map(|line| line.strip_prefix("Depends: "))
+        .flat_map(|line| line.split(','))
+        .filter_map(|dependency| dependency.split_whitespace().next())
+        .find(|package| package.starts_with(&wanted))
+        .map(str::to_owned)
+}
+
+fn no_package(version: KernelVersion) -> String {
+    format!(
+        "apt knows no cloud kernel {version}; add Debian 12's `bookworm`, `bookworm-security` or `bookworm-backports` \
+         to the sources of apt"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_meta_package_leads_to_the_image_of_its_version_only() {
+        let records = "Package: linux-image-cloud-amd64\nDepends: linux-image-6.12.9+bpo-cloud-amd64 (= 6.12.9-1~bpo)\n\n\
+                       Package: linux-image-cloud-amd64\nDepends: linux-image-6.1.0-56-cloud-amd64 (= 6.1.192-2)\n";
+        let check = |version, expected: &str| assert_eq!(dependency(records, version).as_deref(), Some(expected));
+        check(KernelVersion::V6_1, "linux-image-6.1.0-56-cloud-amd64");
+        check(KernelVersion::V6_12, "linux-image-6.12.9+bpo-cloud-amd64");
+        assert_eq!(dependency("Package: x\n", KernelVersion::V6_1), None);
+    }
+}
