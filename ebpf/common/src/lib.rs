@@ -20,6 +20,7 @@ pub mod counter;
 pub mod event;
 pub mod flow;
 pub mod limit;
+pub mod packet;
 pub mod reason;
 pub mod table;
 

@@ -54,6 +54,12 @@ reasons! {
 /// Number of reasons.
 pub const COUNT: u32 = ALL.len() as u32;
 
+/// Whether a packet with this reason passes. The programs ask this: a number that is no reason drops.
+#[inline(always)]
+pub const fn passes(reason: u8) -> bool {
+    matches!(reason, RULE | LINEAGE | REPLY | ICMP_ERROR)
+}
+
 /// The printed name of a reason.
 pub fn name(reason: u8) -> &'static str {
     ALL.get(usize::from(reason)).map_or("unknown", |(_, name, _)| name)
@@ -63,6 +69,7 @@ const _: () = {
     let mut i = 0;
     while i < ALL.len() {
         assert!(ALL[i].0 as usize == i);
+        assert!(ALL[i].2 == passes(ALL[i].0));
         i += 1;
     }
 };

@@ -76,7 +76,15 @@ impl Address {
         [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
     }
 
+    /// Byte `at & 15` in network order.
+    #[inline(always)]
+    pub const fn octet(self, at: u32) -> u8 {
+        let word = if at & 8 == 0 { self.0[0] } else { self.0[1] };
+        (word.to_le() >> (8 * (at & 7))) as u8
+    }
+
     /// Whether this is an IPv4 address.
+    #[inline(always)]
     pub const fn is_v4(self) -> bool {
         let bytes = self.to_bytes();
         self.0[0] == 0 && bytes[8] == 0 && bytes[9] == 0 && bytes[10] == 0xff && bytes[11] == 0xff

@@ -1,0 +1,109 @@
+//! Reports denied packets, and packets of rules with `log`, to userspace, so many a second for each reason. Packets that
+//! interfaces emit by themselves (`scope`) are only counted.
+#![allow(unsafe_code, reason = "map values are shared with other CPUs; the ring buffer lends uninitialised memory")]
+
+use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
+use aya_ebpf::programs::TcContext;
+use ebpf_common::counter::{LOSS_EVENT_FULL, LOSS_EVENT_LIMITED};
+use ebpf_common::event::{Bucket, Event};
+use ebpf_common::limit::EVENTS_PER_SECOND;
+use ebpf_common::reason;
+
+use crate::atomic;
+use crate::case::{Case, direction};
+use crate::maps::{EVENT_BUCKETS, EVENTS, HEADER, TRACE, lose};
+
+const NANOSECONDS_PER_TOKEN: u64 = 1_000_000_000 / EVENTS_PER_SECOND;
+
+#[inline(always)]
+pub(crate) fn report(context: &TcContext, case: &Case) {
+    if TRACE.load() != 0 {
+        trace(context, case);
+    }
+    if case.log || !(reason::passes(case.reason) || case.reason == reason::SCOPE) {
+        emit(case);
+    }
+}
+
+#[inline(never)]
+fn emit(case: &Case) -> u32 {
+    let Some(bucket) = EVENT_BUCKETS.get_ptr_mut(u32::from(case.reason)) else { return 0 };
+    // SAFETY: the helper takes nothing and always succeeds.
+    let now = unsafe { bpf_ktime_get_ns() };
+    if !take_token(bucket, now) {
+        return suppress(bucket, LOSS_EVENT_LIMITED);
+    }
+    let Some(mut entry) = EVENTS.reserve::<Event>(0) else {
+        return suppress(bucket, LOSS_EVENT_FULL);
+    };
+    // SAFETY: the map's value, checked not to be null, aligned to 8 bytes.
+    let suppressed = unsafe { atomic::take(&raw mut (*bucket).suppressed) };
+    entry.write(Event {
+        time: now,
+        revision: HEADER.get(case.copy).map_or(0, |header| header.revision),
+        source: case.packet.source,
+        destination: case.packet.destination,
+        source_cidr: case.source_cidr,
+        destination_cidr: case.destination_cidr,
+        rule: case.rule,
+        length: case.length,
+        source_port: case.packet.source_port,
+        destination_port: case.packet.destination_port,
+        protocol: case.packet.protocol,
+        direction: direction() as u8,
+        reason: case.reason,
+        _pad: 0,
+        suppressed,
+    });
+    entry.submit(0);
+    0
+}
+
+#[inline(always)]
+fn suppress(bucket: *mut Bucket, why: u32) -> u32 {
+    // SAFETY: the map's value, checked by the caller not to be null, aligned to 8 bytes.
+    unsafe { atomic::add(&raw mut (*bucket).suppressed, 1) };
+    lose(why);
+    0
+}
+
+/// Two CPUs may take the same token; none is lost.
+#[inline(always)]
+fn take_token(bucket: *mut Bucket, now: u64) -> bool {
+    // SAFETY: the map's value, checked by the caller not to be null.
+    let Bucket { time, tokens, .. } = unsafe { *bucket };
+    let fresh = now.saturating_sub(time) / NANOSECONDS_PER_TOKEN;
+    let (time, tokens) = if fresh >= EVENTS_PER_SECOND {
+        (now, EVENTS_PER_SECOND)
+    } else {
+        (time + fresh * NANOSECONDS_PER_TOKEN, (tokens + fresh).min(EVENTS_PER_SECOND))
+    };
+    // SAFETY: as above.
+    unsafe {
+        (*bucket).time = time;
+        (*bucket).tokens = tokens.saturating_sub(1);
+    }
+    tokens > 0
+}
+
+/// Says through aya-log what was found. Called only where `TRACE` is set when the program is loaded, so that the verifier
+/// removes it elsewhere.
+#[inline(never)]
+fn trace(context: &TcContext, case: &Case) -> u32 {
+    aya_log_ebpf::info!(
+        context,
+        "direction={} reason={} rule={} protocol={} source={:i} {} destination={:i} {} cidrs={} {} length={}",
+        direction(),
+        case.reason,
+        case.rule,
+        case.packet.protocol,
+        case.packet.source.to_bytes(),
+        case.packet.source_port,
+        case.packet.destination.to_bytes(),
+        case.packet.destination_port,
+        case.source_cidr,
+        case.destination_cidr,
+        case.length
+    );
+    0
+}

@@ -1,0 +1,268 @@
+//! Records of flows: policy first, record second. A record never allows by itself; it says in whose direction the tables
+//! are to be asked.
+//!
+//! Rules:
+//! - a record is judged again when the generation has changed since, in its opener's direction, by whichever packet finds it;
+//! - denied then, it becomes a tombstone, which stays for as long as packets of the flow keep coming;
+//! - nothing but a packet of its opener that the tables allow turns a tombstone back;
+//! - an idle record is as good as none. Userspace deletes it.
+//!
+//! Two CPUs may write one record at once. The counters are atomic; of the rest the last writer wins, and each of them wrote
+//! what its own reading of the tables allowed. Userspace deletes only what has been idle for long or what it means to forget.
+#![allow(unsafe_code, reason = "map values are shared with other CPUs")]
+
+use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
+use ebpf_common::INGRESS;
+use ebpf_common::counter::LOSS_FLOW;
+use ebpf_common::flow::{
+    Flow, FlowKey, STATE_CLOSING, STATE_ESTABLISHED, STATE_OPENING, STATE_TOMBSTONE, idle_timeout_ns,
+};
+use ebpf_common::packet::Packet;
+
+use crate::atomic::add;
+use crate::case::{Case, direction};
+use crate::maps::{FLOWS, lose};
+use crate::verdict::{Decision, decide};
+
+/// The direction in which the reverse of this hook's packets goes.
+#[inline(always)]
+fn opposite() -> u32 {
+    INGRESS - direction()
+}
+
+/// Keeps the record of a packet that the tables allow. Handshakes are recorded even where no record is needed, so
+/// that replies go on when a later policy allows the opener's direction only.
+#[inline(always)]
+pub(crate) fn keep(case: &Case, decision: Decision) {
+    if decision.has(Decision::RECORD) || case.packet.is_handshake() {
+        refresh_or_open(case, decision.0);
+    }
+}
+
+#[inline(never)]
+fn refresh_or_open(case: &Case, decision: u64) -> u32 {
+    let decision = Decision(decision);
+    let packet = &case.packet;
+    let now = now();
+    if packet.can_open()
+        && let Some(mut record) = Record::find(&packet.key(), now)
+    {
+        if record.is_tombstone() && packet.is_reset() {
+            record.touch(now);
+        } else {
+            record.approve(case, decision);
+            record.refresh_by_opener(case, now);
+        }
+        return 0;
+    }
+    if packet.can_reply()
+        && let Some(mut record) = Record::find(&packet.reply_key(), now)
+    {
+        if record.judge(case, packet.reply_service(), now) {
+            record.refresh_by_reply(case, now);
+        }
+        return 0;
+    }
+    let opens = packet.can_open() && !packet.is_reset();
+    if opens && (decision.has(Decision::RECORD) || packet.is_opening()) {
+        open(case, decision, now);
+    }
+    0
+}
+
+#[inline(always)]
+fn open(case: &Case, decision: Decision, now: u64) {
+    let flow = Flow {
+        opened: now,
+        seen: now,
+        packets: 1,
+        bytes: case.length.into(),
+        reply_packets: 0,
+        reply_bytes: 0,
+        generation: case.generation,
+        rule: decision.rule(),
+        state: if case.packet.is_closing() { STATE_CLOSING } else { STATE_OPENING },
+        reason: decision.reason(),
+        _pad: [0; 6],
+    };
+    if FLOWS.insert(case.packet.key(), flow, 0).is_err() {
+        lose(LOSS_FLOW);
+    }
+}
+
+/// What [`answers`] returns: no answer to anything, an answer to a revoked flow, or the rule of the flow that is answered.
+pub(crate) struct Answer;
+
+impl Answer {
+    pub(crate) const NONE: u64 = 0;
+    pub(crate) const REVOKED: u64 = 1;
+    const REPLY: u64 = 1 << 32;
+
+    #[inline(always)]
+    pub(crate) fn rule(answer: u64) -> u32 {
+        answer as u32
+    }
+}
+
+/// Whether a packet that the tables deny is the reverse of a recorded flow that they allow.
+#[inline(never)]
+pub(crate) fn answers(case: &Case) -> u64 {
+    let packet = &case.packet;
+    let now = now();
+    if packet.can_reply()
+        && let Some(mut record) = Record::find(&packet.reply_key(), now)
+    {
+        if !record.judge(case, packet.reply_service(), now) {
+            return Answer::REVOKED;
+        }
+        record.refresh_by_reply(case, now);
+        return Answer::REPLY | u64::from(record.rule());
+    }
+    if packet.can_open()
+        && let Some(mut record) = Record::find(&packet.key(), now)
+    {
+        record.revoke(now);
+    }
+    Answer::NONE
+}
+
+/// Whether `quoted`, a packet in the opposite direction of this hook's, belongs to a flow that is allowed. Unless `direct`,
+/// the flow must be recorded. Changes no record.
+#[inline(always)]
+pub(crate) fn is_allowed(case: &Case, quoted: &Packet, own: u32, other: u32, direct: bool) -> bool {
+    let service = |port: u16| u32::from(quoted.protocol) << 16 | u32::from(port);
+    let decision = Decision(decide(case.copy, opposite(), own, other, service(quoted.destination_port)));
+    if direct && decision.allows() {
+        return true;
+    }
+    let now = now();
+    if decision.allows()
+        && quoted.can_open()
+        && Record::find(&quoted.key(), now).is_some_and(|record| !record.is_tombstone())
+    {
+        return true;
+    }
+    // It may be a reply itself. Its TCP flags may lie beyond what is quoted, so a SYN is not told apart.
+    quoted.can_reply()
+        && Record::find(&quoted.reply_key(), now).is_some_and(|record| !record.is_tombstone())
+        && Decision(decide(case.copy, direction(), own, other, service(quoted.reply_service()))).allows()
+}
+
+/// A record in the map that is not idle.
+struct Record(*mut Flow);
+
+impl Record {
+    #[inline(always)]
+    fn find(key: &FlowKey, now: u64) -> Option<Self> {
+        let record = Self(FLOWS.get_ptr_mut(key)?);
+        // SAFETY: the map's value, checked not to be null; it stays readable until the program ends.
+        let (seen, state) = unsafe { ((*record.0).seen, (*record.0).state) };
+        // Another CPU's clock may have been read later.
+        (now.saturating_sub(seen) <= idle_timeout_ns(key.protocol, state)).then_some(record)
+    }
+
+    #[inline(always)]
+    fn is_tombstone(&self) -> bool {
+        self.state() == STATE_TOMBSTONE
+    }
+
+    /// Whether the flow is allowed now. Judges it by the tables if they have changed since it was last judged.
+    #[inline(always)]
+    fn judge(&mut self, case: &Case, service: u16, now: u64) -> bool {
+        if self.is_tombstone() {
+            self.touch(now);
+            return false;
+        }
+        // SAFETY: as in `find`.
+        if unsafe { (*self.0).generation } == case.generation {
+            return true;
+        }
+        let service = u32::from(case.packet.protocol) << 16 | u32::from(service);
+        let decision = Decision(decide(case.copy, opposite(), case.own, case.other, service));
+        if decision.allows() {
+            self.approve(case, decision);
+        } else {
+            self.revoke(now);
+        }
+        decision.allows()
+    }
+
+    /// The tables allow the opener.
+    #[inline(always)]
+    fn approve(&mut self, case: &Case, decision: Decision) {
+        // SAFETY: as in `find`.
+        unsafe {
+            (*self.0).generation = case.generation;
+            (*self.0).rule = decision.rule();
+            (*self.0).reason = decision.reason();
+        }
+    }
+
+    /// The tables deny the opener.
+    #[inline(always)]
+    fn revoke(&mut self, now: u64) {
+        self.set_state(STATE_TOMBSTONE);
+        self.touch(now);
+    }
+
+    #[inline(always)]
+    fn refresh_by_opener(&mut self, case: &Case, now: u64) {
+        if case.packet.is_closing() {
+            self.set_state(STATE_CLOSING);
+        } else if self.is_tombstone() || (case.packet.is_opening() && self.state() == STATE_CLOSING) {
+            self.set_state(STATE_OPENING);
+        }
+        self.touch(now);
+        // SAFETY: as in `find`; `Flow` is aligned to 8 bytes.
+        unsafe {
+            add(&raw mut (*self.0).packets, 1);
+            add(&raw mut (*self.0).bytes, case.length.into());
+        }
+    }
+
+    #[inline(always)]
+    fn refresh_by_reply(&mut self, case: &Case, now: u64) {
+        if case.packet.is_closing() {
+            self.set_state(STATE_CLOSING);
+        } else if self.state() == STATE_OPENING {
+            self.set_state(STATE_ESTABLISHED);
+        }
+        self.touch(now);
+        // SAFETY: as in `find`; `Flow` is aligned to 8 bytes.
+        unsafe {
+            add(&raw mut (*self.0).reply_packets, 1);
+            add(&raw mut (*self.0).reply_bytes, case.length.into());
+        }
+    }
+
+    #[inline(always)]
+    fn touch(&mut self, now: u64) {
+        // SAFETY: as in `find`.
+        unsafe { (*self.0).seen = now };
+    }
+
+    #[inline(always)]
+    fn rule(&self) -> u32 {
+        // SAFETY: as in `find`.
+        unsafe { (*self.0).rule }
+    }
+
+    #[inline(always)]
+    fn state(&self) -> u8 {
+        // SAFETY: as in `find`.
+        unsafe { (*self.0).state }
+    }
+
+    #[inline(always)]
+    fn set_state(&mut self, state: u8) {
+        // SAFETY: as in `find`.
+        unsafe { (*self.0).state = state };
+    }
+}
+
+/// Nanoseconds since boot, a few milliseconds coarse.
+#[inline(always)]
+pub(crate) fn now() -> u64 {
+    // SAFETY: the helper takes nothing and always succeeds.
+    unsafe { bpf_ktime_get_coarse_ns() }
+}

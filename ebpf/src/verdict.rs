@@ -1,0 +1,304 @@
+//! The verdict on a packet, in the order of SEMANTICS.md, section 3, and the walk through the tables.
+//!
+//! The functions that are not inlined are verified once a call and keep the classifier's own stack small. They return one
+//! word, as a BPF function must.
+#![allow(unsafe_code, reason = "symbols with global linkage, which the verifier checks once and not once a call")]
+
+use aya_ebpf::programs::TcContext;
+use ebpf_common::limit;
+use ebpf_common::packet::Packet;
+use ebpf_common::table::{
+    self, ALLOW, Address, CELL_INDEX, CHILD, DENY, LOCAL, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD, Root, UNIFORM,
+    UNKNOWN,
+};
+use ebpf_common::{EGRESS, packet, reason};
+
+use crate::case::{Bytes, Case, WHOLE, direction};
+use crate::flow;
+use crate::maps::{BLOCKS, DECISIONS, HEADER, LEAVES, MATRIX, PAGES, PORTS, control};
+
+/// Returned by [`find_leaf`] where the tables contradict themselves.
+const CORRUPT: u32 = u32::MAX;
+
+/// The reason for which the packet passes or not.
+#[inline(always)]
+pub(crate) fn judge(context: &TcContext, case: &mut Case) -> u8 {
+    let fault = read(context, case);
+    let (active, generation) = control();
+    if generation == 0 {
+        return reason::NO_POLICY;
+    }
+    if active > 1 {
+        return reason::CORRUPT_TABLE;
+    }
+    (case.copy, case.generation) = (active, generation);
+    if fault != WHOLE {
+        return fault as u8;
+    }
+    if case.packet.is_out_of_scope() {
+        return reason::SCOPE;
+    }
+    let (Some(source), Some(destination)) =
+        (lookup(case, case.packet.source), lookup(case, case.packet.destination))
+    else {
+        return reason::CORRUPT_TABLE;
+    };
+    (case.source_cidr, case.destination_cidr) = (source.cidr, destination.cidr);
+    let (own, other) = if direction() == EGRESS { (source, destination) } else { (destination, source) };
+    if own.flags & LOCAL == 0 {
+        return reason::NOT_LOCAL;
+    }
+    (case.own, case.other) = (own.class, other.class);
+    if case.packet.fragment != 0 {
+        return reason::FRAGMENT;
+    }
+    if case.packet.is_icmp_error() {
+        return if is_related(context, case, other.flags) { reason::ICMP_ERROR } else { reason::ICMP_ERROR_UNRELATED };
+    }
+    if other.class == 0 {
+        return if direction() == EGRESS { reason::UNKNOWN_DESTINATION } else { reason::UNKNOWN_SOURCE };
+    }
+    judge_flow(case)
+}
+
+/// Rules, then replies.
+#[inline(always)]
+fn judge_flow(case: &mut Case) -> u8 {
+    let decision = Decision(decide_for(case, direction(), case.packet.destination_port));
+    if decision.is_corrupt() {
+        return reason::CORRUPT_TABLE;
+    }
+    case.rule = decision.rule();
+    if decision.allows() {
+        case.log = decision.has(Decision::LOG);
+        flow::keep(case, decision);
+        return decision.reason();
+    }
+    match flow::answers(case) {
+        flow::Answer::NONE => decision.reason(),
+        flow::Answer::REVOKED => {
+            case.rule = NO_RULE_SLOT;
+            reason::REVOKED
+        }
+        rule => {
+            case.rule = flow::Answer::rule(rule);
+            reason::REPLY
+        }
+    }
+}
+
+/// Reads the headers; [`WHOLE`] or the reason to drop.
+#[inline(never)]
+fn read(context: &TcContext, case: &mut Case) -> u32 {
+    match case.packet.read(&Bytes(context), case.length) {
+        Ok(()) => WHOLE,
+        Err(reason) => u32::from(reason),
+    }
+}
+
+/// Whether an ICMP error is about a flow that is allowed (section 3.5). `other` are the flags of the other end's leaf.
+///
+/// The quoted packet was sent by the error's destination, so its direction is the opposite of the error's. An error that
+/// comes from elsewhere than the quoted destination is believed only of a recorded flow, and only from the same side of
+/// this hook as that destination: from an address of some cidr that is not this node's at ingress, from an address
+/// that this node stands for at egress. Which gateway serves which cidr is not in the tables.
+#[inline(never)]
+fn is_related(context: &TcContext, case: &Case, other: u32) -> bool {
+    let mut quoted = Packet::default();
+    if !case.packet.read_quote(&Bytes(context), &mut quoted) || quoted.source != case.packet.destination {
+        return false;
+    }
+    let (mut own_class, mut other_class) = (case.own, case.other);
+    let direct = quoted.destination == case.packet.source;
+    if !direct {
+        let Some(target) = lookup(case, quoted.destination) else { return false };
+        if direction() == EGRESS {
+            if target.flags & LOCAL == 0 {
+                return false;
+            }
+            own_class = target.class;
+        } else {
+            if target.flags & LOCAL != 0 || other & LOCAL != 0 || case.other == 0 {
+                return false;
+            }
+            other_class = target.class;
+        }
+    }
+    if own_class == 0 || other_class == 0 {
+        return false;
+    }
+    flow::is_allowed(case, &quoted, own_class, other_class, direct)
+}
+
+/// What the tables know of an address; `None` where they contradict themselves.
+#[inline(always)]
+fn lookup(case: &Case, address: Address) -> Option<Leaf> {
+    let leaf = find_leaf(case.copy, address.0[0], address.0[1], case.packet.family.into());
+    if leaf >= limit::LEAVES {
+        return None;
+    }
+    LEAVES.get(case.copy * limit::LEAVES + leaf).copied()
+}
+
+/// The leaf of an address, by strides of 8 bits.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn find_leaf(copy: u32, high: u64, low: u64, family: u32) -> u32 {
+    let address = Address([high, low]);
+    let Some(header) = HEADER.get(copy) else { return CORRUPT };
+    let entrance = if family == 4 {
+        enter(&header.roots_v4, address)
+    } else if address.is_v4() {
+        // The tables write IPv4 addresses like this; no IPv6 packet may speak for one of them.
+        return UNKNOWN;
+    } else {
+        enter(&header.roots_v6, address)
+    };
+    let Some(mut index) = entrance else { return UNKNOWN };
+    for _ in 0..limit::STRIDES {
+        if index >= limit::BLOCKS {
+            return CORRUPT;
+        }
+        let Some(block) = BLOCKS.get(copy * limit::BLOCKS + index) else { return CORRUPT };
+        if block.position & PLAIN == 0 && !matches(address, block.mask, block.path) {
+            return block.otherwise;
+        }
+        let position = block.position & !PLAIN;
+        if position > 15 {
+            return CORRUPT;
+        }
+        let entry = block.entries[usize::from(address.octet(position))];
+        if entry & CHILD == 0 {
+            return entry;
+        }
+        index = entry & !CHILD;
+    }
+    CORRUPT
+}
+
+/// The block in which the walk begins.
+#[inline(always)]
+fn enter(roots: &[Root], address: Address) -> Option<u32> {
+    roots
+        .iter()
+        .find(|root| root.block != NO_BLOCK && matches(address, root.mask, root.prefix))
+        .map(|root| root.block)
+}
+
+#[inline(always)]
+fn matches(address: Address, mask: Address, prefix: Address) -> bool {
+    address.0[0] & mask.0[0] == prefix.0[0] && address.0[1] & mask.0[1] == prefix.0[1]
+}
+
+/// A `table::Decision` with its reason settled, in one word.
+#[derive(Clone, Copy)]
+pub(crate) struct Decision(pub(crate) u64);
+
+impl Decision {
+    const CORRUPT: Self = Self(0);
+    const VALID: u64 = 1 << 40;
+    const ALLOW: u64 = 1 << 41;
+    /// The rule asks for its packets to be reported.
+    pub(crate) const LOG: u64 = 1 << 42;
+    /// The flow needs a record.
+    pub(crate) const RECORD: u64 = 1 << 43;
+
+    #[inline(always)]
+    fn new(decision: &table::Decision, record: bool) -> Self {
+        let (allow, reason) = match (decision.verdict, decision.reason) {
+            (ALLOW, reason::RULE | reason::LINEAGE) => (Self::ALLOW, decision.reason),
+            (DENY, reason::RULE | reason::DENY_RULE) => (0, reason::DENY_RULE),
+            (DENY, reason::NO_RULE) => (0, reason::NO_RULE),
+            _ => return Self::CORRUPT,
+        };
+        if decision.rule >= limit::RULES && decision.rule != NO_RULE_SLOT {
+            return Self::CORRUPT;
+        }
+        let log = if decision.flags & LOG == 0 { 0 } else { Self::LOG };
+        let record = if record { Self::RECORD } else { 0 };
+        Self(Self::VALID | allow | log | record | u64::from(reason) << 32 | u64::from(decision.rule))
+    }
+
+    #[inline(always)]
+    pub(crate) fn has(self, flag: u64) -> bool {
+        self.0 & flag != 0
+    }
+
+    #[inline(always)]
+    fn is_corrupt(self) -> bool {
+        !self.has(Self::VALID)
+    }
+
+    #[inline(always)]
+    pub(crate) fn allows(self) -> bool {
+        self.has(Self::ALLOW)
+    }
+
+    #[inline(always)]
+    pub(crate) fn rule(self) -> u32 {
+        self.0 as u32
+    }
+
+    #[inline(always)]
+    pub(crate) fn reason(self) -> u8 {
+        (self.0 >> 32) as u8
+    }
+}
+
+/// The decision on a flow between the two ends of the packet.
+#[inline(always)]
+pub(crate) fn decide_for(case: &Case, direction: u32, service: u16) -> u64 {
+    decide(case.copy, direction, case.own, case.other, u32::from(case.packet.protocol) << 16 | u32::from(service))
+}
+
+/// The decision on a flow of `service` (protocol << 16 | port) from class `own` to class `other` at `EGRESS`, from
+/// `other` to `own` at `INGRESS`; a [`Decision`]. `other` is not the unknown class.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn decide(copy: u32, direction: u32, own: u32, other: u32, service: u32) -> u64 {
+    find_decision(copy, direction, own, other, service).unwrap_or(Decision::CORRUPT).0
+}
+
+#[inline(always)]
+fn find_decision(copy: u32, direction: u32, own: u32, other: u32, service: u32) -> Option<Decision> {
+    let header = HEADER.get(copy)?;
+    let (owns, classes) = (header.own, header.classes);
+    if own == 0 || own > owns || other >= classes || owns > limit::CELLS || classes > limit::CELLS {
+        return None;
+    }
+    // As `table::cell_index`, in a width in which bounds that the check above lets through cannot overflow.
+    let cell = (u64::from(direction) * u64::from(owns) + u64::from(own - 1)) * u64::from(classes) + u64::from(other);
+    if cell >= u64::from(limit::CELLS) {
+        return None;
+    }
+    let cell = *MATRIX.get(copy * limit::CELLS + cell as u32)?;
+    let index = cell & CELL_INDEX;
+    let decision = if cell & UNIFORM != 0 { index } else { find_in_page(copy, index, service)? };
+    if decision >= limit::DECISIONS {
+        return None;
+    }
+    DECISIONS.get(copy * limit::DECISIONS + decision).map(|found| Decision::new(found, cell & RECORD != 0))
+}
+
+/// The index of the decision on a service, where services are told apart.
+#[inline(always)]
+fn find_in_page(copy: u32, page: u32, service: u32) -> Option<u32> {
+    if page >= limit::PAGES {
+        return None;
+    }
+    let page = PAGES.get(copy * limit::PAGES + page)?;
+    let (protocol, high, low) = ((service >> 16) as u8, (service >> 8) as u8, service as u8);
+    let (run, entry) = match protocol {
+        packet::TCP => (page.tcp[usize::from(high)], low),
+        packet::UDP => (page.udp[usize::from(high)], low),
+        packet::ICMP => (page.icmp, low),
+        packet::ICMPV6 => (page.icmpv6, low),
+        _ => (page.protocol, protocol),
+    };
+    let run = u32::from(run);
+    if run >= limit::PORTS {
+        return None;
+    }
+    let ports = PORTS.get(copy * limit::PORTS + run)?;
+    Some(ports.decisions[usize::from(entry)].into())
+}
