@@ -62,9 +62,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::from(ended.code()))
 }
 
-/// Builds every program that the demo and the tests run.
+/// Builds every program that the demo and the tests run. The whole workspace, here and in the tests: cargo resolves
+/// features for what it is asked to build, so that anything less would build much of it twice.
 pub(crate) fn build() -> Result<Ended> {
     let mut command = Command::new("cargo");
-    command.args(["build", "--bins", "-p", "node", "-p", "controller", "-p", "tests"]);
+    command.args(["build", "--workspace", "--bins"]);
     run_command(&mut command, BUILD_LIMIT)
 }

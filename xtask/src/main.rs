@@ -16,12 +16,7 @@ mod test;
 mod vm;
 
 #[derive(Debug, Parser)]
-#[command(
-    name = "cargo xtask",
-    bin_name = "cargo xtask",
-    about = "Build, test and show Rampart",
-    version
-)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Build, test and show Rampart", version)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -65,9 +60,7 @@ fn dispatch(verb: Verb) -> Result<ExitCode> {
 
 /// The root of the repository.
 fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("xtask lies in the root")
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the root")
 }
 
 /// Where cargo builds, and where xtask keeps kernels and images.

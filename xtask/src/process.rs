@@ -102,11 +102,7 @@ impl Running {
             .process_group(0)
             .spawn()
             .with_context(|| format!("failed to start `{}`", command.get_program().display()))?;
-        Ok(Self {
-            child,
-            started: Instant::now(),
-            ended: None,
-        })
+        Ok(Self { child, started: Instant::now(), ended: None })
     }
 
     pub(crate) fn child(&mut self) -> &mut Child {
@@ -173,11 +169,7 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
         .output()
         .with_context(|| format!("failed to start `{}`", command.get_program().display()))?;
     if !output.status.success() {
-        bail!(
-            "`{shown}` failed ({}): {}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
+        bail!("`{shown}` failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
     }
     String::from_utf8(output.stdout).with_context(|| format!("`{shown}` printed something that is not text"))
 }
@@ -231,10 +223,8 @@ fn orphans() -> Vec<Orphan> {
         let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
         // `pid (name) state parent ...`; the name may contain anything.
         let (head, rest) = stat.rsplit_once(')')?;
-        (rest.split_whitespace().nth(1)? == own).then(|| Orphan {
-            pid: Pid::from_raw(pid),
-            name: head.split_once('(').map_or("", |(_, name)| name).into(),
-        })
+        (rest.split_whitespace().nth(1)? == own)
+            .then(|| Orphan { pid: Pid::from_raw(pid), name: head.split_once('(').map_or("", |(_, name)| name).into() })
     };
     entries.flatten().filter_map(of).collect()
 }

@@ -37,12 +37,7 @@ impl Progress {
         if bar.is_none() {
             eprintln!("{what} ...");
         }
-        Self {
-            what,
-            bar,
-            started: Instant::now(),
-            spoke: Instant::now(),
-        }
+        Self { what, bar, started: Instant::now(), spoke: Instant::now() }
     }
 
     /// To be called now and then while the step works.
@@ -70,17 +65,10 @@ impl Progress {
             fs::create_dir_all(dir).with_context(|| format!("failed to create `{}`", dir.display()))?;
         }
         let file = File::create(log).with_context(|| format!("failed to create `{}`", log.display()))?;
-        let errors = file
-            .try_clone()
-            .with_context(|| format!("failed to open `{}` twice", log.display()))?;
+        let errors = file.try_clone().with_context(|| format!("failed to open `{}` twice", log.display()))?;
         let ended = Running::spawn(command.stdout(file).stderr(errors))?.wait(limit, || self.tick())?;
         if !ended.success() {
-            bail!(
-                "`{}` failed ({ended}); the end of `{}`:\n{}",
-                shown(command),
-                log.display(),
-                tail(log)
-            );
+            bail!("`{}` failed ({ended}); the end of `{}`:\n{}", shown(command), log.display(), tail(log));
         }
         Ok(())
     }

@@ -59,6 +59,8 @@ enum Stage {
 
 const MINUTE: Duration = Duration::from_secs(60);
 const CONFORMANCE: &str = "conformance";
+/// Crate `tests`; and `ebpf`, which has none, but with which cargo resolves the same features as for the workspace.
+const TESTS: [&str; 4] = ["-p", "tests", "-p", "ebpf"];
 /// Run by stages of their own.
 const NOT_NETNS: [&str; 2] = [CONFORMANCE, "vm"];
 
@@ -80,12 +82,7 @@ impl Stage {
 
 impl fmt::Display for Stage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(
-            self.to_possible_value()
-                .map(|value| value.get_name().to_owned())
-                .unwrap_or_default()
-                .as_str(),
-        )
+        f.write_str(self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default().as_str())
     }
 }
 
@@ -103,9 +100,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let wanted = |stage: &&Stage| args.only.is_empty() || args.only.contains(stage);
     let mut outcomes: Vec<Outcome> = Vec::new();
     for &stage in Stage::value_variants().iter().filter(wanted) {
-        let unbuilt = outcomes
-            .iter()
-            .any(|outcome| outcome.stage == Stage::Build && outcome.result.is_err());
+        let unbuilt = outcomes.iter().any(|outcome| outcome.stage == Stage::Build && outcome.result.is_err());
         outcomes.push(run_stage(stage, unbuilt));
         if let Some(signal) = interrupted() {
             print_summary(&outcomes, started.elapsed());
@@ -147,10 +142,7 @@ fn stage_result(stage: Stage) -> Result<()> {
     let limit = stage.limit();
     match stage {
         Stage::Format => cargo(&["fmt", "--all", "--check"], limit),
-        Stage::Lint => cargo(
-            &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"],
-            limit,
-        ),
+        Stage::Lint => cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], limit),
         Stage::Arrows => in_order(What::Arrows),
         Stage::Docs => in_order(What::Docs),
         Stage::Build => {
@@ -162,7 +154,7 @@ fn stage_result(stage: Stage) -> Result<()> {
         }
         Stage::Unit => cargo(&["test", "--workspace", "--exclude", "tests"], limit),
         Stage::Conformance => {
-            let arguments = ["test", "-p", "tests", "--lib", "--bins", "--test", CONFORMANCE];
+            let arguments = [&["test"], &TESTS[..], &["--lib", "--bins", "--test", CONFORMANCE]].concat();
             cargo(&arguments, limit)
         }
         Stage::Netns => netns(limit),
@@ -198,7 +190,7 @@ fn netns(limit: Duration) -> Result<()> {
         bail!("`cargo build`: {build}");
     }
     let files = netns_tests(&crate::root().join("tests/tests"))?;
-    let mut arguments = vec!["test", "-p", "tests", "--no-fail-fast"];
+    let mut arguments = [&["test", "--no-fail-fast"], &TESTS[..]].concat();
     arguments.extend(files.iter().flat_map(|file| ["--test", file]));
     cargo(&arguments, limit)
 }
@@ -248,10 +240,8 @@ fn conformance_executable(limit: Duration) -> Result<PathBuf> {
     let list = crate::target().join("conformance.json");
     let file = fs::File::create(&list).with_context(|| format!("failed to create `{}`", list.display()))?;
     let mut command = Command::new("cargo");
-    command.args(["test", "-p", "tests", "--test", CONFORMANCE, "--no-run"]);
-    command
-        .arg("--message-format=json-render-diagnostics")
-        .stdout(Stdio::from(file));
+    command.arg("test").args(TESTS).args(["--test", CONFORMANCE, "--no-run"]);
+    command.arg("--message-format=json-render-diagnostics").stdout(Stdio::from(file));
     let ended = Running::spawn(&mut command)?.wait(limit, || ())?;
     if !ended.success() {
         bail!("failed to build the conformance test ({ended})");
@@ -276,11 +266,8 @@ fn print_summary(outcomes: &[Outcome], took: Duration) {
         println!("{}", line.trim_end());
     }
     let failed = outcomes.iter().filter(|outcome| outcome.result.is_err()).count();
-    let verdict = if failed == 0 {
-        "every stage is ok".to_owned()
-    } else {
-        format!("{failed} of {} FAILED", outcomes.len())
-    };
+    let verdict =
+        if failed == 0 { "every stage is ok".to_owned() } else { format!("{failed} of {} FAILED", outcomes.len()) };
     println!("{verdict}, {} in all", seconds(took));
     let _best_effort = std::io::stdout().flush();
 }

@@ -18,10 +18,7 @@ pub(super) fn findings(root: &Path) -> Result<Vec<String>> {
         let text = fs::read_to_string(&path).with_context(|| format!("failed to read `{}`", path.display()))?;
         let folder = path.parent().unwrap_or(root);
         for link in links(&text).filter(|link| !folder.join(link).exists()) {
-            findings.push(format!(
-                "`{}` links to `{link}`, which is not there",
-                document.display()
-            ));
+            findings.push(format!("`{}` links to `{link}`, which is not there", document.display()));
         }
         for command in commands(&text) {
             if let Err(error) = Cli::try_parse_from(["xtask"].into_iter().chain(command.split_whitespace()))
@@ -41,9 +38,7 @@ fn documents(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut documents = Vec::new();
     let entries = fs::read_dir(folder).with_context(|| format!("failed to read `{}`", folder.display()))?;
     for entry in entries {
-        let path = entry
-            .with_context(|| format!("failed to read `{}`", folder.display()))?
-            .path();
+        let path = entry.with_context(|| format!("failed to read `{}`", folder.display()))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         if path.is_dir() && name != "target" && !name.starts_with('.') {
             documents.extend(self::documents(&path)?);

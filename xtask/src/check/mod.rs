@@ -26,9 +26,7 @@ pub(crate) enum What {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    let checks = args
-        .what
-        .map_or_else(|| vec![What::Arrows, What::Docs], |what| vec![what]);
+    let checks = args.what.map_or_else(|| vec![What::Arrows, What::Docs], |what| vec![what]);
     let mut good = true;
     for what in checks {
         good &= check(what)?;
@@ -42,10 +40,7 @@ pub(crate) fn check(what: What) -> Result<bool> {
         What::Arrows => arrows::findings()?,
         What::Docs => docs::findings(crate::root())?,
     };
-    let name = what
-        .to_possible_value()
-        .map(|value| value.get_name().to_owned())
-        .unwrap_or_default();
+    let name = what.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
     for finding in &findings {
         eprintln!("{name}: {finding}");
     }

@@ -53,9 +53,7 @@ pub(super) fn install(packages: &[String]) -> Result<()> {
     let mut progress = Progress::start(format!("installing {}", packages.join(" ")));
     let mut command = apt_get();
     // A package that conflicts with one of the user's is not worth removing that.
-    command
-        .args(["--no-install-recommends", "--no-remove", "install"])
-        .args(&packages);
+    command.args(["--no-install-recommends", "--no-remove", "install"]).args(&packages);
     progress.run(&mut command, INSTALL_LIMIT, &log("apt-install"))?;
     if packages.iter().any(|package| package == "prometheus") && Path::new("/run/systemd/system").exists() {
         // The tests run their own; it was not there before, so nobody else wants this one at the next boot.
@@ -85,16 +83,11 @@ impl NoServices {
         if fs::read_to_string(POLICY).is_ok_and(|text| text == POLICY_TEXT) {
             return Ok(Self { ours: true });
         }
-        let created = fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o755)
-            .open(POLICY);
+        let created = fs::OpenOptions::new().write(true).create_new(true).mode(0o755).open(POLICY);
         match created {
             Ok(mut file) => {
                 let guard = Self { ours: true };
-                file.write_all(POLICY_TEXT.as_bytes())
-                    .with_context(|| format!("failed to write `{POLICY}`"))?;
+                file.write_all(POLICY_TEXT.as_bytes()).with_context(|| format!("failed to write `{POLICY}`"))?;
                 Ok(guard)
             }
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(Self { ours: false }),

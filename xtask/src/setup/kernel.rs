@@ -38,10 +38,7 @@ impl Kernel {
     pub(crate) fn open(version: KernelVersion) -> Result<Self> {
         let root = directory(version).join("root");
         let release = release_in(&root).with_context(|| {
-            format!(
-                "kernel {version} is not in `{}`; run `cargo xtask setup`",
-                directory(version).display()
-            )
+            format!("kernel {version} is not in `{}`; run `cargo xtask setup`", directory(version).display())
         })?;
         Ok(Self { version, release, root })
     }
@@ -73,13 +70,8 @@ pub(super) fn fetch(version: KernelVersion) -> Result<()> {
     fs::create_dir_all(&fresh).with_context(|| format!("failed to create `{}`", fresh.display()))?;
     // apt's own user cannot write here.
     let mut download = apt::apt_get();
-    download
-        .args(["-o", "APT::Sandbox::User=root", "download", &package])
-        .current_dir(&fresh);
-    if progress
-        .run(&mut download, DOWNLOAD_LIMIT, &apt::log("kernel-download"))
-        .is_err()
-    {
+    download.args(["-o", "APT::Sandbox::User=root", "download", &package]).current_dir(&fresh);
+    if progress.run(&mut download, DOWNLOAD_LIMIT, &apt::log("kernel-download")).is_err() {
         // The lists may name a package that the mirror has replaced since.
         apt::update()?;
         progress.run(&mut download, DOWNLOAD_LIMIT, &apt::log("kernel-download"))?;
@@ -119,9 +111,7 @@ fn remove(directory: &Path) -> Result<()> {
 
 fn release_in(root: &Path) -> Option<String> {
     let entries = fs::read_dir(root.join("boot")).ok()?;
-    entries
-        .flatten()
-        .find_map(|entry| Some(entry.file_name().to_str()?.strip_prefix("vmlinuz-")?.to_owned()))
+    entries.flatten().find_map(|entry| Some(entry.file_name().to_str()?.strip_prefix("vmlinuz-")?.to_owned()))
 }
 
 /// The package that holds the image of this version: what the right one of Debian's meta packages depends on.
@@ -129,10 +119,7 @@ fn image_package(version: KernelVersion) -> Result<Option<String>> {
     if !apt::is_there() {
         bail!("kernel {version} is fetched by apt-get, which is not here; the virtual machines need Debian");
     }
-    let metas = [
-        format!("linux-image-{version}-cloud-amd64"),
-        "linux-image-cloud-amd64".to_owned(),
-    ];
+    let metas = [format!("linux-image-{version}-cloud-amd64"), "linux-image-cloud-amd64".to_owned()];
     for meta in metas {
         let text = output(Command::new("apt-cache").args(["show", "--no-all-versions", &meta])).unwrap_or_default();
         if let Some(package) = dependency(&text, version) {

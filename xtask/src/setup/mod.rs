@@ -38,13 +38,8 @@ pub(crate) enum Purpose {
     Vm(KernelVersion),
 }
 
-const EVERYTHING: [Purpose; 5] = [
-    Purpose::Build,
-    Purpose::Mesh,
-    Purpose::Test,
-    Purpose::Vm(KernelVersion::V6_1),
-    Purpose::Vm(KernelVersion::V6_12),
-];
+const EVERYTHING: [Purpose; 5] =
+    [Purpose::Build, Purpose::Mesh, Purpose::Test, Purpose::Vm(KernelVersion::V6_1), Purpose::Vm(KernelVersion::V6_12)];
 
 /// Something that is missing.
 #[derive(Debug)]
@@ -102,9 +97,7 @@ pub(crate) fn ensure(purposes: &[Purpose]) -> Result<()> {
         if missing.is_empty() {
             return Ok(());
         }
-        let by_hand = missing
-            .iter()
-            .any(|missing| matches!(missing.remedy, Remedy::ByHand(_)));
+        let by_hand = missing.iter().any(|missing| matches!(missing.remedy, Remedy::ByHand(_)));
         let stuck = missing.iter().all(|missing| before.contains(&missing.remedy));
         if by_hand || stuck {
             bail!("{}", report(&missing));
@@ -190,20 +183,10 @@ impl Remedy {
 fn report(missing: &[Missing]) -> String {
     let mut text = String::from("set-up is not complete");
     for Missing { what, why, remedy } in missing {
-        text.push_str(&format!(
-            "\n  missing: {what} ({why})\n      get it: {}",
-            remedy.command()
-        ));
+        text.push_str(&format!("\n  missing: {what} ({why})\n      get it: {}", remedy.command()));
     }
-    let root = if missing.iter().any(|missing| missing.remedy.needs_root()) {
-        " as root"
-    } else {
-        ""
-    };
-    if missing
-        .iter()
-        .any(|missing| !matches!(missing.remedy, Remedy::ByHand(_)))
-    {
+    let root = if missing.iter().any(|missing| missing.remedy.needs_root()) { " as root" } else { "" };
+    if missing.iter().any(|missing| !matches!(missing.remedy, Remedy::ByHand(_))) {
         text.push_str(&format!("\nall of it at once: run `cargo xtask setup`{root}"));
     }
     text

@@ -20,12 +20,7 @@ const fn program(
     why: &'static str,
     needed_for: fn(Purpose) -> bool,
 ) -> Program {
-    Program {
-        name,
-        package,
-        why,
-        needed_for,
-    }
+    Program { name, package, why, needed_for }
 }
 
 fn build(purpose: Purpose) -> bool {
@@ -54,12 +49,7 @@ const PROGRAMS: [Program; 23] = [
     program("iperf3", "iperf3", "makes traffic", test),
     program("prometheus", "prometheus", "scrapes the metrics in tests", test),
     program("promtool", "prometheus", "checks the metrics", test),
-    program(
-        "qemu-system-x86_64",
-        "qemu-system-x86",
-        "boots kernels with a WireGuard of their own",
-        vm,
-    ),
+    program("qemu-system-x86_64", "qemu-system-x86", "boots kernels with a WireGuard of their own", vm),
     program("setpriv", "util-linux", "ties a virtual machine to what started it", vm),
     program("modprobe", "kmod", "finds a kernel's modules", vm),
     program("depmod", "kmod", "indexes a kernel's modules", vm),
@@ -94,11 +84,7 @@ pub(super) fn missing(purposes: &[Purpose]) -> Vec<Missing> {
         .map(|program| missing_program(program.name, program.package, program.why))
         .collect();
     if purposes.iter().any(|purpose| vm(*purpose)) && !find("busybox").is_some_and(|file| is_static(&file)) {
-        missing.push(missing_program(
-            "busybox",
-            "busybox-static",
-            "is the small programs of a virtual machine",
-        ));
+        missing.push(missing_program("busybox", "busybox-static", "is the small programs of a virtual machine"));
     }
     missing
 }
@@ -107,15 +93,9 @@ fn missing_program(name: &str, package: &'static str, why: &'static str) -> Miss
     let remedy = if super::apt::is_there() {
         Remedy::Package(package)
     } else {
-        Remedy::ByHand(format!(
-            "install what has `{name}`; on Debian it is the package `{package}`"
-        ))
+        Remedy::ByHand(format!("install what has `{name}`; on Debian it is the package `{package}`"))
     };
-    Missing {
-        what: format!("`{name}`"),
-        why,
-        remedy,
-    }
+    Missing { what: format!("`{name}`"), why, remedy }
 }
 
 /// Whether a program needs no loader. The loader's path is named within the first page of one that does.

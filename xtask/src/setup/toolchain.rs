@@ -28,11 +28,7 @@ pub(super) fn missing() -> Result<Vec<Missing>> {
             Remedy::ByHand("rustup toolchain install nightly --component rust-src".to_owned())
         };
         let what = "a Rust compiler with the source of `core`".to_owned();
-        return Ok(vec![Missing {
-            what,
-            why: "compiles the eBPF programs",
-            remedy,
-        }]);
+        return Ok(vec![Missing { what, why: "compiles the eBPF programs", remedy }]);
     };
     if find("bpf-linker").is_some_and(|linker| linker_reads(&linker, llvm)) {
         return Ok(Vec::new());
@@ -41,11 +37,7 @@ pub(super) fn missing() -> Result<Vec<Missing>> {
     let headers = PathBuf::from(format!("/usr/lib/llvm-{llvm}/include/llvm-c/Core.h"));
     if apt::is_there() && !headers.exists() {
         let remedy = Remedy::LlvmHeaders { major: llvm };
-        missing.push(Missing {
-            what: format!("LLVM {llvm}"),
-            why: "is what `bpf-linker` is built on",
-            remedy,
-        });
+        missing.push(Missing { what: format!("LLVM {llvm}"), why: "is what `bpf-linker` is built on", remedy });
     }
     let remedy = if apt::is_there() {
         Remedy::BpfLinker { llvm }
@@ -53,11 +45,7 @@ pub(super) fn missing() -> Result<Vec<Missing>> {
         Remedy::ByHand(format!("cargo install bpf-linker --version {BPF_LINKER}"))
     };
     let what = format!("`bpf-linker` {BPF_LINKER} for LLVM {llvm}");
-    missing.push(Missing {
-        what,
-        why: "links the eBPF programs",
-        remedy,
-    });
+    missing.push(Missing { what, why: "links the eBPF programs", remedy });
     Ok(missing)
 }
 
@@ -65,27 +53,16 @@ pub(super) fn missing() -> Result<Vec<Missing>> {
 pub(super) fn missing_components() -> Result<Vec<Missing>> {
     let sysroot = output(Command::new("rustc").args(["--print", "sysroot"]))?;
     let bin = Path::new(sysroot.trim()).join("bin");
-    let components = [
-        ("rustfmt", "cargo-fmt", "checks the format"),
-        ("clippy", "cargo-clippy", "checks the code"),
-    ];
+    let components = [("rustfmt", "cargo-fmt", "checks the format"), ("clippy", "cargo-clippy", "checks the code")];
     let absent = |(name, file, why): (&'static str, &str, &'static str)| {
         // A toolchain that is not rustup's may keep its programs anywhere on the path.
-        let there = if find("rustup").is_some() {
-            bin.join(file).exists()
-        } else {
-            find(file).is_some()
-        };
+        let there = if find("rustup").is_some() { bin.join(file).exists() } else { find(file).is_some() };
         let remedy = if find("rustup").is_some() {
             Remedy::RustComponent(name)
         } else {
             Remedy::ByHand(format!("install `{file}` of your Rust toolchain"))
         };
-        (!there).then(|| Missing {
-            what: format!("`{name}`"),
-            why,
-            remedy,
-        })
+        (!there).then(|| Missing { what: format!("`{name}`"), why, remedy })
     };
     Ok(components.into_iter().filter_map(absent).collect())
 }
@@ -105,14 +82,9 @@ pub(super) fn bpf_linker_command(llvm: u32) -> String {
 }
 
 pub(super) fn install_bpf_linker(llvm: u32) -> Result<()> {
-    let mut progress = Progress::start(format!(
-        "building bpf-linker {BPF_LINKER} for LLVM {llvm} (about a minute)"
-    ));
+    let mut progress = Progress::start(format!("building bpf-linker {BPF_LINKER} for LLVM {llvm} (about a minute)"));
     let mut command = Command::new("cargo");
-    command
-        .args(bpf_linker_arguments(llvm))
-        .arg("--force")
-        .env("LLVM_PREFIX", format!("/usr/lib/llvm-{llvm}"));
+    command.args(bpf_linker_arguments(llvm)).arg("--force").env("LLVM_PREFIX", format!("/usr/lib/llvm-{llvm}"));
     progress.run(&mut command, LINKER_LIMIT, &apt::log("bpf-linker"))?;
     progress.done();
     Ok(())
@@ -120,28 +92,15 @@ pub(super) fn install_bpf_linker(llvm: u32) -> Result<()> {
 
 fn bpf_linker_arguments(llvm: u32) -> Vec<String> {
     let feature = format!("llvm-{llvm}");
-    [
-        "install",
-        "bpf-linker",
-        "--version",
-        BPF_LINKER,
-        "--locked",
-        "--no-default-features",
-        "--features",
-        &feature,
-    ]
-    .map(str::to_owned)
-    .to_vec()
+    ["install", "bpf-linker", "--version", BPF_LINKER, "--locked", "--no-default-features", "--features", &feature]
+        .map(str::to_owned)
+        .to_vec()
 }
 
 /// The LLVM of the compiler that will build the eBPF programs: the first of this build's own, Debian's and rustup's
 /// nightly that has the source of `core`, as `node/build.rs` chooses.
 fn compiler() -> Result<Option<u32>> {
-    let candidates = [
-        Some(PathBuf::from("rustc")),
-        Some(PathBuf::from(DEBIAN_RUSTC)),
-        rustup_nightly(),
-    ];
+    let candidates = [Some(PathBuf::from("rustc")), Some(PathBuf::from(DEBIAN_RUSTC)), rustup_nightly()];
     for rustc in candidates.into_iter().flatten() {
         let Ok(sysroot) = output(Command::new(&rustc).args(["--print", "sysroot"])) else {
             continue;
@@ -163,9 +122,7 @@ fn linker_reads(linker: &Path, llvm: u32) -> bool {
     let Ok(libraries) = output(Command::new("ldd").arg(linker)) else {
         return true;
     };
-    let absent = libraries
-        .lines()
-        .any(|line| line.contains("libLLVM") && line.contains("not found"));
+    let absent = libraries.lines().any(|line| line.contains("libLLVM") && line.contains("not found"));
     let linked = libraries.split("libLLVM").nth(1).and_then(|rest| {
         let digits = rest.trim_start_matches(|c: char| !c.is_ascii_digit());
         digits.split(|c: char| !c.is_ascii_digit()).next()?.parse::<u32>().ok()
@@ -187,10 +144,7 @@ mod tests {
 
     #[test]
     fn the_llvm_version_is_read_and_not_assumed() {
-        assert_eq!(
-            llvm_major("rustc 1.96.0\nrelease: 1.96.0\nLLVM version: 22.1.8\n").unwrap(),
-            22
-        );
+        assert_eq!(llvm_major("rustc 1.96.0\nrelease: 1.96.0\nLLVM version: 22.1.8\n").unwrap(), 22);
         assert!(llvm_major("rustc 1.96.0\n").is_err());
     }
 }

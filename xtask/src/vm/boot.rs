@@ -21,14 +21,7 @@ const CPUS: u32 = 2;
 /// An oops stops the machine, and the machine does not start again.
 const COMMAND_LINE: &str = "console=ttyS0 quiet oops=panic panic=-1 random.trust_cpu=on";
 /// What a sound kernel never says.
-const TROUBLE: [&str; 6] = [
-    "Kernel panic",
-    "Oops:",
-    "BUG:",
-    "general protection fault",
-    "unable to handle",
-    "KASAN:",
-];
+const TROUBLE: [&str; 6] = ["Kernel panic", "Oops:", "BUG:", "general protection fault", "unable to handle", "KASAN:"];
 
 /// How a run in a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,14 +55,8 @@ impl Ended {
 impl fmt::Display for Ended {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Exited {
-                status,
-                left_running: false,
-            } => write!(f, "exit status {status}"),
-            Self::Exited {
-                status,
-                left_running: true,
-            } => {
+            Self::Exited { status, left_running: false } => write!(f, "exit status {status}"),
+            Self::Exited { status, left_running: true } => {
                 write!(f, "exit status {status}, and it left processes running")
             }
             Self::NotUp { reason } => write!(f, "the machine failed {reason}"),
@@ -96,12 +83,7 @@ pub(super) fn boot(kernel: &Kernel, run: &RunDirectory, initrd: &Path, limit: Du
             progress.tick();
             if fs::metadata(&status).is_ok_and(|data| data.len() > 0) {
                 booting = None;
-                eprintln!(
-                    "vm {}: {} is up after {}",
-                    kernel.version,
-                    kernel.release,
-                    seconds(started.elapsed())
-                );
+                eprintln!("vm {}: {} is up after {}", kernel.version, kernel.release, seconds(started.elapsed()));
             }
         }
     })?;
@@ -114,25 +96,13 @@ fn qemu(kernel: &Kernel, initrd: &Path, console: &Path, status: &Path) -> Comman
     let mut command = Command::new("setpriv");
     // It dies with us, however we die.
     command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
-    command.args([
-        "-accel",
-        "tcg,thread=multi",
-        "-cpu",
-        "max",
-        "-nodefaults",
-        "-no-user-config",
-    ]);
+    command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-nodefaults", "-no-user-config"]);
     command.args(["-display", "none", "-no-reboot", "-rtc", "base=utc"]);
     command.args(["-m", &MEMORY_MIB.to_string(), "-smp", &CPUS.to_string()]);
     command.arg("-serial").arg(format!("file:{}", console.display()));
     command.args(["-serial", "stdio"]);
     command.arg("-serial").arg(format!("file:{}", status.display()));
-    command
-        .arg("-kernel")
-        .arg(kernel.image())
-        .arg("-initrd")
-        .arg(initrd)
-        .args(["-append", COMMAND_LINE]);
+    command.arg("-kernel").arg(kernel.image()).arg("-initrd").arg(initrd).args(["-append", COMMAND_LINE]);
     command.stdout(Stdio::piped());
     command
 }
@@ -141,28 +111,18 @@ fn qemu(kernel: &Kernel, initrd: &Path, console: &Path, status: &Path) -> Comman
 fn judge(ended: process::Ended, status: &str, console: &Path) -> Ended {
     let log = fs::read(console).unwrap_or_default();
     let log = String::from_utf8_lossy(&log);
-    if let Some(line) = log
-        .lines()
-        .find(|line| TROUBLE.iter().any(|trouble| line.contains(trouble)))
-    {
-        return Ended::KernelTrouble {
-            line: format!("{} ({})", line.trim(), console.display()),
-        };
+    if let Some(line) = log.lines().find(|line| TROUBLE.iter().any(|trouble| line.contains(trouble))) {
+        return Ended::KernelTrouble { line: format!("{} ({})", line.trim(), console.display()) };
     }
     if !ended.success() {
         return Ended::Stopped(ended);
     }
     let told = |word: &str| status.lines().find_map(|line| line.strip_prefix(word)).map(str::trim);
     if let Some(reason) = told("failed ") {
-        return Ended::NotUp {
-            reason: reason.to_owned(),
-        };
+        return Ended::NotUp { reason: reason.to_owned() };
     }
     match told("exit ").and_then(|status| status.parse().ok()) {
-        Some(status) => Ended::Exited {
-            status,
-            left_running: told("left-running").is_some(),
-        },
+        Some(status) => Ended::Exited { status, left_running: told("left-running").is_some() },
         None => Ended::Vanished { console: tail(console) },
     }
 }
@@ -189,12 +149,6 @@ mod tests {
         check("passed-on", "", "up 2.1\nexit 3\n", 3, "exit status 3");
         check("no-init", "", "failed to mount /proc\n", 1, "failed to mount /proc");
         check("silent", "last words\n", "up 2.1\n", 1, "last words");
-        check(
-            "oops",
-            "[ 1.0] BUG: kernel NULL pointer\n",
-            "up 2.1\nexit 0\n",
-            1,
-            "NULL pointer",
-        );
+        check("oops", "[ 1.0] BUG: kernel NULL pointer\n", "up 2.1\nexit 0\n", 1, "NULL pointer");
     }
 }

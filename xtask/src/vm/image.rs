@@ -31,15 +31,9 @@ const PASSED_ON: [&str; 3] = ["RAMPART_", "PROPTEST_", "RUST_"];
 const INIT: &str = include_str!("init.sh");
 const ETC: [(&str, &str); 5] = [
     ("hosts", "127.0.0.1 localhost vm\n::1 localhost\n"),
-    (
-        "passwd",
-        "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/:/bin/false\n",
-    ),
+    ("passwd", "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/:/bin/false\n"),
     ("group", "root:x:0:\nnogroup:x:65534:\n"),
-    (
-        "nsswitch.conf",
-        "passwd: files\ngroup: files\nhosts: files\nprotocols: files\nservices: files\n",
-    ),
+    ("nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\nprotocols: files\nservices: files\n"),
     ("resolv.conf", ""),
 ];
 
@@ -51,8 +45,7 @@ impl RunDirectory {
     pub(super) fn create() -> Result<Self> {
         let path = crate::target().join("vm").join(format!("run-{}", std::process::id()));
         let run = Self(path);
-        run.remove()
-            .with_context(|| format!("failed to empty `{}`", run.0.display()))?;
+        run.remove().with_context(|| format!("failed to empty `{}`", run.0.display()))?;
         create(&run.0)?;
         Ok(run)
     }
@@ -118,13 +111,7 @@ fn base(kernel: &Kernel) -> Result<PathBuf> {
     }
     write(
         &tree.join("etc/vm/modules"),
-        MODULES
-            .join("\n")
-            .as_bytes()
-            .iter()
-            .chain(b"\n")
-            .copied()
-            .collect::<Vec<_>>(),
+        MODULES.join("\n").as_bytes().iter().chain(b"\n").copied().collect::<Vec<_>>(),
     )?;
     write(&tree.join("init"), INIT.as_bytes())?;
     fs::set_permissions(tree.join("init"), fs::Permissions::from_mode(0o755))
@@ -155,10 +142,7 @@ fn age(data: &fs::Metadata) -> Result<u128> {
 fn overlay(run: &RunDirectory, program: &Path, job: &Job) -> Result<PathBuf> {
     let tree = run.file("overlay");
     let debug = crate::target().join("debug");
-    let ours = PROGRAMS
-        .iter()
-        .map(|name| debug.join(name))
-        .filter(|path| path.is_file());
+    let ours = PROGRAMS.iter().map(|name| debug.join(name)).filter(|path| path.is_file());
     let programs: BTreeSet<PathBuf> = ours.chain([program.to_owned()]).collect();
     let loaded = libraries(&programs)?;
     skeleton(&tree)?;
@@ -171,10 +155,7 @@ fn overlay(run: &RunDirectory, program: &Path, job: &Job) -> Result<PathBuf> {
         copy(&file, &tree)?;
     }
     create(&inside(&tree, crate::root()))?;
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let passed_on = std::env::vars()
         .filter(|(name, _)| PASSED_ON.iter().any(|prefix| name.starts_with(prefix)) && !name.contains("RUSTUP"))
         .map(|(name, value)| format!("{name}={value}"));
@@ -195,17 +176,7 @@ fn zero_terminated(words: &[String]) -> String {
 
 /// Directories as Debian has them: `/bin` and its like are links into `/usr`.
 fn skeleton(tree: &Path) -> Result<()> {
-    for dir in [
-        "etc/vm",
-        "usr/bin",
-        "usr/sbin",
-        "usr/lib",
-        "usr/lib64",
-        "opt/busybox",
-        "dev",
-        "proc",
-        "sys",
-    ] {
+    for dir in ["etc/vm", "usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "opt/busybox", "dev", "proc", "sys"] {
         create(&tree.join(dir))?;
     }
     for dir in ["bin", "sbin", "lib", "lib64"] {
@@ -217,25 +188,14 @@ fn skeleton(tree: &Path) -> Result<()> {
 /// The shared libraries of programs, as the loader would find them.
 fn libraries(programs: &BTreeSet<PathBuf>) -> Result<BTreeSet<PathBuf>> {
     // Its exit status says whether one of them is static, which is no failure.
-    let listed = Command::new("ldd")
-        .args(programs)
-        .stdin(Stdio::null())
-        .output()
-        .context("failed to start `ldd`")?;
+    let listed = Command::new("ldd").args(programs).stdin(Stdio::null()).output().context("failed to start `ldd`")?;
     let text = String::from_utf8_lossy(&listed.stdout);
     if let Some(line) = text.lines().find(|line| line.contains("not found")) {
-        bail!(
-            "a library of a program for the machine is missing here: `{}`",
-            line.trim()
-        );
+        bail!("a library of a program for the machine is missing here: `{}`", line.trim());
     }
     let path = |line: &str| {
         let line = line.strip_prefix('\t')?;
-        let file = line
-            .split_once(" => ")
-            .map_or(line, |(_, file)| file)
-            .split(" (")
-            .next()?;
+        let file = line.split_once(" => ").map_or(line, |(_, file)| file).split(" (").next()?;
         file.starts_with('/').then(|| PathBuf::from(file))
     };
     Ok(text.lines().filter_map(path).collect())
@@ -251,19 +211,14 @@ fn stripped(program: &Path) -> Result<PathBuf> {
         return Ok(kept);
     }
     create(&keep)?;
-    for old in fs::read_dir(&keep)
-        .context("failed to read the stripped programs")?
-        .flatten()
-    {
+    for old in fs::read_dir(&keep).context("failed to read the stripped programs")?.flatten() {
         let old_name = old.file_name().to_string_lossy().into_owned();
         if old_name.rsplitn(3, '-').nth(2).is_some_and(|stem| stem == name) {
             let _best_effort = fs::remove_file(old.path());
         }
     }
     let mut head = [0; 4];
-    let elf = File::open(program)
-        .and_then(|mut file| io::Read::read_exact(&mut file, &mut head))
-        .is_ok();
+    let elf = File::open(program).and_then(|mut file| io::Read::read_exact(&mut file, &mut head)).is_ok();
     if elf && head == *b"\x7fELF" {
         let fresh = keep.join(format!("{name}.{}", std::process::id()));
         output(Command::new("strip").arg("-o").arg(&fresh).arg(program))?;
@@ -286,16 +241,10 @@ fn applets(busybox: &Path, tree: &Path) -> Result<()> {
 fn modules(kernel: &Kernel, tree: &Path) -> Result<()> {
     let modprobe = find_program("modprobe").context("`modprobe` is missing; run `cargo xtask setup`")?;
     let mut command = Command::new(modprobe);
-    command
-        .arg("-d")
-        .arg(&kernel.root)
-        .args(["-S", &kernel.release, "--show-depends", "-a"])
-        .args(MODULES);
+    command.arg("-d").arg(&kernel.root).args(["-S", &kernel.release, "--show-depends", "-a"]).args(MODULES);
     let listed = output(&mut command)?;
-    let files: BTreeSet<&str> = listed
-        .lines()
-        .filter_map(|line| line.strip_prefix("insmod ")?.split_whitespace().next())
-        .collect();
+    let files: BTreeSet<&str> =
+        listed.lines().filter_map(|line| line.strip_prefix("insmod ")?.split_whitespace().next()).collect();
     let target = tree.join("lib/modules").join(&kernel.release);
     for file in files {
         let path = Path::new(file);
@@ -310,11 +259,7 @@ fn modules(kernel: &Kernel, tree: &Path) -> Result<()> {
             _ => None,
         };
         if let Some(unpacker) = unpacker {
-            output(
-                Command::new(unpacker)
-                    .args(["--decompress", "--quiet", "--force"])
-                    .arg(&copy),
-            )?;
+            output(Command::new(unpacker).args(["--decompress", "--quiet", "--force"]).arg(&copy))?;
             let _zstd_keeps_it = fs::remove_file(&copy);
         }
     }

@@ -73,17 +73,8 @@ pub(crate) struct Job {
 
 impl Job {
     pub(crate) fn new(program: &Path, arguments: &[&str], limit: Duration) -> Self {
-        let argv = [program.to_string_lossy().as_ref()]
-            .iter()
-            .chain(arguments)
-            .map(|&word| word.to_owned())
-            .collect();
-        Self {
-            argv,
-            environment: Vec::new(),
-            files: Vec::new(),
-            limit,
-        }
+        let argv = [program.to_string_lossy().as_ref()].iter().chain(arguments).map(|&word| word.to_owned()).collect();
+        Self { argv, environment: Vec::new(), files: Vec::new(), limit }
     }
 }
 
