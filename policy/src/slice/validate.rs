@@ -1,0 +1,316 @@
+//! A slice or a delta from elsewhere is whole and within limits, or refused.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use ipnet::IpNet;
+use thiserror::Error;
+
+use super::{Cells, Local, Slice, SliceDelta};
+use crate::id::{ClassId, Revision};
+use crate::limit::{self, Bounded, LimitError};
+use crate::matrix::{Cell, CellError};
+use crate::prefix::{PrefixError, check_prefix};
+use crate::service::protocol;
+
+/// Why a delta or a slice is refused. Whoever sent it is wrong: ask for a whole slice.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum DeltaError {
+    #[error("the delta is from revision {from}, but the slice is of revision {revision}; ask for a whole slice")]
+    From { from: Revision, revision: Revision },
+    #[error("a whole slice is from revision 0 and says what is local; this is a delta from revision {0}")]
+    NotWhole(Revision),
+    #[error("{0} is both set and removed, or removed twice")]
+    Twice(String),
+    #[error("{0} is removed, but was not there")]
+    NotThere(String),
+    #[error("{0} speaks of {1}, which is not in the slice")]
+    Dangling(String, String),
+    #[error("the cell from class {0} to class {1} is set twice")]
+    CellTwice(ClassId, ClassId),
+    #[error("the cell from class {0} to class {1} concerns no address that the node stands for")]
+    Foreign(ClassId, ClassId),
+    #[error("the cell from class {0} to class {1} says only what an absent one says")]
+    ClosedCell(ClassId, ClassId),
+    #[error("a cell is malformed")]
+    Cell(#[from] CellError),
+    #[error("a product of cells has no sources or no destinations")]
+    EmptyProduct,
+    #[error("class {0} is removed, but a prefix has it")]
+    LivingClass(ClassId),
+    #[error("{0} has the id 0")]
+    ZeroId(&'static str),
+    #[error("a prefix is malformed")]
+    Prefix(#[from] PrefixError),
+    #[error("the prefix `{0}` is that of two peers, or of a peer and of this node")]
+    SharedPrefix(IpNet),
+    #[error("two peers have one public key, or a peer has the id of this node")]
+    SharedIdentity,
+    #[error("the slice is too large")]
+    Limit(#[from] LimitError),
+}
+
+impl Slice {
+    /// Applies a delta whole, or refuses it and stays as it is.
+    pub fn apply(&mut self, delta: SliceDelta) -> Result<(), DeltaError> {
+        if delta.from != self.revision {
+            return Err(DeltaError::From { from: delta.from, revision: self.revision });
+        }
+        let mut next = self.clone();
+        next.change(delta)?;
+        next.validate()?;
+        *self = next;
+        Ok(())
+    }
+
+    /// The inverse of [`Slice::to_delta`].
+    pub fn from_snapshot(mut delta: SliceDelta) -> Result<Slice, DeltaError> {
+        let local = match delta.local.take() {
+            Some(local) if delta.from == Revision::default() => local,
+            _ => return Err(DeltaError::NotWhole(delta.from)),
+        };
+        let mut slice = Slice {
+            revision: delta.revision,
+            local,
+            peers: BTreeMap::new(),
+            cidrs: BTreeMap::new(),
+            rules: BTreeMap::new(),
+            prefixes: BTreeMap::new(),
+            cells: BTreeMap::new(),
+        };
+        slice.change(delta)?;
+        slice.validate()?;
+        Ok(slice)
+    }
+
+    fn change(&mut self, delta: SliceDelta) -> Result<(), DeltaError> {
+        let SliceDelta {
+            from: _,
+            revision,
+            local,
+            peers,
+            removed_peers,
+            cidrs,
+            removed_cidrs,
+            rules,
+            removed_rules,
+            prefixes,
+            removed_prefixes,
+            cells,
+            removed_classes,
+        } = delta;
+        let before = self.classes();
+        self.revision = revision;
+        if let Some(local) = local {
+            self.local = local;
+        }
+        merge("peer", &mut self.peers, peers, &removed_peers)?;
+        merge("cidr", &mut self.cidrs, cidrs, &removed_cidrs)?;
+        merge("rule", &mut self.rules, rules, &removed_rules)?;
+        merge("prefix", &mut self.prefixes, prefixes, &removed_prefixes)?;
+        self.remove_classes(&before, &removed_classes)?;
+        self.set_cells(cells)
+    }
+
+    fn remove_classes(&mut self, before: &BTreeSet<ClassId>, removed: &[ClassId]) -> Result<(), DeltaError> {
+        let (after, gone) = (self.classes(), removed.iter().copied().collect::<BTreeSet<_>>());
+        for class in removed {
+            if after.contains(class) {
+                return Err(DeltaError::LivingClass(*class));
+            }
+            if !before.contains(class) {
+                return Err(DeltaError::NotThere(format!("class {class}")));
+            }
+        }
+        if gone.len() != removed.len() {
+            return Err(DeltaError::Twice("a removed class".to_owned()));
+        }
+        if !gone.is_empty() {
+            self.cells.retain(|(source, destination), _| !gone.contains(source) && !gone.contains(destination));
+        }
+        Ok(())
+    }
+
+    fn set_cells(&mut self, cells: Vec<Cells>) -> Result<(), DeltaError> {
+        let mut seen = BTreeSet::new();
+        for Cells { sources, destinations, cell } in cells {
+            if sources.is_empty() || destinations.is_empty() {
+                return Err(DeltaError::EmptyProduct);
+            }
+            // Before the product is made: it may be far larger than the message that it came in.
+            let count = sources.len().saturating_mul(destinations.len()).saturating_add(seen.len());
+            Bounded::SliceCells.check(count, limit::MAX_SLICE_CELLS)?;
+            for &source in &sources {
+                for &destination in &destinations {
+                    if !seen.insert((source, destination)) {
+                        return Err(DeltaError::CellTwice(source, destination));
+                    }
+                    match cell.is_closed() {
+                        true => self.cells.remove(&(source, destination)),
+                        false => self.cells.insert((source, destination), cell.clone()),
+                    };
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a slice that refers to what is not in it, that contradicts itself, or that a node has no room for.
+    pub fn validate(&self) -> Result<(), DeltaError> {
+        let classes = self.classes();
+        self.validate_ids(&classes)?;
+        self.validate_prefixes()?;
+        self.validate_cells(&classes)?;
+        self.validate_peers()?;
+        self.check_limits(&classes)?;
+        Ok(())
+    }
+
+    fn validate_ids(&self, classes: &BTreeSet<ClassId>) -> Result<(), DeltaError> {
+        let zero = [
+            ("a node", self.local.node.0 == 0 || self.peers.keys().any(|id| id.0 == 0)),
+            ("a cidr", self.cidrs.keys().any(|id| id.0 == 0)),
+            ("a rule", self.rules.keys().any(|id| id.0 == 0)),
+            ("a class", classes.iter().any(|id| id.0 == 0)),
+        ];
+        match zero.into_iter().find(|&(_, found)| found) {
+            Some((what, _)) => Err(DeltaError::ZeroId(what)),
+            None => Ok(()),
+        }
+    }
+
+    fn validate_prefixes(&self) -> Result<(), DeltaError> {
+        for (&prefix, (_, cidr)) in &self.prefixes {
+            check_prefix(prefix)?;
+            if !self.cidrs.contains_key(cidr) {
+                return Err(DeltaError::Dangling(format!("the prefix `{prefix}`"), format!("cidr {cidr}")));
+            }
+        }
+        let Local { external_routes, gateway_for, .. } = &self.local;
+        let peers = self.peers.values().flat_map(|peer| &peer.allowed_ips);
+        for &prefix in external_routes.iter().chain(gateway_for).chain(peers) {
+            check_prefix(prefix)?;
+        }
+        Ok(())
+    }
+
+    fn validate_cells(&self, classes: &BTreeSet<ClassId>) -> Result<(), DeltaError> {
+        let own = self.own_classes();
+        // Equal cells are many and checked once.
+        let mut checked: BTreeSet<&Cell> = BTreeSet::new();
+        for (&(source, destination), cell) in &self.cells {
+            let what = || format!("the cell from class {source} to class {destination}");
+            for class in [source, destination] {
+                if !classes.contains(&class) {
+                    return Err(DeltaError::Dangling(what(), format!("class {class}")));
+                }
+            }
+            if !own.contains(&source) && !own.contains(&destination) {
+                return Err(DeltaError::Foreign(source, destination));
+            }
+            if cell.is_closed() {
+                return Err(DeltaError::ClosedCell(source, destination));
+            }
+            if !checked.insert(cell) {
+                continue;
+            }
+            cell.validate()?;
+            for verdict in cell.verdicts() {
+                let Some(id) = verdict.rule else { continue };
+                let Some(rule) = self.rules.get(&id) else {
+                    return Err(DeltaError::Dangling(what(), format!("rule {id}")));
+                };
+                if rule.action != verdict.action {
+                    return Err(CellError::Verdict(verdict).into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_peers(&self) -> Result<(), DeltaError> {
+        let own = self.local.addresses.iter().map(IpNet::from).chain(self.local.gateway_for.iter().copied());
+        let mut prefixes: BTreeSet<IpNet> = own.collect();
+        let mut keys = BTreeSet::new();
+        for (id, peer) in &self.peers {
+            if *id == self.local.node || !keys.insert(peer.public_key) {
+                return Err(DeltaError::SharedIdentity);
+            }
+            for &prefix in &peer.allowed_ips {
+                if !prefixes.insert(prefix) {
+                    return Err(DeltaError::SharedPrefix(prefix));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_limits(&self, classes: &BTreeSet<ClassId>) -> Result<(), LimitError> {
+        let own = self.own_classes().len();
+        let leaves: BTreeSet<_> = self.prefixes.values().collect();
+        let distinct: BTreeSet<&Cell> = self.cells.values().collect();
+        let verdicts: BTreeSet<_> = distinct.iter().flat_map(|cell| cell.verdicts()).collect();
+        let pages = distinct.iter().filter(|cell| !cell.entries.is_empty()).count();
+        // Each leaf may be local or not, and one is that of no cidr; the class of no cidr and the verdict of an absent
+        // cell are always there.
+        Bounded::SliceLeaves.check(2 * leaves.len() + 1, limit::MAX_SLICE_LEAVES)?;
+        Bounded::SliceCells.check(2 * own * (classes.len() + 1), limit::MAX_SLICE_CELLS)?;
+        Bounded::SliceRules.check(self.rules.len(), limit::MAX_SLICE_RULES)?;
+        Bounded::SliceDecisions.check(verdicts.len() + 1, limit::MAX_SLICE_DECISIONS)?;
+        Bounded::SlicePages.check(pages, limit::MAX_SLICE_PAGES)?;
+        Bounded::SlicePorts.check(port_runs(&distinct), limit::MAX_SLICE_PORTS)
+    }
+}
+
+/// How many distinct runs of 256 verdicts the cells have, counted without making them.
+fn port_runs(cells: &BTreeSet<&Cell>) -> usize {
+    let mut runs: BTreeSet<(Vec<(u8, u8, usize)>, usize)> = BTreeSet::new();
+    let mut numbers: BTreeMap<_, usize> = BTreeMap::new();
+    for cell in cells.iter().filter(|cell| !cell.entries.is_empty()) {
+        let mut number = |verdict| {
+            let next = numbers.len();
+            *numbers.entry(verdict).or_insert(next)
+        };
+        let otherwise = number(cell.otherwise);
+        let mut blocks: BTreeMap<(Option<u8>, u8), Vec<(u8, u8, usize)>> = BTreeMap::new();
+        for entry in &cell.entries {
+            let (range, verdict) = (entry.range, number(entry.verdict));
+            match range.protocol {
+                protocol::TCP | protocol::UDP | protocol::ICMP | protocol::ICMPV6 => {
+                    let ([first, low], [last, high]) = (range.low.to_be_bytes(), range.high.to_be_bytes());
+                    for block in first..=last {
+                        let low = if block == first { low } else { 0 };
+                        let high = if block == last { high } else { u8::MAX };
+                        blocks.entry((Some(range.protocol), block)).or_default().push((low, high, verdict));
+                    }
+                }
+                other => blocks.entry((None, 0)).or_default().push((other, other, verdict)),
+            }
+        }
+        runs.insert((Vec::new(), otherwise));
+        for block in blocks.into_values() {
+            let whole = matches!(block.as_slice(), [(0, u8::MAX, _)]);
+            runs.insert((block, if whole { 0 } else { otherwise }));
+        }
+    }
+    runs.len()
+}
+
+/// Applies one part of a delta to one part of a slice.
+fn merge<K: Ord + fmt::Display, V>(
+    what: &str,
+    current: &mut BTreeMap<K, V>,
+    set: BTreeMap<K, V>,
+    removed: &BTreeSet<K>,
+) -> Result<(), DeltaError> {
+    for key in removed {
+        if set.contains_key(key) {
+            return Err(DeltaError::Twice(format!("{what} {key}")));
+        }
+        if current.remove(key).is_none() {
+            return Err(DeltaError::NotThere(format!("{what} {key}")));
+        }
+    }
+    current.extend(set);
+    Ok(())
+}
