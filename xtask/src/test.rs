@@ -228,7 +228,7 @@ fn machine(version: KernelVersion, limit: Duration) -> Result<()> {
         println!("kernel {version}: {name}");
         let _best_effort = std::io::stdout().flush();
         let ended = vm::start(version, Job::new(&program, &[], left))?;
-        if !ended.success() {
+        if !ended.clean() {
             bail!("`{name}`: {ended}");
         }
     }

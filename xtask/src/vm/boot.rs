@@ -26,8 +26,8 @@ const TROUBLE: [&str; 6] = ["Kernel panic", "Oops:", "BUG:", "general protection
 /// How a run in a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Ended {
-    /// The program ended by itself.
-    Exited { status: u8, left_running: bool },
+    /// The program ended by itself. `left` are the commands of what it left running.
+    Exited { status: u8, left: Vec<String> },
     /// The machine did not get as far as the program.
     NotUp { reason: String },
     /// The kernel is at fault.
@@ -39,8 +39,9 @@ pub(crate) enum Ended {
 }
 
 impl Ended {
-    pub(crate) fn success(&self) -> bool {
-        self.code() == 0
+    /// It ended well and left nothing behind.
+    pub(crate) fn clean(&self) -> bool {
+        matches!(self, Self::Exited { status: 0, left } if left.is_empty())
     }
 
     pub(crate) fn code(&self) -> u8 {
@@ -55,9 +56,9 @@ impl Ended {
 impl fmt::Display for Ended {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Exited { status, left_running: false } => write!(f, "exit status {status}"),
-            Self::Exited { status, left_running: true } => {
-                write!(f, "exit status {status}, and it left processes running")
+            Self::Exited { status, left } if left.is_empty() => write!(f, "exit status {status}"),
+            Self::Exited { status, left } => {
+                write!(f, "exit status {status}, and it left `{}` running", left.join("`, `"))
             }
             Self::NotUp { reason } => write!(f, "the machine failed {reason}"),
             Self::KernelTrouble { line } => write!(f, "the kernel said `{line}`"),
@@ -107,6 +108,11 @@ fn qemu(kernel: &Kernel, initrd: &Path, console: &Path, status: &Path) -> Comman
     command
 }
 
+/// The rest of each line that begins with `word`.
+fn lines<'a>(status: &'a str, word: &'static str) -> impl Iterator<Item = &'a str> {
+    status.lines().filter_map(move |line| line.strip_prefix(word)).map(str::trim)
+}
+
 /// What the machine told us, and what its console shows, as one answer.
 fn judge(ended: process::Ended, status: &str, console: &Path) -> Ended {
     let log = fs::read(console).unwrap_or_default();
@@ -117,12 +123,12 @@ fn judge(ended: process::Ended, status: &str, console: &Path) -> Ended {
     if !ended.success() {
         return Ended::Stopped(ended);
     }
-    let told = |word: &str| status.lines().find_map(|line| line.strip_prefix(word)).map(str::trim);
+    let told = |word: &'static str| lines(status, word).next();
     if let Some(reason) = told("failed ") {
         return Ended::NotUp { reason: reason.to_owned() };
     }
     match told("exit ").and_then(|status| status.parse().ok()) {
-        Some(status) => Ended::Exited { status, left_running: told("left-running").is_some() },
+        Some(code) => Ended::Exited { status: code, left: lines(status, "left ").map(str::to_owned).collect() },
         None => Ended::Vanished { console: tail(console) },
     }
 }
@@ -146,6 +152,7 @@ mod tests {
     #[test]
     fn only_a_status_that_was_told_counts() {
         check("zero", "", "up 2.1\nexit 0\n", 0, "exit status 0");
+        check("left", "", "up 2.1\nleft noded run\nleft sh\nexit 0\n", 0, "`noded run`, `sh`");
         check("passed-on", "", "up 2.1\nexit 3\n", 3, "exit status 3");
         check("no-init", "", "failed to mount /proc\n", 1, "failed to mount /proc");
         check("silent", "last words\n", "up 2.1\n", 1, "last words");

@@ -28,6 +28,8 @@ const TOOLS: [&str; 15] = [
 const PROGRAMS: [&str; 5] = ["noded", "nodectl", "controllerd", "meshctl", "demo"];
 /// Variables of ours that a test under the machine's kernel would miss.
 const PASSED_ON: [&str; 3] = ["RAMPART_", "PROPTEST_", "RUST_"];
+/// Begins the name of a run's directory; the process id follows.
+const RUN: &str = "run-";
 const INIT: &str = include_str!("init.sh");
 const ETC: [(&str, &str); 5] = [
     ("hosts", "127.0.0.1 localhost vm\n::1 localhost\n"),
@@ -43,9 +45,9 @@ pub(super) struct RunDirectory(PathBuf);
 
 impl RunDirectory {
     pub(super) fn create() -> Result<Self> {
-        let path = crate::target().join("vm").join(format!("run-{}", std::process::id()));
-        let run = Self(path);
-        run.remove().with_context(|| format!("failed to empty `{}`", run.0.display()))?;
+        let folder = crate::target().join("vm");
+        remove_stale(&folder)?;
+        let run = Self(folder.join(format!("{RUN}{}", std::process::id())));
         create(&run.0)?;
         Ok(run)
     }
@@ -53,19 +55,26 @@ impl RunDirectory {
     pub(super) fn file(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
-
-    fn remove(&self) -> io::Result<()> {
-        match fs::remove_dir_all(&self.0) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
-    }
 }
 
 impl Drop for RunDirectory {
     fn drop(&mut self) {
-        let _best_effort = self.remove();
+        let _best_effort = fs::remove_dir_all(&self.0);
     }
+}
+
+/// Removes what runs that were killed could not.
+fn remove_stale(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).with_context(|| format!("failed to read `{}`", folder.display()))?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if let Some(process) = name.strip_prefix(RUN)
+            && (!Path::new("/proc").join(process).exists() || process == std::process::id().to_string())
+        {
+            fs::remove_dir_all(entry.path())
+                .with_context(|| format!("failed to remove `{}`", entry.path().display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Builds what the kernel boots into.

@@ -64,11 +64,24 @@ relay=$!
 env "${environment[@]}" "${argv[@]}" >/run/vm-output 2>&1 7>&- 8>&-
 status=$?
 
-# What the program left running holds the pipe open: not worth waiting for, but worth knowing.
-for ((round = 0; round < 100; round++)); do
-    kill -0 $relay 2>/dev/null || break
-    sleep 0.05
+# Processes that the program left behind, one a line. Threads of the kernel have no command line.
+left() {
+    local process words
+    for process in /proc/[0-9]*; do
+        [[ ${process#/proc/} == @(1|"$relay"|"$BASHPID") ]] && continue
+        mapfile -d '' -t words 2>/dev/null <"$process/cmdline" && ((${#words[@]})) && echo "left ${words[*]}"
+    done
+}
+# They get a moment, for ends that are under way, before the host is told.
+for ((round = 0; round < 30; round++)); do
+    [[ $(left) ]] || break
+    sleep 0.1
 done
-kill -0 $relay 2>/dev/null && echo "left-running" >&8
+remaining=$(left)
+if [[ $remaining ]]; then
+    echo "$remaining" >&8 # they may hold the pipe open for ever
+else
+    wait $relay
+fi
 echo "exit $status" >&8
 stop

@@ -87,7 +87,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         limit: Duration::from_secs(args.limit),
     };
     let ended = start(args.kernel, job)?;
-    if !ended.success() {
+    if !ended.clean() {
         eprintln!("vm {}: {ended}", args.kernel);
     }
     Ok(ExitCode::from(ended.code()))
