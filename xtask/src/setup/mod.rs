@@ -97,9 +97,8 @@ pub(crate) fn ensure(purposes: &[Purpose]) -> Result<()> {
         if missing.is_empty() {
             return Ok(());
         }
-        let by_hand = missing.iter().any(|missing| matches!(missing.remedy, Remedy::ByHand(_)));
-        let stuck = missing.iter().all(|missing| before.contains(&missing.remedy));
-        if by_hand || stuck {
+        let tried = |missing: &Missing| before.contains(&missing.remedy) || matches!(missing.remedy, Remedy::ByHand(_));
+        if missing.iter().all(tried) {
             bail!("{}", report(&missing));
         }
         let needs_root = missing.iter().any(|missing| missing.remedy.needs_root());

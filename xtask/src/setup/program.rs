@@ -84,7 +84,7 @@ pub(super) fn missing(purposes: &[Purpose]) -> Vec<Missing> {
         .map(|program| missing_program(program.name, program.package, program.why))
         .collect();
     if purposes.iter().any(|purpose| vm(*purpose)) && !find("busybox").is_some_and(|file| is_static(&file)) {
-        missing.push(missing_program("busybox", "busybox-static", "is the small programs of a virtual machine"));
+        missing.push(missing_program("busybox", "busybox-static", "has the small programs of a virtual machine"));
     }
     missing
 }
