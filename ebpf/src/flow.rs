@@ -34,13 +34,20 @@ fn opposite() -> u32 {
 /// that replies go on when a later policy allows the opener's direction only.
 #[inline(always)]
 pub(crate) fn keep(case: &Case, decision: Decision) {
-    if decision.has(Decision::RECORD) || case.packet.is_handshake() {
-        refresh_or_open(case, decision.0);
+    let packet = &case.packet;
+    let needed = decision.has(Decision::RECORD);
+    if !(needed || packet.is_handshake()) || refresh(case, decision.0) {
+        return;
+    }
+    if packet.can_open() && !packet.is_reset() && (needed || packet.is_opening()) {
+        open(case, decision.0);
     }
 }
 
+/// Whether there was a record to be refreshed. (Not one function with `open`: the whole chain of calls has 512 bytes of
+/// stack.)
 #[inline(never)]
-fn refresh_or_open(case: &Case, decision: u64) -> u32 {
+fn refresh(case: &Case, decision: u64) -> bool {
     let decision = Decision(decision);
     let packet = &case.packet;
     let now = now();
@@ -53,7 +60,7 @@ fn refresh_or_open(case: &Case, decision: u64) -> u32 {
             record.approve(case, decision);
             record.refresh_by_opener(case, now);
         }
-        return 0;
+        return true;
     }
     if packet.can_reply()
         && let Some(mut record) = Record::find(&packet.reply_key(), now)
@@ -61,17 +68,14 @@ fn refresh_or_open(case: &Case, decision: u64) -> u32 {
         if record.judge(case, packet.reply_service(), now) {
             record.refresh_by_reply(case, now);
         }
-        return 0;
+        return true;
     }
-    let opens = packet.can_open() && !packet.is_reset();
-    if opens && (decision.has(Decision::RECORD) || packet.is_opening()) {
-        open(case, decision, now);
-    }
-    0
+    false
 }
 
-#[inline(always)]
-fn open(case: &Case, decision: Decision, now: u64) {
+#[inline(never)]
+fn open(case: &Case, decision: u64) -> u32 {
+    let (decision, now) = (Decision(decision), now());
     let flow = Flow {
         opened: now,
         seen: now,
@@ -88,6 +92,7 @@ fn open(case: &Case, decision: Decision, now: u64) {
     if FLOWS.insert(case.packet.key(), flow, 0).is_err() {
         lose(LOSS_FLOW);
     }
+    0
 }
 
 /// What [`answers`] returns: no answer to anything, an answer to a revoked flow, or the rule of the flow that is answered.
@@ -128,7 +133,7 @@ pub(crate) fn answers(case: &Case) -> u64 {
 
 /// Whether `quoted`, a packet in the opposite direction of this hook's, belongs to a flow that is allowed. Unless `direct`,
 /// the flow must be recorded. Changes no record.
-#[inline(always)]
+#[inline(never)]
 pub(crate) fn is_allowed(case: &Case, quoted: &Packet, own: u32, other: u32, direct: bool) -> bool {
     let service = |port: u16| u32::from(quoted.protocol) << 16 | u32::from(port);
     let decision = Decision(decide(case.copy, opposite(), own, other, service(quoted.destination_port)));

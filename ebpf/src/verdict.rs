@@ -96,6 +96,11 @@ fn read(context: &TcContext, case: &mut Case) -> u32 {
     }
 }
 
+#[inline(never)]
+fn read_quote(context: &TcContext, case: &Case, quoted: &mut Packet) -> bool {
+    case.packet.read_quote(&Bytes(context), quoted)
+}
+
 /// Whether an ICMP error is about a flow that is allowed (section 3.5). `other` are the flags of the other end's leaf.
 ///
 /// The quoted packet was sent by the error's destination, so its direction is the opposite of the error's. An error that
@@ -105,7 +110,7 @@ fn read(context: &TcContext, case: &mut Case) -> u32 {
 #[inline(never)]
 fn is_related(context: &TcContext, case: &Case, other: u32) -> bool {
     let mut quoted = Packet::default();
-    if !case.packet.read_quote(&Bytes(context), &mut quoted) || quoted.source != case.packet.destination {
+    if !read_quote(context, case, &mut quoted) || quoted.source != case.packet.destination {
         return false;
     }
     let (mut own_class, mut other_class) = (case.own, case.other);
