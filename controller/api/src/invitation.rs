@@ -282,3 +282,88 @@ fn from_wire(wire: &Wire) -> Result<Invitation, InvitationError> {
         expires_at: *expires_at,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn invitation(subject: Subject) -> Invitation {
+        Invitation {
+            network: "corp".parse().expect("a name"),
+            subject,
+            endpoints: vec!["controller.example:7443".to_owned(), "[2001:db8::1]:7443".to_owned()],
+            fingerprint: std::array::from_fn(|i| i as u8),
+            secret: Secret::new(std::array::from_fn(|i| 0xff - i as u8)),
+            expires_at: 1_800_000_000,
+        }
+    }
+
+    fn node() -> Invitation {
+        invitation(Subject::Node("web1".parse().expect("a name")))
+    }
+
+    #[test]
+    fn an_invitation_parses_as_it_prints() {
+        for invitation in [node(), invitation(Subject::Admin("alice".to_owned()))] {
+            let line = invitation.to_string();
+            assert!(line.starts_with("rampart1:") && !line.contains(char::is_whitespace) && line.len() < 260, "{line}");
+            assert_eq!(line.parse(), Ok(invitation.clone()));
+            assert_eq!(format!("  {line}\n").parse(), Ok(invitation));
+        }
+    }
+
+    #[test]
+    fn a_change_of_any_character_is_refused() {
+        let line = node().to_string();
+        for at in 0..line.len() {
+            for other in ["A", "b", "7", "_", "-", " ", ":", "="] {
+                if line[at..=at] == *other {
+                    continue;
+                }
+                let changed = format!("{}{other}{}", &line[..at], &line[at + 1..]);
+                assert!(changed.parse::<Invitation>().is_err(), "`{other}` at {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_line_cut_off_anywhere_is_refused_as_such() {
+        let line = node().to_string();
+        assert_eq!("".parse::<Invitation>(), Err(InvitationError::Empty));
+        for end in 1..line.len() {
+            assert_eq!(line[..end].parse::<Invitation>(), Err(InvitationError::Truncated), "{end}");
+        }
+        for extra in ["A", "AAAA", "rampart1:"] {
+            assert!(format!("{line}{extra}").parse::<Invitation>().is_err());
+        }
+        let middle = format!("{} {}", &line[..60], &line[60..]);
+        assert!(matches!(middle.parse::<Invitation>(), Err(InvitationError::Tampered { .. })));
+    }
+
+    #[test]
+    fn other_lines_say_what_they_are() {
+        let line = node().to_string();
+        let newer = line.replacen("rampart1:", "rampart2:", 1);
+        assert_eq!(newer.parse::<Invitation>(), Err(InvitationError::NewerVersion { found: 2 }));
+        for other in ["hello", "wg1:abc", "Rampart1:abc", "rampart01:abc", "rampart:abc", "rampart+1:a", "rampart0:a"] {
+            let error = other.parse::<Invitation>().expect_err(other);
+            assert!(matches!(error, InvitationError::OtherPrefix { .. }), "{other}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_secret_is_not_printed() {
+        let text = format!("{:?}", node());
+        assert!(text.contains("redacted") && !text.contains("255, 254"), "{text}");
+    }
+
+    #[test]
+    fn a_well_sealed_line_is_checked_all_the_same() {
+        let mut bad = node();
+        bad.endpoints = vec!["https://controller".to_owned()];
+        assert!(matches!(bad.to_string().parse::<Invitation>(), Err(InvitationError::Malformed { field: "endpoints", .. })));
+        bad.endpoints.clear();
+        assert!(matches!(bad.to_string().parse::<Invitation>(), Err(InvitationError::Malformed { field: "endpoints", .. })));
+        assert!(bad.is_expired(1_800_000_000) && !bad.is_expired(1_799_999_999));
+    }
+}

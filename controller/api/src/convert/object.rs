@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use ipnet::IpNet;
 use policy::{
     Cidr, CidrId, Endpoint, Group, GroupId, Mode, NamedService, Network, NetworkParts, Node, NodeId, Rule, RuleId, Selector,
-    ServiceId, ServiceRef,
+    ServiceId,
 };
 
 use super::{ConvertError, action, default_policy, id, ids, node_state, nonzero, parse, parse_all, print_all, public_key, required};
@@ -179,7 +179,7 @@ impl From<&Rule> for v1::Rule {
             action: v1::Action::from(*action).into(),
             from: from.iter().map(v1::Selector::from).collect(),
             to: to.iter().map(v1::Selector::from).collect(),
-            services: services.iter().map(service_to_wire).collect(),
+            services: print_all(services),
             priority: *priority,
             both: *both,
             mode: v1::Mode::from(*mode).into(),
@@ -216,7 +216,7 @@ impl TryFrom<v1::Rule> for Rule {
             action: action("rule.action", verb)?,
             from: selectors(from)?,
             to: selectors(to)?,
-            services: services.iter().map(|text| service_from_wire(text)).collect::<Result<_, _>>()?,
+            services: parse_all("rule.services", services)?,
             priority,
             both,
             mode: mode("rule.mode", how)?,
@@ -225,26 +225,6 @@ impl TryFrom<v1::Rule> for Rule {
             schedule: (!schedule.is_empty()).then_some(schedule),
             comment,
         })
-    }
-}
-
-const NAMED_SERVICE: &str = "service:";
-
-fn service_to_wire(service: &ServiceRef) -> String {
-    match service {
-        ServiceRef::Literal(service) => service.to_string(),
-        ServiceRef::Named(id) => format!("{NAMED_SERVICE}{}", id.0),
-    }
-}
-
-fn service_from_wire(text: &str) -> Result<ServiceRef, ConvertError> {
-    const FIELD: &str = "rule.services";
-    match text.strip_prefix(NAMED_SERVICE) {
-        None => Ok(ServiceRef::Literal(parse(FIELD, text)?)),
-        Some(number) => {
-            let number = number.parse().map_err(|_| ConvertError::invalid(FIELD, text, "it has no id of a service"))?;
-            Ok(ServiceRef::Named(id(FIELD, number, ServiceId)?))
-        }
     }
 }
 
