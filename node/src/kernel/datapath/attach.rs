@@ -1,0 +1,160 @@
+//! Where the programs hang: TCX, or clsact before 6.6. What differs between the two is here and in `clsact`.
+
+use std::path::Path;
+
+use aya::programs::links::{FdLink, LinkError, PinnedLink};
+use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
+use aya::programs::{LinkOrder, ProgramError, SchedClassifier};
+use std::os::fd::AsFd;
+
+use super::{clsact, pin, sys};
+use crate::kernel::{Attachment, KernelError};
+
+/// One direction of one interface.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Hook<'a> {
+    pub(super) interface: &'a str,
+    pub(super) index: u32,
+    pub(super) direction: u32,
+}
+
+/// What keeps a program where it is while the agent lives; the pin does when it does not.
+#[derive(Debug)]
+pub(super) enum Attached {
+    /// Held, so that a pin that somebody removes does not take enforcement with it.
+    Tcx { _link: FdLink, id: u32 },
+    Clsact,
+}
+
+impl Attached {
+    /// Whether the attachment would survive the agent.
+    pub(super) fn is_pinned(&self, pin: &Path) -> bool {
+        match self {
+            Self::Tcx { id, .. } => pinned(pin).is_some_and(|link| link.id == *id),
+            Self::Clsact => true,
+        }
+    }
+}
+
+impl Hook<'_> {
+    /// Puts the program first, without a packet in between that neither it nor its predecessor sees. `method` is what
+    /// worked before; without one TCX is tried first.
+    pub(super) fn attach(
+        &self,
+        program: &mut SchedClassifier,
+        pin: &Path,
+        method: &mut Option<Attachment>,
+    ) -> Result<Attached, KernelError> {
+        if method.is_none_or(|method| method == Attachment::Tcx) {
+            match self.attach_tcx(program, pin) {
+                Ok(attached) => {
+                    *method = Some(Attachment::Tcx);
+                    return Ok(attached);
+                }
+                // Before 6.6 the kernel knows no such attach type.
+                Err(TcxError::Program(ProgramError::SyscallError(error)))
+                    if method.is_none() && error.io_error.raw_os_error() == Some(libc::EINVAL) => {}
+                Err(TcxError::Program(error)) => return Err(self.failed(error)),
+                Err(TcxError::Link(error)) => return Err(self.failed(error)),
+                Err(TcxError::Kernel(error)) => return Err(error),
+            }
+        }
+        clsact::attach(program, self.interface, self.index, self.direction).map_err(|error| self.failed(error))?;
+        *method = Some(Attachment::Clsact);
+        Ok(Attached::Clsact)
+    }
+
+    fn attach_tcx(&self, program: &mut SchedClassifier, pin: &Path) -> Result<Attached, TcxError> {
+        if let Some(link) = self.link_to_take_over(pin)? {
+            // One pointer in the kernel: every packet runs the old program or the new one.
+            let id = program.attach_to_link(link)?;
+            return held(FdLink::try_from(program.take_link(id)?)?);
+        }
+        // Ahead of whatever is there, our former self included, which goes when its pin is replaced.
+        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let id = program.attach_with_options(self.interface, clsact::attach_type(self.direction), options)?;
+        let link = FdLink::try_from(program.take_link(id)?)?;
+        let mut pinned = None;
+        pin::replace(pin, |path| link.pin(path).map(|link| pinned = Some(link)))?;
+        let link = pinned.ok_or_else(|| KernelError::new("the link was not pinned"))?;
+        held(link.into())
+    }
+
+    /// Our pinned link, if it still holds this interface and runs first there.
+    fn link_to_take_over(&self, pin: &Path) -> Result<Option<SchedClassifierLink>, TcxError> {
+        let Some(link) = pinned(pin).filter(|link| link.is_at(self.index, self.direction)) else { return Ok(None) };
+        if self.programs(Attachment::Tcx)?.first() != Some(&Some(link.program)) {
+            return Ok(None);
+        }
+        Ok(Some(FdLink::from(PinnedLink::from_pin(pin)?).try_into()?))
+    }
+
+    /// Ids of the programs in the order in which they run; `None`: a filter that is no program.
+    pub(super) fn programs(&self, attachment: Attachment) -> Result<Vec<Option<u32>>, KernelError> {
+        let programs = match attachment {
+            Attachment::Tcx => sys::tcx_programs(self.index, self.direction)
+                .map(|programs| programs.unwrap_or_default().into_iter().map(Some).collect()),
+            Attachment::Clsact => clsact::filters(self.index, self.direction)
+                .map(|filters| filters.iter().map(clsact::Filter::program).collect()),
+        };
+        programs.map_err(|error| {
+            let (direction, interface) = (pin::name(self.direction), self.interface);
+            KernelError::with(format!("failed to ask which programs are at {direction} of `{interface}`"), error)
+        })
+    }
+
+    /// Takes off what is ours of either kind, but for the kind that is to stay.
+    pub(super) fn detach(&self, pin: &Path, keep: Option<Attachment>) -> Result<(), KernelError> {
+        if keep != Some(Attachment::Tcx) {
+            pin::remove_file(pin)?;
+        }
+        if keep != Some(Attachment::Clsact) {
+            clsact::detach(self.interface, self.index, self.direction).map_err(|error| {
+                let (direction, interface) = (pin::name(self.direction), self.interface);
+                KernelError::with(format!("failed to take the filter off {direction} of `{interface}`"), error)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn failed(&self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> KernelError {
+        let (direction, interface) = (pin::name(self.direction), self.interface);
+        KernelError::with(format!("failed to attach the policy to {direction} of `{interface}`"), error)
+    }
+}
+
+/// What is pinned at a path, if it is a TCX link.
+fn pinned(pin: &Path) -> Option<sys::TcxLink> {
+    let fd = sys::object(pin).ok()??;
+    sys::tcx_link(fd.as_fd()).ok()?
+}
+
+fn held(link: FdLink) -> Result<Attached, TcxError> {
+    let id = link.info()?.id();
+    Ok(Attached::Tcx { _link: link, id })
+}
+
+/// Kept apart until it is known whether the kernel has TCX at all.
+enum TcxError {
+    Program(ProgramError),
+    Link(LinkError),
+    Kernel(KernelError),
+}
+
+impl From<ProgramError> for TcxError {
+    fn from(error: ProgramError) -> Self {
+        Self::Program(error)
+    }
+}
+
+impl From<LinkError> for TcxError {
+    fn from(error: LinkError) -> Self {
+        Self::Link(error)
+    }
+}
+
+impl From<KernelError> for TcxError {
+    fn from(error: KernelError) -> Self {
+        Self::Kernel(error)
+    }
+}

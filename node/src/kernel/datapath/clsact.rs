@@ -1,0 +1,176 @@
+//! Filters of the clsact qdisc, for kernels without TCX: which there are, and in which order.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact};
+use aya::programs::{Link, ProgramError, SchedClassifier, TcAttachType};
+use ebpf_common::{EGRESS, PROGRAM};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, socket,
+};
+
+/// The first preference: filters of others come after ours.
+const PREFERENCE: u16 = 1;
+/// Ours among the filters of that preference. The second is used while the first has somebody ahead of it: a new filter
+/// goes to the head of its preference.
+const HANDLES: [TcHandle; 2] = [TcHandle::new(0, 0x7270), TcHandle::new(0, 0x7271)];
+
+/// One filter of an interface, in the order in which they run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Filter {
+    preference: u16,
+    handle: u32,
+    /// `None`: it is no BPF program.
+    program: Option<u32>,
+    name: Vec<u8>,
+}
+
+impl Filter {
+    pub(super) fn program(&self) -> Option<u32> {
+        self.program
+    }
+
+    /// Our handle, if it is ours.
+    fn ours(&self) -> Option<TcHandle> {
+        // The filter's name is the program's.
+        let ours = self.preference == PREFERENCE && self.name == PROGRAM.as_bytes();
+        HANDLES.into_iter().find(|handle| ours && self.handle == u32::from(*handle))
+    }
+}
+
+/// Puts the program where ours is, in place and at once, or makes its place ahead of everybody else.
+pub(super) fn attach(
+    program: &mut SchedClassifier,
+    interface: &str,
+    index: u32,
+    direction: u32,
+) -> Result<(), ProgramError> {
+    let kind = attach_type(direction);
+    let filters = filters(index, direction)?;
+    let ours = filters.iter().find_map(Filter::ours);
+    let in_place = filters.first().and_then(Filter::ours);
+    let link = if let Some(handle) = in_place {
+        // Without NLM_F_CREATE the kernel replaces the program of that handle.
+        program.attach_to_link(SchedClassifierLink::attached(interface, kind, PREFERENCE, handle, None)?)?
+    } else {
+        match qdisc_add_clsact(interface) {
+            Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
+            result => result?,
+        }
+        let handle = if ours == Some(HANDLES[0]) { HANDLES[1] } else { HANDLES[0] };
+        let options = NlOptions { priority: PREFERENCE, handle, classid: None };
+        program.attach_with_options(interface, kind, TcAttachOptions::Netlink(options))?
+    };
+    // Dropping it would take the filter off, also when the agent ends as it should.
+    std::mem::forget(program.take_link(link)?);
+    let behind = filters.iter().skip(1).filter_map(Filter::ours);
+    behind.map(|handle| SchedClassifierLink::attached(interface, kind, PREFERENCE, handle, None)?.detach()).collect()
+}
+
+/// Takes our filters off; `false`: there are none.
+pub(super) fn detach(interface: &str, index: u32, direction: u32) -> Result<bool, ProgramError> {
+    let ours: Vec<TcHandle> = filters(index, direction)?.iter().filter_map(Filter::ours).collect();
+    for handle in &ours {
+        SchedClassifierLink::attached(interface, attach_type(direction), PREFERENCE, *handle, None)?.detach()?;
+    }
+    Ok(!ours.is_empty())
+}
+
+pub(super) fn attach_type(direction: u32) -> TcAttachType {
+    if direction == EGRESS { TcAttachType::Egress } else { TcAttachType::Ingress }
+}
+
+const TC_H_CLSACT: u32 = 0xffff_0000;
+const TC_H_MIN_INGRESS: u32 = 0xfff2;
+const TC_H_MIN_EGRESS: u32 = 0xfff3;
+const RTM_NEWTFILTER: u16 = 44;
+const RTM_GETTFILTER: u16 = 46;
+const TCA_KIND: u16 = 1;
+const TCA_OPTIONS: u16 = 2;
+const TCA_BPF_NAME: u16 = 7;
+const TCA_BPF_ID: u16 = 11;
+/// Bytes of `nlmsghdr` and of `tcmsg`.
+const HEADER: usize = 16;
+const TC_MESSAGE: usize = 20;
+
+/// The filters of an interface in one direction. None where there is no clsact qdisc.
+pub(super) fn filters(index: u32, direction: u32) -> io::Result<Vec<Filter>> {
+    let socket: OwnedFd =
+        socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?;
+    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
+    let parent = TC_H_CLSACT | if direction == EGRESS { TC_H_MIN_EGRESS } else { TC_H_MIN_INGRESS };
+    let mut request = Vec::with_capacity(HEADER + TC_MESSAGE);
+    request.extend(((HEADER + TC_MESSAGE) as u32).to_ne_bytes());
+    request.extend(RTM_GETTFILTER.to_ne_bytes());
+    request.extend(((libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16).to_ne_bytes());
+    request.extend([1u32, 0].map(u32::to_ne_bytes).concat()); // sequence, port
+    request.extend([0u32, index, 0, parent, 0].map(u32::to_ne_bytes).concat()); // family, interface, handle, parent, info
+    send(socket.as_raw_fd(), &request, MsgFlags::empty())?;
+
+    let mut filters = Vec::new();
+    let mut buffer = vec![0u8; 64 * 1024];
+    loop {
+        let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+        let mut rest = &buffer[..length];
+        while let Some(size) = word(rest, 0).map(|size| size as usize).filter(|size| (HEADER..=rest.len()).contains(size)) {
+            let message = &rest[..size];
+            match half(message, 4).map(i32::from) {
+                Some(libc::NLMSG_DONE) => return Ok(filters),
+                Some(libc::NLMSG_ERROR) => {
+                    let code = word(message, HEADER).unwrap_or(0) as i32;
+                    // The interface has no such qdisc.
+                    return if code == -libc::EINVAL || code == -libc::ENOENT {
+                        Ok(Vec::new())
+                    } else {
+                        Err(io::Error::from_raw_os_error(-code))
+                    };
+                }
+                Some(kind) if kind == i32::from(RTM_NEWTFILTER) => filters.extend(filter(&message[HEADER..])),
+                _ => {}
+            }
+            rest = rest.get(size.next_multiple_of(4)..).unwrap_or_default();
+        }
+    }
+}
+
+/// `None`: the head of a list of filters, not one of them.
+fn filter(message: &[u8]) -> Option<Filter> {
+    let handle = word(message, 8)?;
+    let info = word(message, 16)?;
+    let attributes = message.get(TC_MESSAGE..)?;
+    let kind = attribute(attributes, TCA_KIND)?;
+    let options = attribute(attributes, TCA_OPTIONS)?;
+    if handle == 0 {
+        return None;
+    }
+    let is_bpf = kind == b"bpf\0";
+    let of_bpf = |wanted| attribute(options, wanted).filter(|_| is_bpf);
+    Some(Filter {
+        preference: (info >> 16) as u16,
+        handle,
+        program: of_bpf(TCA_BPF_ID).and_then(|bytes| word(bytes, 0)),
+        name: of_bpf(TCA_BPF_NAME).map(|name| name.strip_suffix(b"\0").unwrap_or(name).to_vec()).unwrap_or_default(),
+    })
+}
+
+fn attribute(mut attributes: &[u8], wanted: u16) -> Option<&[u8]> {
+    const TYPE: u16 = 0x3fff;
+    loop {
+        let size = usize::from(half(attributes, 0)?);
+        let kind = half(attributes, 2)? & TYPE;
+        let payload = attributes.get(4..size)?;
+        if kind == wanted {
+            return Some(payload);
+        }
+        attributes = attributes.get(size.next_multiple_of(4)..)?;
+    }
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+fn half(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+}

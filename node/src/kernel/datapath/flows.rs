@@ -1,0 +1,89 @@
+//! Records of flows, from userspace: listed, collected when idle, forgotten when an address changes hands.
+
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use aya::maps::{HashMap, Map, MapData, MapError};
+use ebpf_common::flow::{Flow, FlowKey, idle_timeout_ns};
+use ebpf_common::map;
+use ipnet::IpNet;
+
+use super::{map::open, sys};
+use crate::kernel::KernelError;
+
+/// The pinned records.
+pub(super) struct Flows {
+    map: MapData,
+    records: HashMap<MapData, FlowKey, Flow>,
+}
+
+impl Flows {
+    pub(super) fn open(folder: &Path) -> Result<Self, KernelError> {
+        let records = HashMap::try_from(Map::HashMap(open(folder, map::FLOWS)?))
+            .map_err(|error| KernelError::with("`FLOWS` is no hash map", error))?;
+        Ok(Self { map: open(folder, map::FLOWS)?, records })
+    }
+
+    pub(super) fn list(&self) -> Result<Vec<(FlowKey, Flow)>, KernelError> {
+        sys::read_hash(self.map.fd().as_fd())
+            .map_err(|error| KernelError::with("failed to read the records of flows", error))
+    }
+
+    /// Deletes records that are idle at `now` (nanoseconds, monotonic clock).
+    pub(super) fn collect(&mut self, now: u64) -> Result<usize, KernelError> {
+        self.remove(|key, flow| is_idle(key, flow, now))
+    }
+
+    /// Deletes records with an end in one of these prefixes.
+    pub(super) fn forget(&mut self, addresses: &[IpNet]) -> Result<usize, KernelError> {
+        let inside = |address| {
+            let address = IpAddr::from(address);
+            addresses.iter().any(|net| net.contains(&address))
+        };
+        self.remove(|key, _| inside(key.source) || inside(key.destination))
+    }
+
+    pub(super) fn clear(&mut self) -> Result<usize, KernelError> {
+        self.remove(|_, _| true)
+    }
+
+    fn remove(&mut self, wanted: impl Fn(&FlowKey, &Flow) -> bool) -> Result<usize, KernelError> {
+        let mut removed = 0;
+        for (key, _) in self.list()?.into_iter().filter(|(key, flow)| wanted(key, flow)) {
+            // A packet may have come since the list was read.
+            let still = match self.records.get(&key, 0) {
+                Ok(flow) => wanted(&key, &flow),
+                Err(MapError::KeyNotFound) => false,
+                Err(error) => return Err(KernelError::with("failed to read a record of a flow", error)),
+            };
+            if still && self.records.remove(&key).is_ok() {
+                removed += 1;
+            }
+        }
+        Ok(removed)
+    }
+}
+
+fn is_idle(key: &FlowKey, flow: &Flow, now: u64) -> bool {
+    // The programs' clock may be a little ahead of `now`.
+    now.saturating_sub(flow.seen) > idle_timeout_ns(key.protocol, flow.state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ebpf_common::flow::{STATE_ESTABLISHED, STATE_OPENING, timeout};
+
+    #[test]
+    fn a_record_is_idle_after_its_time_out_and_never_before_it_was_seen() {
+        let second = 1_000_000_000;
+        let udp = FlowKey { protocol: 17, ..FlowKey::default() };
+        let flow = |state| Flow { seen: 100 * second, state, ..Flow::default() };
+        for (state, seconds) in [(STATE_OPENING, timeout::UDP_OPENING), (STATE_ESTABLISHED, timeout::UDP_ESTABLISHED)] {
+            assert!(!is_idle(&udp, &flow(state), (100 + seconds) * second));
+            assert!(is_idle(&udp, &flow(state), (100 + seconds) * second + 1));
+        }
+        assert!(!is_idle(&udp, &flow(STATE_OPENING), 99 * second));
+    }
+}

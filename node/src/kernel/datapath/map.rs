@@ -1,0 +1,142 @@
+//! The pinned maps: their layout, and handles to them.
+
+use std::path::Path;
+
+use aya::maps::{MapData, MapInfo, MapType};
+use ebpf_common::counter::{Counter, LOSSES, PairKey};
+use ebpf_common::event::Bucket;
+use ebpf_common::flow::{Flow, FlowKey};
+use ebpf_common::table::{Block, Control, Decision, Header, Leaf, Page, Ports};
+use ebpf_common::{COPIES, DIRECTIONS, limit, map, reason};
+
+use super::{pin, sys};
+use crate::kernel::KernelError;
+
+/// What a map must be for the programs and this build to understand each other.
+struct Layout {
+    name: &'static str,
+    kind: MapType,
+    key: usize,
+    value: usize,
+    entries: u32,
+}
+
+const fn array(name: &'static str, value: usize, entries: u32) -> Layout {
+    Layout { name, kind: MapType::Array, key: 4, value, entries }
+}
+
+const fn per_cpu(name: &'static str, value: usize, entries: u32) -> Layout {
+    Layout { name, kind: MapType::PerCpuArray, key: 4, value, entries }
+}
+
+const LAYOUTS: [Layout; 15] = [
+    array(map::CONTROL, size_of::<Control>(), 1),
+    array(map::HEADER, size_of::<Header>(), COPIES),
+    array(map::BLOCKS, size_of::<Block>(), COPIES * limit::BLOCKS),
+    array(map::LEAVES, size_of::<Leaf>(), COPIES * limit::LEAVES),
+    array(map::MATRIX, size_of::<u32>(), COPIES * limit::CELLS),
+    array(map::PAGES, size_of::<Page>(), COPIES * limit::PAGES),
+    array(map::PORTS, size_of::<Ports>(), COPIES * limit::PORTS),
+    array(map::DECISIONS, size_of::<Decision>(), COPIES * limit::DECISIONS),
+    Layout {
+        name: map::FLOWS,
+        kind: MapType::Hash,
+        key: size_of::<FlowKey>(),
+        value: size_of::<Flow>(),
+        entries: limit::FLOWS,
+    },
+    per_cpu(map::REASON_COUNTERS, size_of::<Counter>(), DIRECTIONS * reason::COUNT),
+    per_cpu(map::RULE_COUNTERS, size_of::<Counter>(), limit::RULES),
+    Layout {
+        name: map::PAIR_COUNTERS,
+        kind: MapType::PerCpuHash,
+        key: size_of::<PairKey>(),
+        value: size_of::<Counter>(),
+        entries: limit::PAIRS,
+    },
+    per_cpu(map::LOSSES, size_of::<u64>(), LOSSES),
+    Layout { name: map::EVENTS, kind: MapType::RingBuf, key: 0, value: 0, entries: limit::EVENT_BYTES },
+    array(map::EVENT_BUCKETS, size_of::<Bucket>(), reason::COUNT),
+];
+
+/// Refuses pinned maps that are not laid out as this build has it. Maps that are not there are made by the loader.
+pub(super) fn check_layouts(folder: &Path) -> Result<(), KernelError> {
+    for layout in &LAYOUTS {
+        let path = folder.join(layout.name);
+        let Some(fd) = sys::object(&path)
+            .map_err(|error| KernelError::with(format!("failed to open the pinned map `{}`", path.display()), error))?
+        else {
+            continue;
+        };
+        let info = MapData::from_fd(fd).and_then(|map| map.info());
+        let info = info.map_err(|error| KernelError::with(format!("`{}` is no map", path.display()), error))?;
+        if !layout.describes(&info) {
+            return Err(KernelError::new(format!(
+                "the pinned map `{}` is a {:?} of {} entries of {} bytes by {} bytes and not a {:?} of {}, {}, {}: another \
+                 build of `noded` made it; run its `noded leave`, or stop it and remove `{}`",
+                path.display(),
+                info.map_type().ok(),
+                info.max_entries(),
+                info.value_size(),
+                info.key_size(),
+                layout.kind,
+                layout.entries,
+                layout.value,
+                layout.key,
+                folder.parent().unwrap_or(folder).display(),
+            )));
+        }
+    }
+    Ok(())
+}
+
+impl Layout {
+    fn describes(&self, info: &MapInfo) -> bool {
+        info.map_type().is_ok_and(|kind| kind == self.kind)
+            && info.key_size() as usize == self.key
+            && info.value_size() as usize == self.value
+            && info.max_entries() == self.entries
+    }
+}
+
+/// Opens a pinned map.
+pub(super) fn open(folder: &Path, name: &str) -> Result<MapData, KernelError> {
+    let path = folder.join(name);
+    MapData::from_pin(&path)
+        .map_err(|error| KernelError::with(format!("failed to open the pinned map `{}`", path.display()), error))
+}
+
+/// Every map of the datapath, held so that pins which somebody removed can be put back.
+#[derive(Debug)]
+pub(super) struct Held(Vec<(&'static str, MapData, u32)>);
+
+impl Held {
+    pub(super) fn open(folder: &Path) -> Result<Self, KernelError> {
+        let held = LAYOUTS.iter().map(|layout| {
+            let map = open(folder, layout.name)?;
+            let id = map.info().map_err(|error| KernelError::with(format!("failed to ask for `{}`", layout.name), error))?.id();
+            Ok((layout.name, map, id))
+        });
+        held.collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Whether every pin is there and is the map that the programs use.
+    pub(super) fn are_pinned(&self, folder: &Path) -> bool {
+        self.0.iter().all(|(name, _, id)| is_map(&folder.join(name), *id))
+    }
+
+    pub(super) fn pin_again(&self, folder: &Path) -> Result<(), KernelError> {
+        for (name, map, id) in &self.0 {
+            let path = folder.join(name);
+            if !is_map(&path, *id) {
+                pin::replace(&path, |path| map.pin(path))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_map(path: &Path, id: u32) -> bool {
+    let Ok(Some(fd)) = sys::object(path) else { return false };
+    MapData::from_fd(fd).and_then(|map| map.info()).is_ok_and(|info| info.id() == id)
+}

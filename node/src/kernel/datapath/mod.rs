@@ -1,0 +1,301 @@
+//! The eBPF half of the interface: programs, tables, counters and records in the kernel, by aya.
+//!
+//! Everything lives in pins below [`DEFAULT_ROOT`], so that enforcement goes on without the agent, however it ended:
+//!
+//! ```text
+//! <bpffs>/rampart/v<ABI>/net-<namespace>/<interface>/maps/      the tables, counters, records and events
+//!                                                   /programs/  egress, ingress: to know our own again
+//!                                                   /links/     egress, ingress: with TCX, what keeps them attached
+//! ```
+//!
+//! `attach` goes through: folders, maps (a new map is empty, and empty tables drop everything), programs, links, pins of
+//! the programs. Each step leaves what the next `attach` takes up, wherever it is killed. A running program is replaced by
+//! one call of the kernel, and both work on the same maps, so that no packet sees neither.
+
+mod attach;
+mod clsact;
+mod copies;
+mod counters;
+mod events;
+mod flows;
+mod inspect;
+mod map;
+pub mod packet;
+mod pin;
+mod probe;
+mod program;
+mod sys;
+mod trace;
+
+use std::path::PathBuf;
+
+use aya::Ebpf;
+use aya::programs::SchedClassifier;
+use ebpf_common::{EGRESS, INGRESS};
+use ipnet::IpNet;
+use nix::net::if_::if_nametoindex;
+use policy::{Generation, Revision};
+
+use self::attach::{Attached, Hook};
+use self::copies::Copies;
+use self::counters::CounterMaps;
+use self::flows::Flows;
+use self::map::Held;
+use self::pin::Pins;
+use self::program::{Instance, classifier};
+use super::{Attachment, Datapath, DatapathState, KernelError};
+use crate::lower::Tables;
+
+pub use events::{EventStream, Events};
+pub use pin::DEFAULT_ROOT;
+pub use probe::{Probe, SHORTEST};
+pub use trace::Trace;
+
+/// The datapath of one interface in the network namespace of the thread that calls it.
+pub struct EbpfDatapath {
+    interface: String,
+    pin_root: PathBuf,
+    forced: Option<Attachment>,
+    trace: Option<Box<dyn FnMut(Trace) + Send>>,
+    running: Option<Running>,
+    probe: Option<Probe>,
+}
+
+/// What this process has attached.
+struct Running {
+    pins: Pins,
+    maps: Held,
+    copies: Copies,
+    counters: CounterMaps,
+    flows: Flows,
+    method: Attachment,
+    egress: Loaded,
+    ingress: Loaded,
+}
+
+/// An instance of the program in its place.
+struct Loaded {
+    _ebpf: Ebpf,
+    id: u32,
+    attached: Attached,
+}
+
+impl std::fmt::Debug for EbpfDatapath {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EbpfDatapath")
+            .field("interface", &self.interface)
+            .field("pin_root", &self.pin_root)
+            .field("attached", &self.running.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+impl EbpfDatapath {
+    /// Touches nothing yet. `pin_root` is where bpffs is mounted: [`DEFAULT_ROOT`] but in tests.
+    pub fn new(interface: impl Into<String>, pin_root: impl Into<PathBuf>) -> Self {
+        Self {
+            interface: interface.into(),
+            pin_root: pin_root.into(),
+            forced: None,
+            trace: None,
+            running: None,
+            probe: None,
+        }
+    }
+
+    /// Attaches in this way, or fails; otherwise by TCX where the kernel has it.
+    pub fn with_attachment(self, attachment: Attachment) -> Self {
+        Self { forced: Some(attachment), ..self }
+    }
+
+    /// Loads the programs so that they report every packet. `receive` gets the log of each instance as it is attached,
+    /// on the thread that calls [`Datapath::attach`].
+    pub fn with_trace(self, receive: impl FnMut(Trace) + Send + 'static) -> Self {
+        Self { trace: Some(Box::new(receive)), ..self }
+    }
+
+    fn running(&mut self) -> Result<&mut Running, KernelError> {
+        let interface = &self.interface;
+        self.running
+            .as_mut()
+            .ok_or_else(|| KernelError::new(format!("the datapath of `{interface}` is not attached yet")))
+    }
+
+    fn index(&self) -> Result<u32, KernelError> {
+        let interface = self.interface.as_str();
+        if_nametoindex(interface)
+            .map_err(|error| KernelError::with(format!("there is no interface `{interface}` to attach the policy to"), error))
+    }
+
+    /// Loads both programs and puts them in place.
+    fn attach_anew(&mut self, pins: Pins, index: u32) -> Result<(), KernelError> {
+        pins.create()?;
+        map::check_layouts(&pins.maps)?;
+        probe::clean(&pins.top)
+            .map_err(|error| KernelError::with(format!("failed to clean up in `{}`", pins.top.display()), error))?;
+        // Programs that run already go on while the new ones are loaded.
+        let egress = self.load(EGRESS, &pins)?;
+        let ingress = self.load(INGRESS, &pins)?;
+        let maps = Held::open(&pins.maps)?;
+        let counters = CounterMaps::open(&pins.maps)?;
+        let mut flows = Flows::open(&pins.maps)?;
+        let mut copies = Copies::open(&pins.maps)?;
+        // Not dropped before its successors are in place: it may hold links whose pins are gone.
+        let mut former = self.running.take();
+        let mut method = self.forced.or(former.as_ref().map(|former| former.method));
+        if let Some(former) = &mut former {
+            // What is known of the tables' contents is still true.
+            std::mem::swap(&mut copies, &mut former.copies);
+        } else if !is_enforced(&self.hooks(index), &pins)? {
+            // Maps without programs are of a former interface, or of a namespace that had this one's number.
+            copies.close()?;
+            flows.clear()?;
+        }
+        let [egress_hook, ingress_hook] = self.hooks(index);
+        let egress = place(egress, &egress_hook, &pins, &mut method)?;
+        let ingress = place(ingress, &ingress_hook, &pins, &mut method)?;
+        let method = method.unwrap_or(Attachment::Tcx);
+        for hook in [egress_hook, ingress_hook] {
+            hook.detach(&pins.link(hook.direction), Some(method))?;
+        }
+        self.running = Some(Running { pins, maps, copies, counters, flows, method, egress, ingress });
+        self.probe = None;
+        Ok(())
+    }
+
+    fn load(&mut self, direction: u32, pins: &Pins) -> Result<Ebpf, KernelError> {
+        let trace = self.trace.is_some();
+        let mut ebpf = Instance { direction, trace, tables: &pins.maps, state: &pins.maps, small: false }.load()?;
+        if let Some(receive) = &mut self.trace {
+            receive(Trace::new(&mut ebpf, direction)?);
+        }
+        Ok(ebpf)
+    }
+
+    fn hooks(&self, index: u32) -> [Hook<'_>; 2] {
+        [EGRESS, INGRESS].map(|direction| Hook { interface: &self.interface, index, direction })
+    }
+
+    /// Whether our programs are in place, first, and pinned: egress, ingress. Not where the interface is gone.
+    fn in_place(&self) -> Result<[bool; 2], KernelError> {
+        let Ok(index) = self.index() else { return Ok([false; 2]) };
+        let hooks = self.hooks(index);
+        let Some(running) = &self.running else {
+            let pins = Pins::new(&self.pin_root, &self.interface)?;
+            return Ok([is_pinned_first(&hooks[0], &pins)?, is_pinned_first(&hooks[1], &pins)?]);
+        };
+        let maps = running.maps.are_pinned(&running.pins.maps);
+        let check = |hook: &Hook<'_>, loaded: &Loaded| {
+            let pinned = maps && loaded.attached.is_pinned(&running.pins.link(hook.direction));
+            Ok::<bool, KernelError>(pinned && hook.programs(running.method)?.first() == Some(&Some(loaded.id)))
+        };
+        Ok([check(&hooks[0], &running.egress)?, check(&hooks[1], &running.ingress)?])
+    }
+}
+
+/// Attaches a loaded program and pins it.
+fn place(
+    mut ebpf: Ebpf,
+    hook: &Hook<'_>,
+    pins: &Pins,
+    method: &mut Option<Attachment>,
+) -> Result<Loaded, KernelError> {
+    let id = program::id(&mut ebpf)?;
+    let program = classifier(&mut ebpf)?;
+    let attached = hook.attach(program, &pins.link(hook.direction), method)?;
+    pin::replace(&pins.program(hook.direction), |path| program.pin(path))?;
+    Ok(Loaded { _ebpf: ebpf, id, attached })
+}
+
+/// Id of the program that whoever was here before had attached.
+fn pinned_program(pins: &Pins, direction: u32) -> Option<u32> {
+    Some(SchedClassifier::from_pin(pins.program(direction)).ok()?.info().ok()?.id())
+}
+
+fn is_pinned_first(hook: &Hook<'_>, pins: &Pins) -> Result<bool, KernelError> {
+    let Some(program) = pinned_program(pins, hook.direction) else { return Ok(false) };
+    let first = |attachment| Ok::<_, KernelError>(hook.programs(attachment)?.first() == Some(&Some(program)));
+    Ok(first(Attachment::Tcx)? || first(Attachment::Clsact)?)
+}
+
+/// Whether a former process's program is attached in some direction, wherever among others.
+fn is_enforced(hooks: &[Hook<'_>; 2], pins: &Pins) -> Result<bool, KernelError> {
+    for hook in hooks {
+        let Some(program) = pinned_program(pins, hook.direction) else { continue };
+        for attachment in [Attachment::Tcx, Attachment::Clsact] {
+            if hook.programs(attachment)?.contains(&Some(program)) {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
+impl Datapath for EbpfDatapath {
+    fn attach(&mut self) -> Result<(), KernelError> {
+        let index = self.index()?;
+        let pins = Pins::new(&self.pin_root, &self.interface)?;
+        if let Some(running) = &self.running {
+            if running.pins.top != pins.top {
+                return Err(KernelError::new("the datapath belongs to another network namespace than this thread"));
+            }
+            pins.create()?;
+            running.maps.pin_again(&pins.maps)?;
+            if self.in_place()? == [true; 2] {
+                return Ok(());
+            }
+        }
+        self.attach_anew(pins, index)
+    }
+
+    fn observe(&mut self) -> Result<DatapathState, KernelError> {
+        let [egress, ingress] = self.in_place()?;
+        let attachment = match &self.running {
+            Some(running) => running.method,
+            None => self.forced.unwrap_or(Attachment::Tcx),
+        };
+        let (generation, revision) = match &self.running {
+            Some(running) => running.copies.in_force()?,
+            None => {
+                let pins = Pins::new(&self.pin_root, &self.interface)?;
+                if !pins.map(ebpf_common::map::CONTROL).exists() || !pins.map(ebpf_common::map::DECISIONS).exists() {
+                    (Generation(0), Revision(0))
+                } else {
+                    Copies::open(&pins.maps)?.in_force()?
+                }
+            }
+        };
+        Ok(DatapathState { attachment, egress, ingress, generation, revision })
+    }
+
+    fn switch(&mut self, tables: &Tables) -> Result<Generation, KernelError> {
+        self.running()?.copies.switch(tables)
+    }
+
+    fn settle(&mut self) -> Result<(), KernelError> {
+        self.running()?.copies.settle()
+    }
+
+    fn forget_flows(&mut self, addresses: &[IpNet]) -> Result<usize, KernelError> {
+        self.running()?.flows.forget(addresses)
+    }
+
+    fn collect_flows(&mut self) -> Result<usize, KernelError> {
+        // Off the path of any change, which is a good moment.
+        self.settle()?;
+        self.running()?.flows.collect(sys::monotonic_ns())
+    }
+
+    fn detach(&mut self) -> Result<(), KernelError> {
+        let pins = Pins::new(&self.pin_root, &self.interface)?;
+        self.probe = None;
+        self.running = None;
+        for direction in [EGRESS, INGRESS] {
+            match self.index() {
+                Ok(index) => Hook { interface: &self.interface, index, direction }.detach(&pins.link(direction), None)?,
+                Err(_) => pin::remove_file(&pins.link(direction))?,
+            }
+        }
+        pins.remove()
+    }
+}

@@ -1,0 +1,163 @@
+//! A probe: the same program on the live tables, with counters, records and events of its own, fed by hand. It tells what
+//! the kernel would do with a packet and disturbs nothing.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::process;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use aya::Ebpf;
+use aya::programs::{TestRun, TestRunOptions};
+use ebpf_common::flow::{Flow, FlowKey};
+use ebpf_common::{EGRESS, INGRESS, reason};
+
+use super::counters::CounterMaps;
+use super::events::Events;
+use super::flows::Flows;
+use super::pin::{create_folder, name};
+use super::program::{Instance, NEXT, classifier};
+use crate::kernel::KernelError;
+use crate::kernel::inspect::{Counters, Probed};
+
+/// Shorter packets the kernel does not take for a test run: the length of an Ethernet header, which it wants to see.
+pub const SHORTEST: usize = 14;
+
+/// Two instances, one for each direction, that share their records.
+pub struct Probe {
+    egress: Ebpf,
+    ingress: Ebpf,
+    counters: CounterMaps,
+    flows: Flows,
+    events: Events,
+    /// The counters as they were after the last packet.
+    reasons: BTreeMap<(u32, u8), u64>,
+    rules: BTreeMap<u32, u64>,
+}
+
+impl std::fmt::Debug for Probe {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Probe").finish_non_exhaustive()
+    }
+}
+
+/// Begins the name of the folder in which a probe's own maps are pinned while it is loaded.
+const FOLDER: &str = "probe-";
+static NUMBER: AtomicU32 = AtomicU32::new(0);
+
+impl Probe {
+    /// `tables` is the folder of the pinned tables.
+    pub(super) fn load(tables: &Path) -> Result<Self, KernelError> {
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let folder = tables.with_file_name(format!("{FOLDER}{}-{number}", process::id()));
+        create_folder(&folder)?;
+        // The two meet by the pins; then they hold the maps themselves.
+        let probe = Self::load_in(tables, &folder);
+        let removed = fs::remove_dir_all(&folder)
+            .map_err(|error| KernelError::with(format!("failed to remove `{}`", folder.display()), error));
+        let probe = probe?;
+        removed.map(|()| probe)
+    }
+
+    fn load_in(tables: &Path, state: &Path) -> Result<Self, KernelError> {
+        let load = |direction| Instance { direction, trace: false, tables, state, small: true }.load();
+        Ok(Self {
+            egress: load(EGRESS)?,
+            ingress: load(INGRESS)?,
+            counters: CounterMaps::open(state)?,
+            flows: Flows::open(state)?,
+            events: Events::open_in(state)?,
+            reasons: BTreeMap::new(),
+            rules: BTreeMap::new(),
+        })
+    }
+
+    /// Lets the program judge a packet, from its IP header on. Of the rules, those that count in `slots` are looked at.
+    /// Records stay for the packets after it; see [`Probe::forget`].
+    ///
+    /// # Errors
+    /// The packet is shorter than [`SHORTEST`] or longer than the kernel takes, or the program contradicts itself.
+    pub fn judge(
+        &mut self,
+        direction: u32,
+        packet: &[u8],
+        slots: impl IntoIterator<Item = u32>,
+    ) -> Result<Probed, KernelError> {
+        let ebpf = if direction == EGRESS { &mut self.egress } else { &mut self.ingress };
+        let options = TestRunOptions { data_in: Some(packet), ..TestRunOptions::default() };
+        let result = classifier(ebpf)?.test_run(options).map_err(|error| {
+            let (direction, length) = (name(direction), packet.len());
+            KernelError::with(format!("failed to run the {direction} probe on a packet of {length} bytes"), error)
+        })?;
+        let moved = self.moved()?;
+        let [((counted_direction, reason), 1)] = moved[..] else {
+            return Err(KernelError::new(format!("one packet moved these counters: {moved:?}")));
+        };
+        let rules = self.moved_rules(slots)?;
+        let passes = result.return_value == NEXT as u32;
+        if counted_direction != direction || passes != reason::passes(reason) || rules.len() > 1 {
+            return Err(KernelError::new(format!(
+                "the {} probe returned {} and counted `{}`, rule slots {rules:?}",
+                name(direction),
+                result.return_value as i32,
+                reason::name(reason),
+            )));
+        }
+        Ok(Probed { passes, reason, rule: rules.first().copied() })
+    }
+
+    fn moved(&mut self) -> Result<Vec<((u32, u8), u64)>, KernelError> {
+        let now = self.counters.reasons()?;
+        let mut moved = Vec::new();
+        for (key, counter) in now {
+            let before = self.reasons.insert(key, counter.packets).unwrap_or(0);
+            if counter.packets != before {
+                moved.push((key, counter.packets.wrapping_sub(before)));
+            }
+        }
+        Ok(moved)
+    }
+
+    fn moved_rules(&mut self, slots: impl IntoIterator<Item = u32>) -> Result<Vec<u32>, KernelError> {
+        let mut moved = Vec::new();
+        for slot in slots {
+            let packets = self.counters.rule(slot)?.packets;
+            if self.rules.insert(slot, packets).unwrap_or(0) != packets {
+                moved.push(slot);
+            }
+        }
+        Ok(moved)
+    }
+
+    /// What the probe itself has counted.
+    pub fn counters(&self, slots: impl IntoIterator<Item = u32>) -> Result<Counters, KernelError> {
+        self.counters.read(slots)
+    }
+
+    /// The probe's own records.
+    pub fn flows(&self) -> Result<Vec<(FlowKey, Flow)>, KernelError> {
+        self.flows.list()
+    }
+
+    /// The probe's own events.
+    pub fn events(&mut self) -> &mut Events {
+        &mut self.events
+    }
+
+    /// Deletes the probe's records.
+    pub fn forget(&mut self) -> Result<(), KernelError> {
+        self.flows.clear().map(drop)
+    }
+}
+
+/// Removes what probes left that were killed while they were loaded.
+pub(super) fn clean(top: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(top)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(FOLDER) {
+            fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
+}

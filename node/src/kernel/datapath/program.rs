@@ -1,0 +1,88 @@
+//! The embedded object, and instances of the classifier made from it.
+
+use std::path::Path;
+
+use aya::programs::SchedClassifier;
+use aya::{Ebpf, EbpfLoader};
+use ebpf_common::{PROGRAM, global, map};
+
+use super::pin;
+use crate::kernel::KernelError;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rampart"));
+
+/// `TCX_NEXT`, and `TC_ACT_UNSPEC` under clsact: whatever runs after us decides on.
+pub(super) const NEXT: i32 = -1;
+
+/// What tells one instance from another.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Instance<'a> {
+    /// `EGRESS` or `INGRESS`.
+    pub(super) direction: u32,
+    /// Report every packet through aya-log.
+    pub(super) trace: bool,
+    /// Folder of the pinned tables.
+    pub(super) tables: &'a Path,
+    /// Folder of the pinned counters, records and events.
+    pub(super) state: &'a Path,
+    /// A probe: records and events for a handful of packets.
+    pub(super) small: bool,
+}
+
+/// Records that a probe has room for.
+const PROBE_FLOWS: u32 = 64;
+/// Pairs that a probe has room for.
+const PROBE_PAIRS: u32 = 1_024;
+/// Bytes of a probe's ring buffer: a page.
+const PROBE_EVENT_BYTES: u32 = 4_096;
+
+impl Instance<'_> {
+    /// Loads the program; maps that are pinned are used, others made and pinned.
+    pub(super) fn load(&self) -> Result<Ebpf, KernelError> {
+        let name = pin::name(self.direction);
+        let (direction, trace, link_header) = (self.direction, u32::from(self.trace), 0u32);
+        let mut loader = EbpfLoader::new();
+        loader
+            // The programs read no kernel structures: nothing to relocate.
+            .btf(None)
+            .override_global(global::DIRECTION, &direction, true)
+            .override_global(global::TRACE, &trace, true)
+            .override_global(global::LINK_HEADER, &link_header, true)
+            .override_global(global::ALLOW, &NEXT, true);
+        for table in map::TABLES {
+            loader.map_pin_path(table, self.tables.join(table));
+        }
+        for state in map::STATE {
+            loader.map_pin_path(state, self.state.join(state));
+        }
+        if self.small {
+            loader
+                .map_max_entries(map::FLOWS, PROBE_FLOWS)
+                .map_max_entries(map::PAIR_COUNTERS, PROBE_PAIRS)
+                .map_max_entries(map::EVENTS, PROBE_EVENT_BYTES);
+        }
+        let mut ebpf = loader.load(OBJECT).map_err(|error| {
+            KernelError::with(
+                format!("failed to create the maps of the {name} program: are CAP_BPF and CAP_NET_ADMIN there?"),
+                error,
+            )
+        })?;
+        classifier(&mut ebpf)?.load().map_err(|error| {
+            KernelError::with(format!("the kernel's verifier refused the {name} program: this build is broken"), error)
+        })?;
+        Ok(ebpf)
+    }
+}
+
+/// The one program of the object.
+pub(super) fn classifier(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, KernelError> {
+    let program = ebpf.program_mut(PROGRAM);
+    let program = program.ok_or_else(|| KernelError::new(format!("the embedded object has no program `{PROGRAM}`")))?;
+    program.try_into().map_err(|error| KernelError::with(format!("`{PROGRAM}` is no classifier"), error))
+}
+
+/// The kernel's id of an instance.
+pub(super) fn id(ebpf: &mut Ebpf) -> Result<u32, KernelError> {
+    let info = classifier(ebpf)?.info();
+    info.map(|info| info.id()).map_err(|error| KernelError::with("failed to ask for the program's id", error))
+}

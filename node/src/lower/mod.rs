@@ -1,0 +1,128 @@
+//! Lowering: a node's slice of the matrix to the entries of the kernel's tables. Pure.
+//!
+//! What the tables mean is written in `ebpf_common`. What is made here is whole: every index lies inside its table, the
+//! blocks of the stride table only point forward, and a copy of the tables that was filled with them gives the answer of
+//! [`policy::Slice::verdict`] for every flow with an end at the node. [`Tables::check`] says so of any tables, also of
+//! those read back from the kernel.
+
+mod check;
+mod matrix;
+mod own;
+mod show;
+mod slots;
+mod stride;
+mod walk;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ebpf_common::limit;
+use ebpf_common::table::{Block, Decision, Header, Leaf, Page, Ports};
+use policy::{ClassId, Revision, RuleId, Slice};
+
+pub use check::TableError;
+pub use show::TableCell;
+pub use slots::RuleSlots;
+pub use walk::Outcome;
+
+/// One copy of the kernel's tables, and whose counter is whose.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tables {
+    /// The revision that the slice was compiled from; also in `header`.
+    pub revision: Revision,
+    /// `generation` is 0 here: the switch that puts the tables in force sets it.
+    pub header: Header,
+    pub blocks: Vec<Block>,
+    pub leaves: Vec<Leaf>,
+    /// See [`ebpf_common::table::cell_index`].
+    pub matrix: Vec<u32>,
+    pub pages: Vec<Page>,
+    pub ports: Vec<Ports>,
+    pub decisions: Vec<Decision>,
+    /// Counter slot of each rule of the slice. Not in the kernel: empty in tables that were read back.
+    pub rule_slots: BTreeMap<RuleId, u32>,
+}
+
+/// Why a slice does not become tables. The running tables stay as they are.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LowerError {
+    /// A limit of the kernel's maps (`ebpf_common::limit`).
+    #[error("the slice needs {wanted} {what} and the kernel's tables hold {limit}: {remedy}")]
+    TooMany { what: &'static str, wanted: usize, limit: usize, remedy: &'static str },
+    /// A cell names a rule that the slice does not carry.
+    #[error("a cell of the slice is decided by rule `{0}`, which the slice does not contain: fetch the slice anew")]
+    UnknownRule(RuleId),
+}
+
+/// Lowers a slice. `slots` remembers which rule has which counter; on failure it is as it was.
+pub fn lower(slice: &Slice, slots: &mut RuleSlots) -> Result<Tables, LowerError> {
+    let assigned = slots.assigned(slice.rules.keys().copied())?;
+    let entries = own::entries(slice);
+    let classes = Classes::number(&entries);
+    let cells = matrix::lower(slice, &classes, |rule| assigned.slot(rule))?;
+    let strides = stride::lower(slice, &classes, &entries)?;
+    let tables = Tables {
+        revision: slice.revision,
+        header: Header {
+            revision: slice.revision.0,
+            generation: 0,
+            own: classes.own,
+            classes: classes.count(),
+            _pad: 0,
+            roots_v4: strides.roots_v4,
+            roots_v6: strides.roots_v6,
+        },
+        blocks: strides.blocks,
+        leaves: strides.leaves,
+        matrix: cells.matrix,
+        pages: cells.pages,
+        ports: cells.ports,
+        decisions: cells.decisions,
+        rule_slots: slice.rules.keys().filter_map(|rule| Some((*rule, assigned.slot(*rule)?))).collect(),
+    };
+    *slots = assigned;
+    Ok(tables)
+}
+
+/// The slice's classes numbered as the matrix wants them: 0 unknown, then those of the node's own addresses, then the
+/// others.
+struct Classes {
+    own: u32,
+    numbers: BTreeMap<ClassId, u32>,
+}
+
+impl Classes {
+    fn number(entries: &BTreeMap<ipnet::IpNet, own::Entry>) -> Self {
+        let own: BTreeSet<ClassId> = entries.values().filter(|entry| entry.local).filter_map(own::Entry::class).collect();
+        let others: BTreeSet<ClassId> = entries.values().filter_map(own::Entry::class).collect();
+        let numbers = own.iter().chain(others.difference(&own)).copied().zip(1..).collect();
+        Self { own: own.len() as u32, numbers }
+    }
+
+    fn get(&self, class: ClassId) -> Option<u32> {
+        self.numbers.get(&class).copied()
+    }
+
+    /// With the unknown class 0.
+    fn count(&self) -> u32 {
+        self.numbers.len() as u32 + 1
+    }
+
+    fn is_own(&self, number: u32) -> bool {
+        (1..=self.own).contains(&number)
+    }
+}
+
+const FEWER_PREFIXES: &str = "merge cidrs, or give out addresses more densely";
+const FEWER_RULES: &str = "merge rules that concern this node";
+const FEWER_SERVICES: &str = "use fewer distinct combinations of services in rules that concern this node";
+
+/// Refuses what the kernel's map has no room for.
+fn within(what: &'static str, wanted: usize, limit: u32, remedy: &'static str) -> Result<(), LowerError> {
+    let limit = limit as usize;
+    if wanted > limit { Err(LowerError::TooMany { what, wanted, limit, remedy }) } else { Ok(()) }
+}
+
+const _: () = assert!(limit::PAGES <= 1 << 16 && limit::PORTS <= 1 << 16 && limit::DECISIONS <= 1 << 16);

@@ -1,0 +1,118 @@
+//! Which rule counts in which slot of RULE_COUNTERS.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ebpf_common::limit;
+use policy::RuleId;
+
+use super::{FEWER_RULES, LowerError, within};
+
+/// Rule to counter slot, stable for as long as the rule is in the node's slice and longer.
+///
+/// The slot of a rule that went is *retired*: the running tables may still count in it, and it holds the old rule's
+/// figures. It is given out again only after [`RuleSlots::release`], which the caller does once tables without the rule
+/// are in force and the slot's counter was reset. A rule that returns before that finds its slot again.
+///
+/// The counters are pinned and outlive the agent, so the slots must too: keep [`RuleSlots::pairs`] with the node's state,
+/// and where that is lost reset all rule counters before [`RuleSlots::new`] is used.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RuleSlots {
+    active: BTreeMap<RuleId, u32>,
+    retired: BTreeMap<RuleId, u32>,
+}
+
+impl RuleSlots {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// From [`RuleSlots::pairs`]. All are retired until a slice claims them. Pairs that contradict each other or no
+    /// map are left out.
+    pub fn from_pairs(pairs: impl IntoIterator<Item = (RuleId, u32)>) -> Self {
+        let mut taken = BTreeSet::new();
+        let retired = pairs.into_iter().filter(|(_, slot)| *slot < limit::RULES && taken.insert(*slot)).collect();
+        Self { active: BTreeMap::new(), retired }
+    }
+
+    /// Every rule that has a slot, retired ones included.
+    pub fn pairs(&self) -> BTreeMap<RuleId, u32> {
+        self.active.iter().chain(&self.retired).map(|(rule, slot)| (*rule, *slot)).collect()
+    }
+
+    /// The slot of a rule of the current slice.
+    pub fn slot(&self, rule: RuleId) -> Option<u32> {
+        self.active.get(&rule).copied()
+    }
+
+    /// The rule that counts in a slot, also a retired one.
+    pub fn rule(&self, slot: u32) -> Option<RuleId> {
+        self.active.iter().chain(&self.retired).find(|(_, taken)| **taken == slot).map(|(rule, _)| *rule)
+    }
+
+    /// Slots of rules that went: reset their counters after the next successful switch, then release them.
+    pub fn retired(&self) -> Vec<u32> {
+        self.retired.values().copied().collect()
+    }
+
+    /// Makes retired slots free again.
+    pub fn release(&mut self, slots: &[u32]) {
+        self.retired.retain(|_, slot| !slots.contains(slot));
+    }
+
+    /// As it will be when exactly these rules are in the slice.
+    pub(super) fn assigned(&self, rules: impl IntoIterator<Item = RuleId>) -> Result<Self, LowerError> {
+        let rules: BTreeSet<RuleId> = rules.into_iter().collect();
+        let known = self.pairs();
+        within("rules (with those whose counters are not reset yet)", rules.union(&known.keys().copied().collect()).count(), limit::RULES, FEWER_RULES)?;
+        let (mut active, retired): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            known.into_iter().partition(|(rule, _)| rules.contains(rule));
+        let taken: BTreeSet<u32> = active.values().chain(retired.values()).copied().collect();
+        let mut free = (0..limit::RULES).filter(|slot| !taken.contains(slot));
+        for rule in rules {
+            if let std::collections::btree_map::Entry::Vacant(vacant) = active.entry(rule) {
+                // There is one: counted above.
+                vacant.insert(free.next().unwrap_or(0));
+            }
+        }
+        Ok(Self { active, retired })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn assigned(slots: &RuleSlots, rules: &[u32]) -> RuleSlots {
+        slots.assigned(rules.iter().map(|rule| RuleId(*rule))).expect("few rules")
+    }
+
+    #[test]
+    fn a_slot_is_kept_retired_found_again_and_reused_only_after_release() {
+        let slots = assigned(&RuleSlots::new(), &[7, 9]);
+        assert_eq!((slots.slot(RuleId(7)), slots.slot(RuleId(9))), (Some(0), Some(1)));
+        let slots = assigned(&slots, &[9, 11]);
+        assert_eq!((slots.slot(RuleId(9)), slots.slot(RuleId(11))), (Some(1), Some(2)), "slot 0 still counts for rule 7");
+        assert_eq!(slots.retired(), [0]);
+        let mut slots = assigned(&slots, &[7, 9]);
+        assert_eq!(slots.slot(RuleId(7)), Some(0), "back before its counter was reset");
+        assert_eq!(slots.retired(), [2]);
+        slots.release(&[2]);
+        assert_eq!(assigned(&slots, &[7, 9, 12]).slot(RuleId(12)), Some(2));
+    }
+
+    #[test]
+    fn pairs_survive_a_restart() {
+        let slots = assigned(&RuleSlots::new(), &[3, 4]);
+        let restored = assigned(&RuleSlots::from_pairs(slots.pairs()), &[4]);
+        assert_eq!(restored.slot(RuleId(4)), Some(1));
+        assert_eq!(restored.retired(), [0]);
+        let broken = RuleSlots::from_pairs([(RuleId(1), 5), (RuleId(2), 5), (RuleId(3), limit::RULES)]);
+        assert_eq!(broken.pairs(), BTreeMap::from([(RuleId(1), 5)]));
+    }
+
+    #[test]
+    fn more_rules_than_counters_are_refused() {
+        let error = RuleSlots::new().assigned((1..=limit::RULES + 1).map(RuleId)).expect_err("too many");
+        assert!(matches!(error, LowerError::TooMany { wanted, .. } if wanted == limit::RULES as usize + 1));
+    }
+}

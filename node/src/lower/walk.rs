@@ -1,0 +1,151 @@
+//! The kernel's walk through the tables, in userspace.
+
+use std::net::IpAddr;
+
+use ebpf_common::packet::{ICMP, ICMPV6, Packet, TCP, UDP};
+use ebpf_common::table::{
+    ALLOW, Address, CELL_INDEX, CHILD, Decision, LOCAL, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD, Root,
+    UNIFORM, UNKNOWN, cell_index,
+};
+use ebpf_common::{EGRESS, limit, reason};
+use policy::{Action, Flow, Reason, RuleId, Verdict};
+
+use super::Tables;
+
+/// What the kernel does with the first packet of a flow, when nothing is recorded of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    pub passes: bool,
+    /// One of `ebpf_common::reason`.
+    pub reason: u8,
+    /// The deciding rule's counter slot.
+    pub rule: Option<u32>,
+    /// The flow is recorded so that its replies pass.
+    pub record: bool,
+    /// The rule asks for a report.
+    pub log: bool,
+}
+
+impl Tables {
+    /// The walk of SEMANTICS.md, section 3, steps 2, 3 and 6, in `ebpf_common::EGRESS` or `INGRESS`.
+    pub fn verdict(&self, flow: &Flow, direction: u32) -> Outcome {
+        if is_out_of_scope(flow) {
+            return Outcome::dropped(reason::SCOPE);
+        }
+        let (source, destination) = (self.leaf(flow.source), self.leaf(flow.destination));
+        let (Some(source), Some(destination)) = (source, destination) else {
+            return Outcome::dropped(reason::CORRUPT_TABLE);
+        };
+        let (own, other) = if direction == EGRESS { (source, destination) } else { (destination, source) };
+        if own.flags & LOCAL == 0 {
+            return Outcome::dropped(reason::NOT_LOCAL);
+        }
+        if other.class == 0 {
+            let unknown = if direction == EGRESS { reason::UNKNOWN_DESTINATION } else { reason::UNKNOWN_SOURCE };
+            return Outcome::dropped(unknown);
+        }
+        match self.decision(direction, own.class, other.class, flow.protocol, flow.port) {
+            Some((decision, record)) => Outcome::decided(decision, record),
+            None => Outcome::dropped(reason::CORRUPT_TABLE),
+        }
+    }
+
+    /// The rule that counts in a slot.
+    pub fn rule_of(&self, slot: u32) -> Option<RuleId> {
+        self.rule_slots.iter().find(|(_, taken)| **taken == slot).map(|(rule, _)| *rule)
+    }
+
+    /// In the words of the policy. `None`: what the policy does not know of, such as `not-local`.
+    pub fn in_policy(&self, outcome: &Outcome) -> Option<Verdict> {
+        let reason = match outcome.reason {
+            reason::RULE | reason::DENY_RULE => Reason::Rule,
+            reason::LINEAGE => Reason::Lineage,
+            reason::NO_RULE => Reason::NoRule,
+            reason::UNKNOWN_SOURCE => Reason::UnknownSource,
+            reason::UNKNOWN_DESTINATION => Reason::UnknownDestination,
+            _ => return None,
+        };
+        let action = if outcome.passes { Action::Allow } else { Action::Deny };
+        Some(Verdict { action, reason, rule: outcome.rule.and_then(|slot| self.rule_of(slot)) })
+    }
+
+    /// Class, cidr and locality of an address. `None`: the tables are corrupt.
+    pub fn leaf(&self, address: IpAddr) -> Option<Leaf> {
+        let roots: &[Root] = if address.is_ipv4() { &self.header.roots_v4 } else { &self.header.roots_v6 };
+        let address = Address::from(address);
+        let bytes = address.to_bytes();
+        let matches = |root: &&Root| root.block != NO_BLOCK && masked(address, root.mask) == root.prefix;
+        let Some(root) = roots.iter().find(matches) else { return self.leaves.get(UNKNOWN as usize).copied() };
+        let mut index = root.block;
+        for _ in 0..limit::STRIDES {
+            let block = self.blocks.get(index as usize)?;
+            if block.position & PLAIN == 0 && masked(address, block.mask) != block.path {
+                return self.leaves.get(block.otherwise as usize).copied();
+            }
+            let byte = bytes.get((block.position & !PLAIN) as usize)?;
+            let entry = block.entries[usize::from(*byte)];
+            if entry & CHILD == 0 {
+                return self.leaves.get(entry as usize).copied();
+            }
+            index = entry & !CHILD;
+        }
+        None
+    }
+
+    /// The decision of a pair of classes for a service, and whether an allowed flow is recorded.
+    pub(super) fn decision(
+        &self,
+        direction: u32,
+        own: u32,
+        other: u32,
+        protocol: u8,
+        port: u16,
+    ) -> Option<(Decision, bool)> {
+        if own == 0 || own > self.header.own || other >= self.header.classes {
+            return None;
+        }
+        let cell = cell_index(self.header.own, self.header.classes, direction, own, other);
+        let word = *self.matrix.get(cell as usize)?;
+        let index = (word & CELL_INDEX) as usize;
+        let index = if word & UNIFORM != 0 {
+            index
+        } else {
+            let page = self.pages.get(index)?;
+            let (high, low) = (usize::from(port >> 8), usize::from(port & 0xff));
+            let (run, entry) = match protocol {
+                TCP => (page.tcp[high], low),
+                UDP => (page.udp[high], low),
+                ICMP => (page.icmp, low),
+                ICMPV6 => (page.icmpv6, low),
+                other => (page.protocol, usize::from(other)),
+            };
+            usize::from(self.ports.get(usize::from(run))?.decisions[entry])
+        };
+        Some((*self.decisions.get(index)?, word & RECORD != 0))
+    }
+}
+
+impl Outcome {
+    fn dropped(reason: u8) -> Self {
+        Self { passes: false, reason, rule: None, record: false, log: false }
+    }
+
+    fn decided(decision: Decision, record: bool) -> Self {
+        let passes = decision.verdict == ALLOW;
+        // The tables say `rule`; the counters tell a rule that denies from one that allows.
+        let reason = if !passes && decision.reason == reason::RULE { reason::DENY_RULE } else { decision.reason };
+        let rule = (decision.rule != NO_RULE_SLOT).then_some(decision.rule);
+        Self { passes, reason, rule, record: passes && record, log: decision.flags & LOG != 0 }
+    }
+}
+
+fn masked(Address([a, b]): Address, Address([mask_a, mask_b]): Address) -> Address {
+    Address([a & mask_a, b & mask_b])
+}
+
+/// Whether an address may never cross the mesh (SEMANTICS.md, section 3.2).
+fn is_out_of_scope(flow: &Flow) -> bool {
+    let family = if flow.source.is_ipv4() { 4 } else { 6 };
+    let (source, destination) = (flow.source.into(), flow.destination.into());
+    Packet { source, destination, family, ..Packet::default() }.is_out_of_scope()
+}
