@@ -4,7 +4,7 @@
 //! have: Debian's `rustc-web` with `rust-web-src`, or a rustup nightly with `rust-src`; and `bpf-linker`.
 
 use std::env;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
@@ -22,9 +22,9 @@ fn main() {
         println!("cargo::rerun-if-changed={path}");
     }
     println!("cargo::rerun-if-env-changed=CARGO_HOME");
+    // Cargo says it in one line and fails; a status other than 0 would add a page of its own.
     if let Err(message) = build() {
         println!("cargo::error={message}");
-        exit(1);
     }
 }
 
@@ -32,8 +32,7 @@ fn build() -> Result<(), String> {
     let tool_chain = find_tool_chain().ok_or_else(|| {
         missing("a Rust compiler with its sources (Debian's `rustc-web` and `rust-web-src`, or a rustup nightly with `rust-src`)")
     })?;
-    let linker = find_linker()
-        .ok_or_else(|| missing(&format!("`bpf-linker` for LLVM {}", tool_chain.llvm)))?;
+    let linker = find_linker().ok_or_else(|| missing(&format!("`bpf-linker` for LLVM {}", tool_chain.llvm)))?;
 
     let out_dir = PathBuf::from(variable("OUT_DIR"));
     // One folder for every profile and for clippy, so that `core` is built once. It is not the outer one, which this
@@ -68,12 +67,13 @@ fn build() -> Result<(), String> {
         .map_err(|error| format!("failed to run `{}`: {error}", tool_chain.cargo.display()))?;
     if !output.status.success() {
         eprintln!("{}", String::from_utf8_lossy(&output.stderr));
-        return Err(format!(
-            "failed to build the eBPF programs with `{}` (LLVM {}) and `{}`; what they said is below",
+        println!(
+            "cargo::error=failed to build the eBPF programs with `{}` (LLVM {}) and `{}`; what they said is below",
             tool_chain.rustc.display(),
             tool_chain.llvm,
             linker.display()
-        ));
+        );
+        exit(1);
     }
     let object = target_dir.join(target).join("release/rampart");
     fs::copy(&object, out_dir.join("rampart"))
@@ -133,5 +133,5 @@ fn find_linker() -> Option<PathBuf> {
 
 fn run(program: impl AsRef<OsStr>, arguments: &[&str]) -> Option<String> {
     let output = Command::new(program).args(arguments).env("RUSTUP_AUTO_INSTALL", "0").output().ok()?;
-    output.status.success().then(|| OsString::from(String::from_utf8_lossy(&output.stdout).into_owned()))?.into_string().ok()
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -8,8 +8,8 @@ use aya_ebpf::programs::TcContext;
 use ebpf_common::limit;
 use ebpf_common::packet::Packet;
 use ebpf_common::table::{
-    self, ALLOW, Address, CELL_INDEX, CHILD, DENY, LOCAL, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD, Root, UNIFORM,
-    UNKNOWN,
+    self, ALLOW, Address, CELL_INDEX, CHILD, DENY, LOCAL, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD, Root,
+    UNIFORM, UNKNOWN,
 };
 use ebpf_common::{EGRESS, packet, reason};
 
@@ -38,8 +38,7 @@ pub(crate) fn judge(context: &TcContext, case: &mut Case) -> u8 {
     if case.packet.is_out_of_scope() {
         return reason::SCOPE;
     }
-    let (Some(source), Some(destination)) =
-        (lookup(case, case.packet.source), lookup(case, case.packet.destination))
+    let (Some(source), Some(destination)) = (lookup(case, case.packet.source), lookup(case, case.packet.destination))
     else {
         return reason::CORRUPT_TABLE;
     };
@@ -184,10 +183,7 @@ extern "C" fn find_leaf(copy: u32, high: u64, low: u64, family: u32) -> u32 {
 /// The block in which the walk begins.
 #[inline(always)]
 fn enter(roots: &[Root], address: Address) -> Option<u32> {
-    roots
-        .iter()
-        .find(|root| root.block != NO_BLOCK && matches(address, root.mask, root.prefix))
-        .map(|root| root.block)
+    roots.iter().find(|root| root.block != NO_BLOCK && matches(address, root.mask, root.prefix)).map(|root| root.block)
 }
 
 #[inline(always)]

@@ -198,7 +198,8 @@ fn replies_have_the_key_of_what_they_answer() {
 fn errors_quote() {
     let error = |quote: &[u8]| {
         let mut bytes = Vec::new();
-        let unreachable = etherparse::Icmpv4Type::DestinationUnreachable(etherparse::icmpv4::DestUnreachableHeader::Port);
+        let unreachable =
+            etherparse::Icmpv4Type::DestinationUnreachable(etherparse::icmpv4::DestUnreachableHeader::Port);
         PacketBuilder::ipv4(V4[1], V4[0], 64).icmpv4(unreachable).write(&mut bytes, quote).unwrap();
         bytes
     };
@@ -236,7 +237,9 @@ fn scope() {
     for address in ["255.255.255.255", "::", "::1", "fe80::1", "febf::1", "ff02::1", "ff0e::1"] {
         check(address, true);
     }
-    for address in ["0.0.0.1", "10.0.0.0", "126.1.1.1", "169.253.1.1", "223.255.255.255", "240.0.0.1", "255.255.255.254"] {
+    for address in
+        ["0.0.0.1", "10.0.0.0", "126.1.1.1", "169.253.1.1", "223.255.255.255", "240.0.0.1", "255.255.255.254"]
+    {
         check(address, false);
     }
     for address in ["::2", "fd00::1", "fec0::1", "2001:db8::1", "fe7f::1", "1::", "0:0:0:1::"] {
