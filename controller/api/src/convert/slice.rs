@@ -1,8 +1,12 @@
 //! What a node hears: a slice, or the difference of two.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fmt::Display;
+
 use ipnet::IpNet;
 use policy::{
-    Cell, CellEntry, Cells, CidrId, ClassId, Local, NodeId, Peer, Reason, Revision, RuleId, ServiceRange, SliceDelta,
+    Cell, CellEntry, Cells, CidrId, CidrName, ClassId, Local, NodeId, Peer, Reason, Revision, RuleId, ServiceRange, SliceDelta,
     SliceRule, Verdict,
 };
 
@@ -74,27 +78,45 @@ impl TryFrom<v1::Update> for SliceDelta {
             from: Revision(from),
             revision: Revision(revision),
             local: local.map(Local::try_from).transpose()?,
-            peers: peers.into_iter().map(peer_from_wire).collect::<Result<_, _>>()?,
+            peers: map("update.peers", peers.into_iter().map(peer_from_wire))?,
             removed_peers: list("update.removed_peers", removed_peers, NodeId)?,
-            cidrs: cidrs
-                .into_iter()
-                .map(|v1::SliceCidr { id: number, name }| Ok((id("cidr.id", number, CidrId)?, parse("cidr.name", &name)?)))
-                .collect::<Result<_, ConvertError>>()?,
+            cidrs: map("update.cidrs", cidrs.into_iter().map(cidr_from_wire))?,
             removed_cidrs: list("update.removed_cidrs", removed_cidrs, CidrId)?,
-            rules: rules.into_iter().map(rule_from_wire).collect::<Result<_, _>>()?,
+            rules: map("update.rules", rules.into_iter().map(rule_from_wire))?,
             removed_rules: list("update.removed_rules", removed_rules, RuleId)?,
-            prefixes: prefixes
-                .into_iter()
-                .map(|v1::SlicePrefix { prefix, class, cidr }| {
-                    let prefix = IpNet::try_from(required("prefix.prefix", prefix)?)?;
-                    Ok((prefix, (id("prefix.class", class, ClassId)?, id("prefix.cidr", cidr, CidrId)?)))
-                })
-                .collect::<Result<_, ConvertError>>()?,
+            prefixes: map("update.prefixes", prefixes.into_iter().map(prefix_from_wire))?,
             removed_prefixes: prefixes_to_nets(removed_prefixes)?,
             cells: cells.into_iter().map(Cells::try_from).collect::<Result<_, _>>()?,
             removed_classes: list("update.removed_classes", removed_classes, ClassId)?,
         })
     }
+}
+
+/// Things by their keys, none of which is given twice.
+fn map<K: Ord + Display, V>(
+    field: &'static str,
+    entries: impl Iterator<Item = Result<(K, V), ConvertError>>,
+) -> Result<BTreeMap<K, V>, ConvertError> {
+    let mut map = BTreeMap::new();
+    for entry in entries {
+        let (key, value) = entry?;
+        match map.entry(key) {
+            Entry::Vacant(place) => place.insert(value),
+            Entry::Occupied(place) => return Err(ConvertError::invalid(field, place.key(), "it is given twice")),
+        };
+    }
+    Ok(map)
+}
+
+fn cidr_from_wire(cidr: v1::SliceCidr) -> Result<(CidrId, CidrName), ConvertError> {
+    let v1::SliceCidr { id: number, name } = cidr;
+    Ok((id("cidr.id", number, CidrId)?, parse("cidr.name", &name)?))
+}
+
+fn prefix_from_wire(prefix: v1::SlicePrefix) -> Result<(IpNet, (ClassId, CidrId)), ConvertError> {
+    let v1::SlicePrefix { prefix, class, cidr } = prefix;
+    let prefix = IpNet::try_from(required("prefix.prefix", prefix)?)?;
+    Ok((prefix, (id("prefix.class", class, ClassId)?, id("prefix.cidr", cidr, CidrId)?)))
 }
 
 fn list<T, C: FromIterator<T>>(field: &'static str, values: Vec<u32>, make: impl Fn(u32) -> T) -> Result<C, ConvertError> {
