@@ -105,9 +105,7 @@ pub(crate) fn ensure(purposes: &[Purpose]) -> Result<()> {
         if needs_root && !Uid::effective().is_root() {
             bail!("{}", report(&missing));
         }
-        let remedies: Vec<Remedy> = missing.into_iter().map(|missing| missing.remedy).collect();
-        apply(&remedies)?;
-        before.extend(remedies);
+        before.extend(apply(missing.into_iter().map(|missing| missing.remedy).collect())?);
     }
 }
 
@@ -133,14 +131,15 @@ fn missing(purposes: &[Purpose]) -> Result<Vec<Missing>> {
     Ok(missing)
 }
 
-fn apply(remedies: &[Remedy]) -> Result<()> {
-    let packages: Vec<String> = remedies.iter().flat_map(Remedy::packages).collect();
-    if !packages.is_empty() {
-        apt::install(&packages)?;
-        // What the packages bring may change what the rest needs.
-        return Ok(());
+/// Applies packages first, and nothing else with them: what they bring may change what the rest needs. Returns what was
+/// applied.
+fn apply(mut remedies: Vec<Remedy>) -> Result<Vec<Remedy>> {
+    if remedies.iter().any(|remedy| !remedy.packages().is_empty()) {
+        remedies.retain(|remedy| !remedy.packages().is_empty());
+        apt::install(&remedies.iter().flat_map(Remedy::packages).collect::<Vec<_>>())?;
+        return Ok(remedies);
     }
-    for remedy in remedies {
+    for remedy in &remedies {
         match remedy {
             Remedy::BpfLinker { llvm } => toolchain::install_bpf_linker(*llvm)?,
             Remedy::RustComponent(name) => toolchain::install_component(name)?,
@@ -148,7 +147,7 @@ fn apply(remedies: &[Remedy]) -> Result<()> {
             Remedy::Package(_) | Remedy::DebianCompiler | Remedy::LlvmHeaders { .. } | Remedy::ByHand(_) => {}
         }
     }
-    Ok(())
+    Ok(remedies)
 }
 
 impl Remedy {
