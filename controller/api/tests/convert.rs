@@ -273,3 +273,28 @@ fn a_change_that_says_nothing_is_refused() {
     let error = RuleSpec::try_from(rule).expect_err("a mistyped selector").to_string();
     assert!(error.contains("cdir:web") && error.contains("cidr:web"), "{error}");
 }
+
+proptest::proptest! {
+    #![proptest_config(proptest::test_runner::Config { cases: 64, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn any_network_and_its_slices_come_back(network in policy::arbitrary::network()) {
+        let back = Network::try_from(wire(&v1::Network::from(&network))).expect("a network");
+        proptest::prop_assert_eq!(back.to_parts(), network.to_parts());
+        let matrix = Matrix::compile(&network).expect("a matrix");
+        for node in network.nodes().keys() {
+            if let Some(slice) = matrix.slice(&network, Revision(1), *node, None) {
+                let delta = slice.to_delta();
+                let back = SliceDelta::try_from(wire(&v1::Update::from(&delta))).expect("a delta");
+                proptest::prop_assert_eq!(back, delta);
+            }
+        }
+    }
+
+    #[test]
+    fn any_change_comes_back(change in policy::arbitrary::change()) {
+        if let Ok(sent) = v1::Change::try_from(&change) {
+            proptest::prop_assert_eq!(Change::try_from(wire(&sent)).expect("a change"), change);
+        }
+    }
+}

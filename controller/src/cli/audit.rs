@@ -1,0 +1,54 @@
+//! `meshctl audit …`
+
+use clap::Subcommand;
+use controller_api::defaults::AUDIT_LIMIT;
+use controller_api::v1;
+use serde::Serialize;
+
+use super::output::{self, OutputArgs, Row};
+use super::time::timestamp;
+use super::{Failure, Session};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// List who changed what, newest first
+    #[command(after_help = "Example:\n  meshctl audit list --limit 20")]
+    List {
+        /// At most this many
+        #[arg(long, value_name = "N", default_value_t = AUDIT_LIMIT as u32, value_parser = clap::value_parser!(u32).range(1..))]
+        limit: u32,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
+impl Command {
+    pub(crate) async fn run(self, session: &mut Session) -> Result<(), Failure> {
+        let Self::List { limit, output: OutputArgs { format } } = self;
+        let rows: Vec<_> = session.audit(limit).await?.into_iter().map(AuditRow::from).collect();
+        output::list(&rows, format)
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct AuditRow {
+    revision: u64,
+    time: String,
+    actor: String,
+    change: String,
+}
+
+impl From<v1::AuditEntry> for AuditRow {
+    fn from(entry: v1::AuditEntry) -> Self {
+        let v1::AuditEntry { revision, time, actor, change } = entry;
+        Self { revision, time: timestamp(time), actor, change }
+    }
+}
+
+impl Row for AuditRow {
+    const HEADINGS: &'static [&'static str] = &["REVISION", "TIME", "ACTOR", "CHANGE"];
+
+    fn cells(&self) -> Vec<String> {
+        vec![self.revision.to_string(), self.time.clone(), self.actor.clone(), self.change.clone()]
+    }
+}

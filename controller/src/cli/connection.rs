@@ -1,0 +1,133 @@
+//! How to reach the controller, and the calls that every verb makes of it.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use controller_api::defaults::{CONTROLLER_SOCKET, MAX_RESPONSE, REQUEST_TIMEOUT};
+use controller_api::endpoint::ControllerEndpoint;
+use controller_api::v1::admin_client::AdminClient;
+use controller_api::{client, v1};
+use policy::{Change, Network, Revision};
+use tonic::Request;
+use tonic::transport::Channel;
+
+use super::identity::AdminIdentity;
+use super::{Failure, say, warn};
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Connection")]
+pub(crate) struct ConnectionArgs {
+    /// The controller's Unix socket, for root on its machine
+    #[arg(long, global = true, value_name = "PATH", env = "RAMPART_SOCKET", default_value = CONTROLLER_SOCKET)]
+    pub(crate) socket: PathBuf,
+    /// A controller elsewhere; needs an identity from `meshctl admin join`
+    #[arg(long, global = true, value_name = "HOST:PORT", env = "RAMPART_CONTROLLER")]
+    pub(crate) controller: Vec<ControllerEndpoint>,
+    /// Where this admin's key and certificate are [default: ~/.config/rampart]
+    #[arg(long, global = true, value_name = "DIR", env = "RAMPART_IDENTITY")]
+    pub(crate) identity: Option<PathBuf>,
+    /// Change nothing; only say whether the controller would
+    #[arg(long, global = true)]
+    pub(crate) dry_run: bool,
+}
+
+/// A connection as one admin.
+pub(crate) struct Session {
+    client: AdminClient<Channel>,
+    pub(crate) dry_run: bool,
+}
+
+impl Session {
+    /// Over the Unix socket, unless a controller or an identity is named. Without either, and without a socket here, the
+    /// identity in its usual place will do.
+    pub(crate) async fn open(arguments: &ConnectionArgs) -> Result<Self, Failure> {
+        let remote = !arguments.controller.is_empty() || arguments.identity.is_some();
+        let identity = if remote || !arguments.socket.exists() {
+            let dir = AdminIdentity::dir(arguments.identity.as_deref())?;
+            if remote || AdminIdentity::is_in(&dir) { Some(AdminIdentity::load(&dir)?) } else { None }
+        } else {
+            None
+        };
+        let channel = match identity {
+            None => client::connect_unix(&arguments.socket).await?,
+            Some(identity) => {
+                let endpoints = match arguments.controller.is_empty() {
+                    true => identity.endpoints.clone(),
+                    false => arguments.controller.iter().map(ControllerEndpoint::to_string).collect(),
+                };
+                let channel = client::connect(&endpoints, &identity.trust(), Some(&identity.credentials)).await?;
+                identity.renew_if_due(channel.clone()).await;
+                channel
+            }
+        };
+        let client = AdminClient::new(channel).max_decoding_message_size(MAX_RESPONSE);
+        Ok(Self { client, dry_run: arguments.dry_run })
+    }
+
+    /// All objects, at one revision.
+    pub(crate) async fn network(&mut self) -> Result<(Revision, Network), Failure> {
+        let answer = self.client.get_network(timed(v1::GetNetworkRequest {})).await?.into_inner();
+        let v1::GetNetworkResponse { revision, network } = answer;
+        let network = network.ok_or_else(|| Failure::failed("controller sent no network; restart `controllerd`"))?;
+        Ok((Revision(revision), Network::try_from(network)?))
+    }
+
+    /// Makes one change, and says so.
+    pub(crate) async fn change(&mut self, change: Change, done: impl AsRef<str>) -> Result<(), Failure> {
+        let done = done.as_ref();
+        let revision = self.commit(&[change]).await?;
+        match self.dry_run {
+            true => say(format!("{done}: it would be; nothing was changed")),
+            false => say(format!("{done} (revision {revision})")),
+        }
+        Ok(())
+    }
+
+    /// Makes changes, all or none, and prints the controller's warnings.
+    pub(crate) async fn commit(&mut self, changes: &[Change]) -> Result<Revision, Failure> {
+        let request = v1::ChangeRequest {
+            request_id: request_id()?,
+            expected_revision: 0,
+            changes: changes.iter().map(v1::Change::try_from).collect::<Result<_, _>>()?,
+            dry_run: self.dry_run,
+        };
+        let v1::ChangeResponse { revision, warnings } = self.client.change(timed(request)).await?.into_inner();
+        warnings.iter().for_each(warn);
+        Ok(Revision(revision))
+    }
+
+    pub(crate) async fn invite(&mut self, request: v1::InviteRequest) -> Result<v1::InviteResponse, Failure> {
+        Ok(self.client.invite(timed(request)).await?.into_inner())
+    }
+
+    pub(crate) async fn status(&mut self) -> Result<v1::GetStatusResponse, Failure> {
+        Ok(self.client.get_status(timed(v1::GetStatusRequest {})).await?.into_inner())
+    }
+
+    pub(crate) async fn admins(&mut self) -> Result<Vec<v1::AdminAccount>, Failure> {
+        Ok(self.client.list_admins(timed(v1::ListAdminsRequest {})).await?.into_inner().admins)
+    }
+
+    pub(crate) async fn revoke_admin(&mut self, name: String) -> Result<(), Failure> {
+        self.client.revoke_admin(timed(v1::RevokeAdminRequest { name })).await?;
+        Ok(())
+    }
+
+    pub(crate) async fn audit(&mut self, limit: u32) -> Result<Vec<v1::AuditEntry>, Failure> {
+        Ok(self.client.list_audit(timed(v1::ListAuditRequest { limit })).await?.into_inner().entries)
+    }
+}
+
+/// A request that is given up after a while.
+pub(crate) fn timed<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(REQUEST_TIMEOUT);
+    request
+}
+
+/// Unique, so that the controller can tell a repeated request from a new one.
+fn request_id() -> Result<String, Failure> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| Failure::failed(format!("no random numbers: {error}")))?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
