@@ -1,0 +1,203 @@
+//! What `meshctl` asks for.
+
+use controller_api::defaults::{AUDIT_LIMIT, INVITATION_LIFETIME};
+use controller_api::endpoint::ControllerEndpoint;
+use controller_api::identity::is_admin_name;
+use controller_api::invitation::{Invitation, Secret, Subject};
+use controller_api::v1::admin_server::Admin;
+use controller_api::{ConvertError, v1};
+use policy::{Change, Revision};
+use prost::Message as _;
+use sha2::{Digest as _, Sha256};
+use tonic::{Request, Response, Status};
+
+use super::gate::Caller;
+use super::{Context, refused, text};
+use crate::audit::Actor;
+use crate::intent::Intent;
+use crate::record::SecretHash;
+use crate::store;
+use crate::writer::Ask;
+
+/// Most audit entries in one answer.
+const AUDIT_MAX: usize = 10_000;
+/// Most endpoints in one invitation.
+const ENDPOINTS_MAX: usize = 16;
+
+/// The service `Admin`.
+#[derive(Debug)]
+pub struct AdminService {
+    context: Context,
+}
+
+impl AdminService {
+    pub fn new(context: Context) -> Self {
+        Self { context }
+    }
+
+    async fn ask(&self, ask: Ask) -> Result<crate::writer::Answer, Status> {
+        self.context.writer.ask(ask).await.map_err(|refusal| refused(&refusal))
+    }
+}
+
+/// Who calls; the gate has put it there.
+fn actor<T>(request: &Request<T>) -> Result<Actor, Status> {
+    let caller = request.extensions().get::<Caller>().map(Caller::actor);
+    caller.ok_or_else(|| Status::internal("call came past its gate; report this as a bug"))
+}
+
+fn invalid(error: &dyn std::error::Error) -> Status {
+    Status::invalid_argument(text(error))
+}
+
+#[tonic::async_trait]
+impl Admin for AdminService {
+    async fn get_network(
+        &self,
+        _: Request<v1::GetNetworkRequest>,
+    ) -> Result<Response<v1::GetNetworkResponse>, Status> {
+        let state = self.context.current.get();
+        let network = Some(v1::Network::from(&*state.network));
+        Ok(Response::new(v1::GetNetworkResponse { revision: state.revision.0, network }))
+    }
+
+    async fn change(&self, request: Request<v1::ChangeRequest>) -> Result<Response<v1::ChangeResponse>, Status> {
+        let actor = actor(&request)?;
+        let mut request = request.into_inner();
+        let request_id = std::mem::take(&mut request.request_id);
+        let digest = Sha256::digest(request.encode_to_vec()).into();
+        let v1::ChangeRequest { request_id: _, expected_revision, changes, dry_run } = request;
+        let changes: Vec<Change> = changes
+            .into_iter()
+            .map(Change::try_from)
+            .collect::<Result<_, ConvertError>>()
+            .map_err(|error| invalid(&error))?;
+        let id = (!request_id.is_empty() && !dry_run).then_some(request_id);
+        let ask = Ask {
+            request: id.map(|id| store::Request { id: format!("change/{id}"), digest }),
+            expected: (expected_revision != 0).then_some(Revision(expected_revision)),
+            dry_run,
+            ..Ask::new(actor, Intent::Change(changes))
+        };
+        let answer = self.ask(ask).await?;
+        let warnings = answer.outcome.warnings;
+        Ok(Response::new(v1::ChangeResponse { revision: answer.revision.0, warnings }))
+    }
+
+    async fn invite(&self, request: Request<v1::InviteRequest>) -> Result<Response<v1::InviteResponse>, Status> {
+        let actor = actor(&request)?;
+        let v1::InviteRequest { subject, expires_in, endpoints } = request.into_inner();
+        let subject = subject_of(subject)?;
+        let state = self.context.current.get();
+        let endpoints = if endpoints.is_empty() { state.records.settings.endpoints.clone() } else { endpoints };
+        let endpoints = check_endpoints(&endpoints)?;
+        let mut random = [0; 32];
+        getrandom::fill(&mut random)
+            .map_err(|error| Status::internal(format!("no random bytes could be had: {error}")))?;
+        let secret = Secret::new(random);
+        let expires_in = if expires_in == 0 { INVITATION_LIFETIME.as_secs() } else { expires_in };
+        let expires_at = self.context.now().saturating_add(expires_in);
+        let intent = Intent::Invite { subject: subject.clone(), hash: SecretHash(secret.hash()), expires_at };
+        self.ask(Ask::new(actor, intent)).await?;
+        let invitation = Invitation {
+            network: state.network.name().clone(),
+            subject,
+            endpoints,
+            fingerprint: self.context.authority.fingerprint(),
+            secret,
+            expires_at,
+        };
+        Ok(Response::new(v1::InviteResponse { invitation: invitation.to_string(), expires_at }))
+    }
+
+    async fn get_status(&self, _: Request<v1::GetStatusRequest>) -> Result<Response<v1::GetStatusResponse>, Status> {
+        let state = self.context.current.get();
+        let status = |node: &policy::NodeId| {
+            let report = self.context.followers.report(*node);
+            v1::NodeStatus {
+                node: node.0,
+                connected: report.connected,
+                last_seen: report.last_seen,
+                sent: report.sent.0,
+                enforced: report.enforced.0,
+                generation: report.generation.0,
+                error: report.error,
+                version: report.version,
+            }
+        };
+        let nodes = state.network.nodes().keys().map(status).collect();
+        let version = crate::VERSION.to_owned();
+        Ok(Response::new(v1::GetStatusResponse { revision: state.revision.0, version, nodes }))
+    }
+
+    async fn list_admins(
+        &self,
+        _: Request<v1::ListAdminsRequest>,
+    ) -> Result<Response<v1::ListAdminsResponse>, Status> {
+        let state = self.context.current.get();
+        let admins = state.records.admins.iter().map(|(name, admin)| v1::AdminAccount {
+            name: name.clone(),
+            certificate_expires_at: admin.certificate_expires_at,
+            revoked: admin.revoked,
+        });
+        Ok(Response::new(v1::ListAdminsResponse { admins: admins.collect() }))
+    }
+
+    async fn revoke_admin(
+        &self,
+        request: Request<v1::RevokeAdminRequest>,
+    ) -> Result<Response<v1::RevokeAdminResponse>, Status> {
+        let actor = actor(&request)?;
+        let v1::RevokeAdminRequest { name } = request.into_inner();
+        self.ask(Ask::new(actor, Intent::RevokeAdmin(name))).await?;
+        Ok(Response::new(v1::RevokeAdminResponse {}))
+    }
+
+    async fn list_audit(
+        &self,
+        request: Request<v1::ListAuditRequest>,
+    ) -> Result<Response<v1::ListAuditResponse>, Status> {
+        let v1::ListAuditRequest { limit } = request.into_inner();
+        let limit = match usize::try_from(limit).unwrap_or(AUDIT_MAX) {
+            0 => AUDIT_LIMIT,
+            limit => limit.min(AUDIT_MAX),
+        };
+        let store = std::sync::Arc::clone(&self.context.store);
+        let read = tokio::task::spawn_blocking(move || store.audit(limit)).await;
+        let entries = read
+            .map_err(|error| Status::internal(format!("audit log could not be read: {error}")))?
+            .map_err(|error| Status::internal(text(&error)))?;
+        let entry = |entry: store::AuditEntry| {
+            let store::AuditEntry { revision, time, actor, change } = entry;
+            v1::AuditEntry { revision: revision.0, time, actor, change }
+        };
+        Ok(Response::new(v1::ListAuditResponse { entries: entries.into_iter().map(entry).collect() }))
+    }
+}
+
+fn subject_of(subject: Option<v1::invite_request::Subject>) -> Result<Subject, Status> {
+    match subject {
+        Some(v1::invite_request::Subject::Node(name)) => {
+            Ok(Subject::Node(name.parse().map_err(|error: policy::NameError| invalid(&error))?))
+        }
+        Some(v1::invite_request::Subject::Admin(name)) if is_admin_name(&name) => Ok(Subject::Admin(name)),
+        Some(v1::invite_request::Subject::Admin(name)) => Err(Status::invalid_argument(format!(
+            "`{name}` is no admin's name; use 1 to 63 of a-z, 0-9, `.`, `_`, `-`, with a letter or digit at both ends"
+        ))),
+        None => Err(Status::invalid_argument("invitation is for nobody; name a node or an admin")),
+    }
+}
+
+fn check_endpoints(endpoints: &[String]) -> Result<Vec<String>, Status> {
+    if endpoints.is_empty() || endpoints.len() > ENDPOINTS_MAX {
+        return Err(Status::invalid_argument(format!(
+            "invitation would have {} endpoints, not 1 to {ENDPOINTS_MAX}; give some with `--endpoint`",
+            endpoints.len()
+        )));
+    }
+    let parse = |text: &String| match text.parse::<ControllerEndpoint>() {
+        Ok(endpoint) => Ok(endpoint.to_string()),
+        Err(error) => Err(invalid(&error)),
+    };
+    endpoints.iter().map(parse).collect()
+}

@@ -1,0 +1,95 @@
+//! Letting the invited in: the one service for callers without a certificate.
+
+use controller_api::defaults::{ADMIN_CERTIFICATE_LIFETIME, NODE_CERTIFICATE_LIFETIME};
+use controller_api::identity::Identity;
+use controller_api::invitation::Secret;
+use controller_api::v1;
+use controller_api::v1::enrol_server::Enrol;
+use policy::PublicKey;
+use tonic::{Request, Response, Status};
+
+use super::listener::Peer;
+use super::{Context, refused, text};
+use crate::audit::Actor;
+use crate::authority::CertificateRequest;
+use crate::intent::Intent;
+use crate::metrics;
+use crate::record::{Keys, SecretHash};
+use crate::writer::Ask;
+
+/// A secret, a certificate request and a key are far below this.
+pub const REQUEST_MAX: usize = 16_384;
+
+/// The service `Enrol`.
+#[derive(Debug)]
+pub struct EnrolService {
+    context: Context,
+}
+
+impl EnrolService {
+    pub fn new(context: Context) -> Self {
+        Self { context }
+    }
+
+    async fn enrol(&self, request: v1::RedeemRequest) -> Result<v1::RedeemResponse, Status> {
+        let v1::RedeemRequest { secret, certificate_request, wireguard_public_key } = request;
+        let secret = Secret::try_from(&secret[..]).map_err(|error| Status::invalid_argument(text(&error)))?;
+        let request = CertificateRequest::parse(&certificate_request)
+            .map_err(|error| Status::invalid_argument(text(&error)))?;
+        let wireguard = match &wireguard_public_key[..] {
+            [] => None,
+            bytes => Some(PublicKey::try_from(bytes).map_err(|error| Status::invalid_argument(text(&error)))?),
+        };
+        let now = self.context.now();
+        let keys = Keys { certificate: request.key(), wireguard };
+        let intent = Intent::Redeem {
+            hash: SecretHash(secret.hash()),
+            keys,
+            certificate_expires_at: now + ADMIN_CERTIFICATE_LIFETIME.as_secs(),
+        };
+        let answer = self.context.writer.ask(Ask::new(Actor::Controller, intent)).await;
+        let redeemed = answer
+            .map_err(|refusal| refused(&refusal))?
+            .outcome
+            .redeemed
+            .ok_or_else(|| Status::internal("invitation let nobody in; report this as a bug"))?;
+        let (lifetime, node) = match &redeemed.identity {
+            Identity::Node(id) => (NODE_CERTIFICATE_LIFETIME, id.0),
+            _ => (ADMIN_CERTIFICATE_LIFETIME, 0),
+        };
+        let authority = &self.context.authority;
+        let certificate = authority
+            .sign(&request, &redeemed.identity, now, lifetime)
+            .map_err(|error| Status::internal(text(&error)))?;
+        Ok(v1::RedeemResponse {
+            certificate,
+            authority: authority.certificate().to_vec(),
+            network: authority.network().to_string(),
+            name: redeemed.name,
+            node,
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl Enrol for EnrolService {
+    async fn redeem(&self, request: Request<v1::RedeemRequest>) -> Result<Response<v1::RedeemResponse>, Status> {
+        let ip = request.extensions().get::<Peer>().and_then(Peer::ip);
+        let result = self.enrol(request.into_inner()).await;
+        match &result {
+            Ok(response) => {
+                self.context.metrics.enrolment(metrics::Result::Done);
+                tracing::info!(name = response.name, ?ip, "an invitation was redeemed");
+            }
+            Err(status) if status.code() == tonic::Code::Internal => {
+                self.context.metrics.enrolment(metrics::Result::Failed);
+                tracing::error!(reason = status.message(), ?ip, "an invitation could not be redeemed");
+            }
+            Err(status) => {
+                self.context.metrics.enrolment(metrics::Result::Refused);
+                tracing::warn!(reason = status.message(), ?ip, "an invitation was refused");
+            }
+        }
+        result.map(Response::new)
+    }
+}

@@ -1,0 +1,166 @@
+//! What the controller answers, over TLS and over root's Unix socket: three services of its own, health and reflection.
+
+use std::error::Error;
+use std::sync::Arc;
+
+use controller_api::defaults::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MAX_REQUEST, MAX_RESPONSE, REQUEST_TIMEOUT};
+use controller_api::v1::admin_server::AdminServer;
+use controller_api::v1::enrol_server::EnrolServer;
+use controller_api::v1::sync_server::SyncServer;
+use tokio::task::JoinSet;
+use tonic::service::interceptor::InterceptedService;
+use tonic::service::{Routes, RoutesBuilder};
+use tonic::transport::Server;
+use tonic::{Code, Status};
+
+use crate::authority::Authority;
+use crate::enrol::{InviteError, RedeemError};
+use crate::intent::Refusal;
+use crate::metrics::Metrics;
+use crate::publish::Followers;
+use crate::state::Current;
+use crate::store::{Store, StoreError};
+use crate::writer::Writer;
+
+pub mod admin;
+pub mod enrol;
+pub mod gate;
+pub mod listener;
+pub mod sync;
+
+use gate::{Door, Gate};
+use listener::Incoming;
+
+/// Calls at one time on one connection: a node has one stream and now and then a call.
+const STREAMS: u32 = 64;
+/// Bytes of a request's headers.
+const HEADERS: u32 = 16_384;
+
+/// What every service works with.
+#[derive(Clone, Debug)]
+pub struct Context {
+    pub current: Current,
+    pub writer: Writer,
+    pub followers: Followers,
+    pub store: Arc<dyn Store>,
+    pub authority: Arc<Authority>,
+    pub metrics: Arc<Metrics>,
+    /// Seconds since the epoch.
+    pub clock: fn() -> u64,
+    /// Becomes true when calls are to be ended.
+    pub stop: tokio::sync::watch::Receiver<bool>,
+}
+
+impl Context {
+    fn now(&self) -> u64 {
+        (self.clock)()
+    }
+
+    fn gate(&self, door: Door) -> Gate {
+        Gate { door, current: self.current.clone(), metrics: Arc::clone(&self.metrics), clock: self.clock }
+    }
+}
+
+/// All services, each behind its gate; enrolment has none.
+pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::server::Error> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_serving::<AdminServer<admin::AdminService>>().await;
+    reporter.set_serving::<SyncServer<sync::SyncService>>().await;
+    reporter.set_serving::<EnrolServer<enrol::EnrolService>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(controller_api::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let admin = AdminServer::new(admin::AdminService::new(context.clone()))
+        .max_decoding_message_size(MAX_REQUEST)
+        .max_encoding_message_size(MAX_RESPONSE);
+    let sync = SyncServer::new(sync::SyncService::new(context.clone()))
+        .max_decoding_message_size(MAX_REQUEST)
+        .max_encoding_message_size(MAX_RESPONSE);
+    let enrol = EnrolServer::new(enrol::EnrolService::new(context.clone()))
+        .max_decoding_message_size(enrol::REQUEST_MAX);
+    let mut routes = RoutesBuilder::default();
+    routes
+        .add_service(InterceptedService::new(admin, context.gate(Door::Admins)))
+        .add_service(InterceptedService::new(sync, context.gate(Door::Nodes)))
+        .add_service(enrol)
+        .add_service(InterceptedService::new(health, context.gate(Door::Known)))
+        .add_service(InterceptedService::new(reflection, context.gate(Door::Known)));
+    Ok(routes.routes())
+}
+
+/// Serves connections until `stop` is done: then open calls are ended.
+pub async fn serve(
+    routes: Routes,
+    incoming: Vec<Incoming>,
+    stop: tokio::sync::watch::Receiver<bool>,
+) -> Result<(), tonic::transport::Error> {
+    let mut servers = JoinSet::new();
+    for incoming in incoming {
+        let mut stopped = stop.clone();
+        let signal = async move {
+            // An error means that whoever could stop us is gone.
+            let _ = stopped.wait_for(|stop| *stop).await;
+        };
+        let server = server().add_routes(routes.clone()).serve_with_incoming_shutdown(incoming, signal);
+        servers.spawn(server);
+    }
+    while let Some(ended) = servers.join_next().await {
+        ended.unwrap_or(Ok(()))?;
+    }
+    Ok(())
+}
+
+fn server() -> Server {
+    Server::builder()
+        .timeout(REQUEST_TIMEOUT)
+        .max_concurrent_streams(STREAMS)
+        .http2_max_header_list_size(HEADERS)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .trace_fn(|request| tracing::debug_span!("call", path = request.uri().path()))
+}
+
+/// An error with its causes, on one line.
+pub(crate) fn text(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    text
+}
+
+/// A refusal as gRPC says it: the code for programs, the whole text for people.
+pub(crate) fn refused(refusal: &Refusal) -> Status {
+    let code = match refusal {
+        Refusal::Change { .. } | Refusal::Limit(_) => Code::FailedPrecondition,
+        Refusal::Count { .. } => Code::InvalidArgument,
+        Refusal::Revision { .. } => Code::Aborted,
+        Refusal::Invite(error) => match error {
+            InviteError::UnknownNode { .. } => Code::NotFound,
+            InviteError::NotInvitable { .. } => Code::FailedPrecondition,
+            InviteError::TooLong { .. } => Code::InvalidArgument,
+        },
+        Refusal::Redeem(error) => match error {
+            RedeemError::Unknown { .. } => Code::NotFound,
+            RedeemError::Expired { .. } | RedeemError::NotActive { .. } | RedeemError::Change(_) => {
+                Code::FailedPrecondition
+            }
+            RedeemError::OtherKeys { .. } | RedeemError::Replaced { .. } => Code::PermissionDenied,
+            RedeemError::WireGuardKey { .. } => Code::InvalidArgument,
+        },
+        Refusal::NoNode { .. } | Refusal::UnknownAdmin { .. } => Code::NotFound,
+        Refusal::NoKey { .. } => Code::PermissionDenied,
+        Refusal::Store(error) => match error {
+            StoreError::Moved { .. } | StoreError::Conflict { .. } => Code::Aborted,
+            StoreError::RequestReused { .. } => Code::AlreadyExists,
+            StoreError::TooLong { .. } => Code::InvalidArgument,
+            StoreError::Full { .. } => Code::ResourceExhausted,
+            _ => Code::Internal,
+        },
+        Refusal::Stopping => Code::Unavailable,
+    };
+    Status::new(code, text(refusal))
+}

@@ -1,0 +1,196 @@
+//! `controllerd serve`: puts the parts together, and takes them apart in order.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow};
+use controller_api::defaults::{CONTROLLER_CERTIFICATE_LIFETIME, renew_after};
+use controller_api::tls;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::audit::Actor;
+use crate::authority::Authority;
+use crate::clock;
+use crate::config::Config;
+use crate::grpc::listener::{Tls, accept_tls, accept_unix, bind_unix};
+use crate::grpc::{self, Context};
+use crate::init::DATABASE;
+use crate::intent::Intent;
+use crate::metrics::{self, Metrics};
+use crate::publish::Followers;
+use crate::state::{self, State};
+use crate::store::Store;
+use crate::store::sqlite::SqliteStore;
+use crate::writer::{self, Ask};
+
+/// How often certificates and what is known of nodes are looked after.
+const HOUSEKEEPING: Duration = Duration::from_secs(60);
+/// How long open calls may take to end when the controller stops.
+const GRACE: Duration = Duration::from_secs(3);
+
+/// A controller without its listeners: what the services work with, over a store of any kind.
+#[derive(Debug)]
+pub struct Controller {
+    pub context: Context,
+    writer: std::thread::JoinHandle<()>,
+}
+
+impl Controller {
+    /// Reads the store and begins with a revision of its own. `stop`: becomes true when calls are to be ended.
+    pub async fn start(
+        store: Arc<dyn Store>,
+        authority: impl FnOnce(&State) -> Result<Authority>,
+        clock: fn() -> u64,
+        stop: watch::Receiver<bool>,
+    ) -> Result<Self> {
+        let metrics = Metrics::new();
+        let state = State::load(&*store)?;
+        let authority = Arc::new(authority(&state)?);
+        let (publisher, current) = state::channel(state);
+        let started = writer::spawn(Arc::clone(&store), publisher, Arc::clone(&metrics), clock);
+        let (writer, thread) = started.context("failed to start the writer's thread")?;
+        writer.ask(Ask::new(Actor::Controller, Intent::Start)).await?;
+        let followers = Followers::new();
+        let context = Context { current, writer, followers, store, authority, metrics, clock, stop };
+        Ok(Self { context, writer: thread })
+    }
+}
+
+/// Runs until SIGTERM or SIGINT.
+pub async fn serve(config: &Config) -> Result<()> {
+    let database = config.state_dir.join(DATABASE);
+    let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&database)?);
+    let (stopper, stop) = watch::channel(false);
+    let authority = |state: &State| {
+        let (network, settings) = (state.network.name(), &state.records.settings);
+        Ok(Authority::open(&config.state_dir, network, Some(&settings.authority))?)
+    };
+    let Controller { context, writer } = Controller::start(store, authority, clock::now, stop.clone()).await?;
+    let tls = Tls::new(server_config(&context.authority)?);
+    let listener = listen(config.listen).await?;
+    let socket = bind_unix(&config.socket)?;
+    let scraped = metrics::bind(config.metrics)
+        .await
+        .with_context(|| format!("failed to serve metrics at `{}`; choose another address with `--metrics`", config.metrics))?;
+    let incoming = vec![
+        accept_tls(listener, tls.clone(), Arc::clone(&context.metrics)),
+        accept_unix(socket, Arc::clone(&context.metrics)),
+    ];
+    let routes = grpc::routes(&context).await?;
+    let mut servers = tokio::spawn(grpc::serve(routes, incoming, stop.clone()));
+    let metrics = tokio::spawn(serve_metrics(scraped, &context, stop.clone()));
+    let housekeeping = tokio::spawn(keep_house(context.clone(), tls));
+    tracing::info!(
+        network = %context.authority.network(),
+        revision = context.current.get().revision.0,
+        listen = %config.listen,
+        socket = %config.socket.display(),
+        metrics = %config.metrics,
+        "serving"
+    );
+    notify(&[sd_notify::NotifyState::Ready]);
+    let ended = tokio::select! {
+        signal = terminated() => signal.map(|name| tracing::info!(signal = name, "stopping")),
+        () = died(&writer) => Err(anyhow!("writer has died; this is a bug: restart `controllerd`, nothing acknowledged is lost")),
+        result = &mut servers => Err(match result {
+            Ok(Ok(())) => anyhow!("listeners have ended; restart `controllerd`"),
+            Ok(Err(error)) => anyhow::Error::new(error).context("listeners have failed"),
+            Err(error) => anyhow::Error::new(error).context("listeners have failed"),
+        }),
+    };
+    notify(&[sd_notify::NotifyState::Stopping]);
+    stopper.send_replace(true);
+    if ended.is_ok() && tokio::time::timeout(GRACE, servers).await.is_err() {
+        tracing::info!("some calls did not end in time");
+    }
+    housekeeping.abort();
+    metrics.abort();
+    let _ = std::fs::remove_file(&config.socket);
+    ended
+}
+
+/// `[::]` takes IPv4 too; where the kernel has no IPv6, `0.0.0.0` is meant.
+async fn listen(address: SocketAddr) -> Result<TcpListener> {
+    let bound = match TcpListener::bind(address).await {
+        Err(error) if error.raw_os_error() == Some(nix::libc::EAFNOSUPPORT) && address.ip().is_unspecified() => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+        }
+        bound => bound,
+    };
+    bound.with_context(|| format!("failed to listen at `{address}`; choose another address with `--listen`"))
+}
+
+fn server_config(authority: &Authority) -> Result<rustls::ServerConfig> {
+    let identity = authority.server_identity(clock::now())?;
+    Ok(tls::server_config(&identity, authority.certificate())?)
+}
+
+fn serve_metrics(
+    listener: TcpListener,
+    context: &Context,
+    mut stop: watch::Receiver<bool>,
+) -> impl Future<Output = ()> + use<> {
+    let (metrics, followers) = (Arc::clone(&context.metrics), context.followers.clone());
+    let refresh = move |metrics: &Metrics| {
+        let (connected, converged) = followers.count();
+        metrics.connected.set(i64::try_from(connected).unwrap_or(i64::MAX));
+        metrics.converged.set(i64::try_from(converged).unwrap_or(i64::MAX));
+    };
+    async move {
+        let stopped = async move {
+            let _ = stop.wait_for(|stop| *stop).await;
+        };
+        if let Err(error) = metrics::serve(listener, metrics, Arc::new(refresh), stopped).await {
+            tracing::warn!(%error, "metrics are not served any more");
+        }
+    }
+}
+
+/// Renews the controller's certificate in time, and forgets nodes that are gone.
+async fn keep_house(context: Context, tls: Tls) {
+    let mut renew_at = clock::now() + renew_after(CONTROLLER_CERTIFICATE_LIFETIME).as_secs();
+    let mut ticks = interval(HOUSEKEEPING);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        context.followers.retain(&context.current.get());
+        if clock::now() < renew_at {
+            continue;
+        }
+        match server_config(&context.authority) {
+            Ok(config) => {
+                tls.replace(config);
+                renew_at = clock::now() + renew_after(CONTROLLER_CERTIFICATE_LIFETIME).as_secs();
+                tracing::info!("the controller's certificate was renewed");
+            }
+            Err(error) => tracing::warn!(%error, "the controller's certificate could not be renewed"),
+        }
+    }
+}
+
+async fn terminated() -> Result<&'static str> {
+    let mut terminate = signal(SignalKind::terminate()).context("failed to wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("failed to wait for SIGINT")?;
+    Ok(tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    })
+}
+
+async fn died(thread: &std::thread::JoinHandle<()>) {
+    let mut ticks = interval(Duration::from_secs(1));
+    while !thread.is_finished() {
+        ticks.tick().await;
+    }
+}
+
+/// Outside systemd there is nobody to tell.
+fn notify(states: &[sd_notify::NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!(%error, "systemd could not be notified");
+    }
+}
