@@ -8,14 +8,14 @@ use std::fmt;
 use std::fs;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal, kill, killpg};
-use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, waitid, waitpid};
 use nix::unistd::Pid;
 
 /// How often a running command is looked at.
@@ -25,10 +25,12 @@ const GRACE: Duration = Duration::from_secs(30);
 
 static SIGNALS: AtomicUsize = AtomicUsize::new(0);
 static LAST_SIGNAL: AtomicI32 = AtomicI32::new(0);
+static REAPER: AtomicBool = AtomicBool::new(false);
 
 /// Takes over SIGINT, SIGTERM and SIGHUP for this process, and the orphans of its commands. To be called first.
 pub(crate) fn watch_signals() -> Result<()> {
     prctl::set_child_subreaper(true).context("failed to become the reaper of orphans")?;
+    REAPER.store(true, Ordering::SeqCst);
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         signals.add(signal);
@@ -132,8 +134,20 @@ impl Running {
                 self.kill()?;
                 return Ok(Ended::TimedOut(limit));
             }
+            self.reap_others();
             tick();
             thread::sleep(POLL);
+        }
+    }
+
+    /// Reaps orphans that have ended. Who waits for a process to be gone must not find it here, waiting for us.
+    fn reap_others(&self) {
+        let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
+        while REAPER.load(Ordering::SeqCst) {
+            match waitid(Id::All, ended | WaitPidFlag::WNOWAIT).ok().and_then(|status| status.pid()) {
+                Some(pid) if pid != self.group() => drop(waitid(Id::Pid(pid), ended)),
+                _ => break,
+            }
         }
     }
 
