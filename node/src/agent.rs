@@ -1,1 +1,317 @@
-//! (being written)
+//! The daemon: joins the enforcer, the controller and those who ask, and ends in good order.
+
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use controller_api::v1;
+use policy::{Slice, Verdict};
+use sd_notify::NotifyState;
+use serde_json::Value;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::answers::{self, Context};
+use crate::config::{Metrics, Settings};
+use crate::control::{self, Answerer, Request};
+use crate::controller;
+use crate::enforcer::{self, Setup};
+use crate::events;
+use crate::identity::{Identity, Keys};
+use crate::kernel::datapath::{EbpfDatapath, Events};
+use crate::kernel::link::NetlinkLink;
+use crate::kernel::wireguard::{self, Options};
+use crate::kernel::{Link, WireGuard};
+use crate::lock::Lock;
+use crate::metrics;
+use crate::reconcile::apply::chain;
+use crate::report::{self, Explanation, Interpreted, Question};
+use crate::startup;
+use crate::state::{self, State};
+
+/// How long the controller's interpreter may take.
+const INTERPRETER: Duration = Duration::from_secs(5);
+/// How long the last commands may take when the daemon ends.
+const FAREWELL: Duration = Duration::from_secs(5);
+/// Between two attempts to open what only an attached datapath has.
+const OPEN_AGAIN: Duration = Duration::from_secs(1);
+
+/// The three halves of the interface, chosen and checked; nothing is touched yet.
+pub struct Machine {
+    pub wireguard: Box<dyn WireGuard>,
+    pub link: Box<dyn Link>,
+    pub datapath: EbpfDatapath,
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Machine").field("datapath", &self.datapath).finish_non_exhaustive()
+    }
+}
+
+impl Machine {
+    /// Checks what is needed of this machine. Not from within a runtime: netlink has one of its own.
+    pub fn prepare(settings: &Settings) -> anyhow::Result<Self> {
+        startup::check_rights()?;
+        let interface = settings.interface.as_str();
+        let options = Options { log: Some(settings.state_dir.join("wireguard.log")), ..Options::default() };
+        let wireguard = wireguard::detect(interface, settings.wireguard, options)?;
+        startup::check(settings, wireguard.backend())?;
+        let link = Box::new(NetlinkLink::new(interface)?);
+        Ok(Self { wireguard, link, datapath: EbpfDatapath::new(interface, &settings.bpffs) })
+    }
+}
+
+/// Runs until SIGTERM or SIGINT. What is enforced then stays enforced.
+pub fn run(settings: Settings, trace_datapath: bool) -> anyhow::Result<()> {
+    startup::check_rights()?;
+    let _lock = Lock::take(&settings)?;
+    let identity = Identity::load(&settings.state_dir)?;
+    let keys = Keys::load(&settings.state_dir)?;
+    let machine = Machine::prepare(&settings)?;
+    let state = last_good_state(&settings.state_dir, &identity);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let result = runtime.block_on(serve(settings, identity, keys, machine, state, trace_datapath));
+    runtime.shutdown_timeout(FAREWELL);
+    result
+}
+
+fn last_good_state(state_dir: &Path, identity: &Identity) -> Option<State> {
+    match state::load(state_dir, identity.node) {
+        Ok(Some(state)) => {
+            tracing::info!(revision = %state.slice.revision, "last good state read");
+            Some(state)
+        }
+        Ok(None) => {
+            tracing::info!("no last good state; everything is denied until the controller answers");
+            None
+        }
+        Err(error) => {
+            tracing::error!(error = chain(&error), "last good state refused; the controller will be asked for a new one");
+            None
+        }
+    }
+}
+
+async fn serve(
+    settings: Settings,
+    identity: Identity,
+    keys: Keys,
+    machine: Machine,
+    state: Option<State>,
+    trace_datapath: bool,
+) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let socket = control::bind(&settings.socket)
+        .with_context(|| format!("failed to serve `nodectl` at `{}`", settings.socket.display()))?;
+    let scrapes = match settings.metrics {
+        Metrics::Off => None,
+        Metrics::At(address) => Some(metrics::bind(address).await?),
+    };
+
+    let held = state.as_ref().map(|state| Arc::new(state.slice.clone()));
+    let enforcer = enforcer::start(setup(&settings, keys, machine, state, trace_datapath));
+    if let Some(slice) = &held {
+        enforcer.enforce(Arc::clone(slice))?;
+    }
+    if let Some(error) = enforcer.ask(|enforcer| unattached(enforcer)).await? {
+        let _ = std::fs::remove_file(&settings.socket);
+        bail!(error);
+    }
+    let controller = controller::start(&settings, held, enforcer.enforced.clone());
+    let agent = Arc::new(Agent { settings, identity, enforcer, controller });
+    agent.start(socket, scrapes);
+    let _ = sd_notify::notify(&[NotifyState::Ready]);
+    tracing::info!(interface = %agent.settings.interface, node = %agent.identity.name, "running");
+
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    let _ = sd_notify::notify(&[NotifyState::Stopping]);
+    tracing::info!("stopping; what is enforced stays enforced");
+    let _ = std::fs::remove_file(&agent.settings.socket);
+    // What was begun is finished.
+    let _ = tokio::time::timeout(FAREWELL, agent.enforcer.ask(|_| ())).await;
+    Ok(())
+}
+
+fn setup(settings: &Settings, keys: Keys, machine: Machine, state: Option<State>, trace_datapath: bool) -> Setup {
+    let Machine { wireguard, link, mut datapath } = machine;
+    if trace_datapath {
+        let runtime = tokio::runtime::Handle::current();
+        datapath = datapath.with_trace(move |trace| {
+            runtime.spawn(async move {
+                if let Err(error) = trace.run().await {
+                    tracing::warn!(%error, "trace of the datapath ended");
+                }
+            });
+        });
+    }
+    let (slots, holders, time) = match state {
+        Some(State { slice: _, slots, holders, time }) => (Some(slots), holders, time),
+        None => (None, Default::default(), 0),
+    };
+    Setup {
+        wireguard,
+        link,
+        datapath: Box::new(datapath),
+        key: keys.wireguard,
+        state_dir: settings.state_dir.clone(),
+        listen_port: settings.listen_port,
+        mtu: settings.mtu,
+        persistent_keepalive: settings.persistent_keepalive,
+        reconcile_interval: settings.reconcile_interval,
+        slots,
+        holders,
+        time,
+    }
+}
+
+/// Why the daemon cannot begin: without an attached datapath there is nothing to run for.
+fn unattached(enforcer: &mut enforcer::Enforcer) -> Option<String> {
+    let attached = enforcer.observe().is_ok_and(|observed| {
+        observed.datapath.is_some_and(|datapath| datapath.egress && datapath.ingress)
+    });
+    enforcer.error.clone().filter(|_| !attached)
+}
+
+struct Agent {
+    settings: Settings,
+    identity: Identity,
+    enforcer: enforcer::Handle,
+    controller: controller::Handle,
+}
+
+impl Agent {
+    fn start(self: &Arc<Self>, socket: UnixListener, scrapes: Option<TcpListener>) {
+        tokio::spawn(control::serve(socket, Arc::clone(self) as Arc<dyn Answerer>));
+        tokio::spawn(Arc::clone(self).pass_on());
+        tokio::spawn(Arc::clone(self).report_events());
+        if let Some(listener) = scrapes {
+            let agent = Arc::clone(self);
+            let source: metrics::Source = Arc::new(move || {
+                let agent = Arc::clone(&agent);
+                Box::pin(async move { agent.ask(metrics::collect).await })
+            });
+            tokio::spawn(async move {
+                if let Err(error) = metrics::serve(listener, source).await {
+                    tracing::warn!(%error, "metrics are no longer served");
+                }
+            });
+        }
+    }
+
+    /// From the controller to the enforcer; of slices that come faster than they are put in force, the newest counts.
+    async fn pass_on(self: Arc<Self>) {
+        let mut received = self.controller.received.clone();
+        while received.changed().await.is_ok() {
+            let slice = received.borrow_and_update().clone();
+            let Some(slice) = slice else { continue };
+            if self.enforcer.enforce(slice).is_err() || self.enforcer.ask(|_| ()).await.is_err() {
+                tracing::error!("the thread that owns the kernel's interface has ended; what is enforced stays");
+                std::process::exit(1);
+            }
+        }
+    }
+
+    async fn report_events(self: Arc<Self>) {
+        loop {
+            let opened = Events::open(self.settings.interface.as_str(), &self.settings.bpffs);
+            match opened.map_err(|error| chain(&error)).and_then(|events| events.into_stream().map_err(|error| error.to_string())) {
+                Ok(stream) => events::run(stream, self.enforcer.names.clone()).await,
+                Err(error) => tracing::debug!(error, "events cannot be read yet"),
+            }
+            tokio::time::sleep(OPEN_AGAIN).await;
+        }
+    }
+
+    fn context(&self) -> Context {
+        let connection = self.controller.connection.borrow();
+        Context {
+            network: self.identity.network.to_string(),
+            node: self.identity.name.to_string(),
+            interface: self.settings.interface.to_string(),
+            listen_port: self.settings.listen_port,
+            received_revision: self.controller.received.borrow().as_ref().map_or(0, |slice| slice.revision.0),
+            controller: report::Controller {
+                connected: connection.channel.is_some(),
+                endpoints: connection.endpoints.clone(),
+                since: connection.since,
+                error: connection.error.clone(),
+            },
+            certificate_expires_at: connection.certificate_expires_at,
+        }
+    }
+
+    async fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&mut enforcer::Enforcer, &Context) -> Result<T, String> + Send + 'static,
+    ) -> Result<T, String> {
+        let context = self.context();
+        let answer = self.enforcer.ask(move |enforcer| question(enforcer, &context)).await;
+        answer.map_err(|gone| gone.to_string())?
+    }
+
+    async fn explain(&self, flow: Question) -> Result<Explanation, String> {
+        let (mut explanation, slice) = self
+            .ask(move |enforcer, _| {
+                let explanation = answers::explain(enforcer, flow)?;
+                let slice = enforcer.intent.as_ref().map(|intent| Arc::clone(&intent.slice));
+                Ok((explanation, slice))
+            })
+            .await?;
+        explanation.interpreted = self.interpret(flow, slice.as_deref()).await;
+        explanation.agree = answers::agree(&explanation);
+        Ok(explanation)
+    }
+
+    async fn interpret(&self, flow: Question, slice: Option<&Slice>) -> Interpreted {
+        let unavailable = |reason: &str| Interpreted { unavailable: Some(reason.to_owned()), ..Interpreted::default() };
+        let Some(channel) = self.controller.connection.borrow().channel.clone() else {
+            return unavailable("the controller is not connected");
+        };
+        let bytes = |address| match address {
+            std::net::IpAddr::V4(v4) => v4.octets().to_vec(),
+            std::net::IpAddr::V6(v6) => v6.octets().to_vec(),
+        };
+        let mut request = tonic::Request::new(v1::ExplainRequest {
+            source: bytes(flow.source),
+            destination: bytes(flow.destination),
+            protocol: flow.protocol.into(),
+            port: flow.port.into(),
+        });
+        request.set_timeout(INTERPRETER);
+        let v1::ExplainResponse { revision, verdict, source_cidr: _, destination_cidr: _, rule } =
+            match controller::sync_client(channel).explain(request).await {
+                Ok(response) => response.into_inner(),
+                Err(status) => return unavailable(&format!("the controller did not answer: {}", status.message())),
+            };
+        let Some(Ok(verdict)) = verdict.map(Verdict::try_from) else {
+            return unavailable("the controller's answer makes no sense");
+        };
+        let named = || slice.and_then(|slice| slice.rules.get(&verdict.rule?)).map(|rule| rule.name.to_string());
+        let rule = if rule.is_empty() { named() } else { Some(rule) };
+        Interpreted { answer: Some(answers::answer(&verdict, rule)), revision: Some(revision), unavailable: None }
+    }
+}
+
+impl Answerer for Agent {
+    fn answer(&self, request: Request) -> Pin<Box<dyn Future<Output = Result<Value, String>> + Send + '_>> {
+        Box::pin(async move {
+            match request {
+                Request::Status => json(self.ask(answers::status).await?),
+                Request::Peers => json(self.ask(|enforcer, _| answers::peers(enforcer)).await?),
+                Request::PolicyShow => json(self.ask(answers::policy).await?),
+                Request::PolicyExplain { flow } => json(self.explain(flow).await?),
+            }
+        })
+    }
+}
+
+fn json(answer: impl serde::Serialize) -> Result<Value, String> {
+    serde_json::to_value(answer).map_err(|error| error.to_string())
+}

@@ -1,1 +1,465 @@
-//! (being written)
+//! The one thread that touches the kernel. It puts slices in force, looks after what others change, keeps the last good
+//! state on disk, and lets others ask.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use policy::{CidrId, CidrName, Generation, PublicKey, Revision, RuleName, Slice};
+use tokio::sync::{oneshot, watch};
+
+use crate::controller::{self, Enforced};
+use crate::kernel::{Inspect, KernelError, Link, PeerConfig, WireGuard};
+use crate::key::PrivateKey;
+use crate::lower::{RuleSlots, Tables, lower};
+use crate::reconcile::plan::{self, Holders};
+use crate::reconcile::{Desired, Kernel, Observed, Outcome, Step, apply};
+use crate::state::{self, State};
+
+/// Everything that the thread needs, given once.
+pub struct Setup {
+    pub wireguard: Box<dyn WireGuard>,
+    pub link: Box<dyn Link>,
+    pub datapath: Box<dyn Inspect>,
+    pub key: PrivateKey,
+    pub state_dir: PathBuf,
+    pub listen_port: u16,
+    pub mtu: u32,
+    pub persistent_keepalive: Option<Duration>,
+    pub reconcile_interval: Duration,
+    /// From the state on disk. `None`: lost or never there; what the pinned rule counters count is then nobody's.
+    pub slots: Option<RuleSlots>,
+    pub holders: Holders,
+    /// The latest time that this node has seen, in seconds since the epoch.
+    pub time: u64,
+}
+
+/// What numbers in events mean.
+#[derive(Clone, Debug, Default)]
+pub struct Names {
+    pub cidrs: BTreeMap<CidrId, CidrName>,
+    /// By counter slot.
+    pub rules: BTreeMap<u32, RuleName>,
+}
+
+/// How others reach the thread. It ends when the last of these is gone; what it enforces stays.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    commands: mpsc::Sender<Command>,
+    pub enforced: watch::Receiver<Enforced>,
+    pub names: watch::Receiver<Arc<Names>>,
+}
+
+/// The thread is no more; that is a bug, and the kernel keeps enforcing what it has.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("the thread that owns the kernel's interface has ended: restart `noded`")]
+pub struct Gone;
+
+enum Command {
+    Enforce(Arc<Slice>),
+    Ask(Box<dyn FnOnce(&mut Enforcer) + Send>),
+}
+
+impl std::fmt::Debug for Command {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Enforce(slice) => write!(f, "Enforce({})", slice.revision),
+            Self::Ask(_) => f.write_str("Ask"),
+        }
+    }
+}
+
+/// The thread's own state.
+pub struct Enforcer {
+    pub wireguard: Box<dyn WireGuard>,
+    pub link: Box<dyn Link>,
+    pub datapath: Box<dyn Inspect>,
+    pub slots: RuleSlots,
+    pub intent: Option<Intent>,
+    /// Repairs since the start, by kind.
+    pub repairs: BTreeMap<&'static str, u64>,
+    /// What could not be done in the last round.
+    pub error: Option<String>,
+    /// Why the newest slice could not even be tried.
+    pub refused: Option<String>,
+    key: PrivateKey,
+    state_dir: PathBuf,
+    listen_port: u16,
+    mtu: u32,
+    persistent_keepalive: Option<Duration>,
+    holders: Holders,
+    time: u64,
+    /// Whether the rule counters hold figures of rules that nobody remembers.
+    stale_counters: bool,
+    rounds: u64,
+    enforced: watch::Sender<Enforced>,
+    names: watch::Sender<Arc<Names>>,
+}
+
+/// What should be in force.
+pub struct Intent {
+    pub slice: Arc<Slice>,
+    pub tables: Tables,
+    /// Of the switch that put the tables in force; `None`: not yet.
+    pub generation: Option<Generation>,
+    /// Whether the last round did all that it had to: what differs later was changed by others.
+    settled: bool,
+    fresh_endpoints: BTreeSet<PublicKey>,
+    changed_holder: Vec<IpNet>,
+}
+
+/// After a failed round the next one comes sooner.
+const RETRY: Duration = Duration::from_millis(250);
+/// Every so many rounds the tables are read back whole and held against the intent.
+const DEEP_CHECK: u64 = 15;
+/// Between two collections of idle flow records.
+const COLLECT: Duration = Duration::from_secs(10);
+
+/// Starts the thread. Its first round attaches the datapath: deny-all, or what is pinned.
+pub fn start(setup: Setup) -> Handle {
+    let (commands, receiver) = mpsc::channel();
+    let (enforced, enforced_rx) = watch::channel(Enforced::default());
+    let (names, names_rx) = watch::channel(Arc::default());
+    let interval = setup.reconcile_interval;
+    let mut enforcer = Enforcer::new(setup, enforced, names);
+    thread::spawn(move || enforcer.run(&receiver, interval));
+    Handle { commands, enforced: enforced_rx, names: names_rx }
+}
+
+impl Handle {
+    /// Makes a slice the intent. What came of it shows in `enforced`.
+    pub fn enforce(&self, slice: Arc<Slice>) -> Result<(), Gone> {
+        self.commands.send(Command::Enforce(slice)).map_err(|_| Gone)
+    }
+
+    /// Runs something on the thread, between two rounds.
+    pub async fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&mut Enforcer) -> T + Send + 'static,
+    ) -> Result<T, Gone> {
+        let (answer, answered) = oneshot::channel();
+        let question = move |enforcer: &mut Enforcer| drop(answer.send(question(enforcer)));
+        self.commands.send(Command::Ask(Box::new(question))).map_err(|_| Gone)?;
+        answered.await.map_err(|_| Gone)
+    }
+}
+
+impl Enforcer {
+    fn new(setup: Setup, enforced: watch::Sender<Enforced>, names: watch::Sender<Arc<Names>>) -> Self {
+        let Setup {
+            wireguard,
+            link,
+            datapath,
+            key,
+            state_dir,
+            listen_port,
+            mtu,
+            persistent_keepalive,
+            reconcile_interval: _,
+            slots,
+            holders,
+            time,
+        } = setup;
+        Self {
+            wireguard,
+            link,
+            datapath,
+            stale_counters: slots.is_none(),
+            slots: slots.unwrap_or_default(),
+            intent: None,
+            repairs: BTreeMap::new(),
+            error: None,
+            refused: None,
+            key,
+            state_dir,
+            listen_port,
+            mtu,
+            persistent_keepalive,
+            holders,
+            time,
+            rounds: 0,
+            enforced,
+            names,
+        }
+    }
+
+    fn run(&mut self, commands: &mpsc::Receiver<Command>, interval: Duration) {
+        self.round();
+        let mut next_round = Instant::now() + interval;
+        let mut next_collection = Instant::now() + COLLECT;
+        loop {
+            match commands.recv_timeout(next_round.min(next_collection).saturating_duration_since(Instant::now())) {
+                Ok(Command::Ask(question)) => question(self),
+                Ok(Command::Enforce(slice)) => {
+                    self.enforce(slice);
+                    next_round = Instant::now() + self.pause(interval);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if Instant::now() >= next_round {
+                self.round();
+                next_round = Instant::now() + self.pause(interval);
+            }
+            if Instant::now() >= next_collection {
+                if let Err(error) = self.datapath.collect_flows() {
+                    tracing::debug!(error = apply::chain(&error), "flow records cannot be collected");
+                }
+                next_collection = Instant::now() + COLLECT;
+            }
+        }
+    }
+
+    fn pause(&self, interval: Duration) -> Duration {
+        if self.error.is_some() { RETRY.min(interval) } else { interval }
+    }
+
+    /// Makes a slice the intent and puts it in force. A slice that the kernel's tables cannot hold changes nothing.
+    pub fn enforce(&mut self, slice: Arc<Slice>) {
+        let revision = slice.revision;
+        if self.stale_counters {
+            self.reset_stale_counters();
+        }
+        let tables = match lower(&slice, &mut self.slots) {
+            Ok(tables) => tables,
+            Err(error) => return self.refuse(revision, format!("revision {revision} cannot be put in force: {error}")),
+        };
+        self.refused = None;
+        let holders = plan::holders(&slice, self.key.public());
+        let mut changed_holder = plan::changed_holder(&self.holders, &holders);
+        let mut fresh_endpoints = fresh_endpoints(self.intent.as_ref().map(|intent| &*intent.slice), &slice);
+        if let Some(old) = &self.intent {
+            // What an earlier round still owes.
+            changed_holder.extend(&old.changed_holder);
+            fresh_endpoints.extend(&old.fresh_endpoints);
+        }
+        // An address without a holder keeps its last one: its records die if another takes it over.
+        self.holders.extend(holders);
+        self.intent =
+            Some(Intent { slice, tables, generation: None, settled: false, fresh_endpoints, changed_holder });
+        self.round();
+    }
+
+    fn refuse(&mut self, revision: Revision, error: String) {
+        tracing::error!(error, "policy refused; the one in force stays");
+        self.refused = Some(error.clone());
+        let generation = self.enforced.borrow().generation;
+        self.enforced.send_replace(Enforced { revision, generation, error: Some(error) });
+    }
+
+    /// One look at the kernel, and what follows from it.
+    pub fn round(&mut self) {
+        self.rounds += 1;
+        let settled = self.intent.as_ref().is_none_or(|intent| intent.settled);
+        let outcome = match self.kernel().observe() {
+            Ok(observed) => self.reconcile(&observed),
+            Err(error) => return self.conclude(Some(apply::chain(&error)), settled, false),
+        };
+        let first = self.rounds == 1;
+        for step in &outcome.done {
+            if !settled || first {
+                tracing::debug!(%step, "done");
+            } else {
+                *self.repairs.entry(step.kind()).or_default() += 1;
+                tracing::warn!(%step, kind = step.kind(), "drift repaired");
+            }
+        }
+        let switched = outcome.generation.is_some();
+        self.note(&outcome);
+        self.conclude(outcome.error(), settled, switched);
+    }
+
+    fn kernel(&mut self) -> Kernel<'_> {
+        Kernel { wireguard: &mut *self.wireguard, link: &mut *self.link, datapath: &mut *self.datapath }
+    }
+
+    fn reconcile(&mut self, observed: &Observed) -> Outcome {
+        let desired = self.desired(observed);
+        let steps = plan::plan(desired.as_ref(), observed);
+        let mut kernel =
+            Kernel { wireguard: &mut *self.wireguard, link: &mut *self.link, datapath: &mut *self.datapath };
+        apply(&mut kernel, &self.key, self.intent.as_ref().map(|intent| &intent.tables), steps)
+    }
+
+    fn desired(&mut self, observed: &Observed) -> Option<Desired> {
+        let deep = self.rounds.is_multiple_of(DEEP_CHECK) && self.tables_differ();
+        let intent = self.intent.as_ref()?;
+        let generation = observed.datapath.as_ref().map(|datapath| datapath.generation);
+        let mut desired = desired(&intent.slice, self.key.public(), self.persistent_keepalive);
+        desired.listen_port = self.listen_port;
+        desired.mtu = self.mtu;
+        desired.reload = deep || intent.generation.is_none() || intent.generation != generation;
+        desired.fresh_endpoints.clone_from(&intent.fresh_endpoints);
+        desired.changed_holder.clone_from(&intent.changed_holder);
+        Some(desired)
+    }
+
+    /// Reads the whole tables back. A failure to read is for the round to find.
+    fn tables_differ(&mut self) -> bool {
+        let Some(intent) = self.intent.as_ref().filter(|intent| intent.settled) else { return false };
+        let Ok(seen) = self.datapath.read_tables() else { return false };
+        let differences = intent.tables.differences(&seen);
+        if let Some(first) = differences.first() {
+            tracing::warn!(difference = first, count = differences.len(), "kernel and intent differ");
+        }
+        !differences.is_empty()
+    }
+
+    /// Remembers what steps have brought about.
+    fn note(&mut self, outcome: &Outcome) {
+        let Some(intent) = &mut self.intent else { return };
+        intent.generation = outcome.generation.or(intent.generation);
+        for step in &outcome.done {
+            match step {
+                Step::ForgetFlows(_) => intent.changed_holder.clear(),
+                Step::SetPeer(peer) => drop(intent.fresh_endpoints.remove(&peer.public_key)),
+                _ => {}
+            }
+        }
+        if outcome.failed.is_empty() {
+            // A peer that has the endpoint already needed no step.
+            intent.fresh_endpoints.clear();
+        }
+        intent.settled = outcome.failed.is_empty();
+        if outcome.generation.is_some() {
+            self.release_slots();
+        }
+    }
+
+    /// Before the first switch: counters that nobody remembers the rules of begin anew.
+    fn reset_stale_counters(&mut self) {
+        let every: Vec<u32> = (0..ebpf_common::limit::RULES).collect();
+        match self.datapath.reset_rules(&every) {
+            Ok(()) => self.stale_counters = false,
+            Err(error) => tracing::debug!(error = apply::chain(&error), "rule counters cannot be reset yet"),
+        }
+    }
+
+    /// Rules that went count no more: their counters are free once they are zero again.
+    fn release_slots(&mut self) {
+        let retired = self.slots.retired();
+        if retired.is_empty() {
+            return;
+        }
+        match self.datapath.reset_rules(&retired) {
+            Ok(()) => self.slots.release(&retired),
+            Err(error) => tracing::warn!(error = apply::chain(&error), "counters of rules that went cannot be reset"),
+        }
+    }
+
+    /// Tells everybody how it stands; a new policy is on disk before it is acknowledged.
+    fn conclude(&mut self, mut error: Option<String>, was_settled: bool, switched: bool) {
+        if switched && let Err(failed) = self.store() {
+            let failed = format!("enforced, but the last good state cannot be kept: {}", apply::chain(&failed));
+            tracing::warn!(error = failed, "last good state is stale");
+            error = error.or(Some(failed));
+        }
+        if let Some(error) = error.as_ref().filter(|error| self.error.as_ref() != Some(error)) {
+            tracing::warn!(error, "not everything could be done; trying again");
+        } else if error.is_none() && self.error.is_some() {
+            tracing::info!("everything is done now");
+        }
+        let changed = error != self.error;
+        self.error.clone_from(&error);
+        let Some(intent) = &self.intent else { return };
+        let report = Enforced {
+            revision: intent.slice.revision,
+            generation: intent.generation.unwrap_or_else(|| self.enforced.borrow().generation),
+            error,
+        };
+        if switched {
+            let slots = &self.slots;
+            let rules = intent.slice.rules.iter().filter_map(|(id, rule)| Some((slots.slot(*id)?, rule.name.clone())));
+            self.names.send_replace(Arc::new(Names { cidrs: intent.slice.cidrs.clone(), rules: rules.collect() }));
+            tracing::info!(revision = %report.revision, generation = %report.generation, "policy in force");
+        }
+        if switched || changed || !was_settled {
+            self.enforced.send_replace(report);
+        }
+    }
+
+    fn store(&mut self) -> Result<(), crate::disk::DiskError> {
+        let Some(intent) = &self.intent else { return Ok(()) };
+        self.time = self.time.max(controller::now());
+        let slice = (*intent.slice).clone();
+        let state = State { slice, slots: self.slots.clone(), holders: self.holders.clone(), time: self.time };
+        state::store(&self.state_dir, &state)
+    }
+
+    /// Reads the device, for those who ask.
+    pub fn observe(&mut self) -> Result<Observed, KernelError> {
+        self.kernel().observe()
+    }
+
+    /// How the peers should be, for those who ask.
+    pub fn peers(&self) -> BTreeMap<PublicKey, PeerConfig> {
+        self.intent.as_ref().map(|intent| peers(&intent.slice, self.persistent_keepalive)).unwrap_or_default()
+    }
+
+    pub fn public_key(&self) -> PublicKey {
+        self.key.public()
+    }
+}
+
+impl std::fmt::Debug for Enforcer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Enforcer").field("slots", &self.slots).field("error", &self.error).finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Setup {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Setup").field("state_dir", &self.state_dir).finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Intent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Intent").field("revision", &self.slice.revision).field("settled", &self.settled).finish_non_exhaustive()
+    }
+}
+
+/// The interface that a slice asks for; port and MTU are the caller's.
+pub fn desired(slice: &Slice, public_key: PublicKey, persistent_keepalive: Option<Duration>) -> Desired {
+    let local = &slice.local;
+    Desired {
+        public_key,
+        listen_port: 0,
+        mtu: 0,
+        addresses: local.addresses.iter().map(IpNet::from).collect(),
+        // Whoever the peers are: a packet into the network that the policy denies dies here, counted, and never leaves
+        // in clear by another route.
+        routes: local.roots.iter().chain(local.external_routes.iter().copied()).collect(),
+        peers: peers(slice, persistent_keepalive),
+        revision: slice.revision,
+        reload: false,
+        fresh_endpoints: BTreeSet::new(),
+        changed_holder: Vec::new(),
+    }
+}
+
+fn peers(slice: &Slice, persistent_keepalive: Option<Duration>) -> BTreeMap<PublicKey, PeerConfig> {
+    let peer = |peer: &policy::Peer| PeerConfig {
+        public_key: peer.public_key,
+        endpoint: peer.endpoint,
+        allowed_ips: peer.allowed_ips.clone(),
+        persistent_keepalive,
+    };
+    slice.peers.values().map(|given| (given.public_key, peer(given))).collect()
+}
+
+/// Peers whose endpoint the new slice gives otherwise than the old one. Without an old one nothing is news: what
+/// WireGuard has learned while no agent ran is as good as what the agent once heard.
+fn fresh_endpoints(old: Option<&Slice>, new: &Slice) -> BTreeSet<PublicKey> {
+    let Some(old) = old else { return BTreeSet::new() };
+    let known: BTreeMap<_, _> = old.peers.values().map(|peer| (peer.public_key, peer.endpoint)).collect();
+    new.peers
+        .values()
+        .filter(|peer| peer.endpoint.is_some() && known.get(&peer.public_key) != Some(&peer.endpoint))
+        .map(|peer| peer.public_key)
+        .collect()
+}

@@ -5,6 +5,7 @@
 //! the [`enforcer`], the one thread that owns the traits of [`kernel`]; [`reconcile`] is pure and says what must be done.
 
 pub mod agent;
+pub mod answers;
 pub mod cli;
 pub mod config;
 pub mod control;
@@ -12,6 +13,8 @@ pub mod controller;
 pub mod disk;
 pub mod enforcer;
 pub mod events;
+#[cfg(test)]
+mod fixture;
 pub mod identity;
 pub mod join;
 pub mod kernel;

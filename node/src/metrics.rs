@@ -1,1 +1,327 @@
-//! (being written)
+//! What Prometheus fetches: read from the kernel at the moment of the scrape.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use ebpf_common::counter::{LOSS_EVENT_FULL, LOSS_EVENT_LIMITED, LOSS_FLOW, LOSS_PAIR};
+use ebpf_common::reason;
+use policy::CidrId;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+
+use crate::answers::{Context, seconds};
+use crate::enforcer::Enforcer;
+use crate::kernel::inspect::Counters;
+use crate::kernel::{Backend, Device};
+use crate::reconcile::apply::chain;
+
+/// One metric with all its label sets. A counter's name is without its `_total`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Family {
+    pub name: &'static str,
+    pub help: &'static str,
+    pub kind: Kind,
+    pub samples: Vec<(Labels, u64)>,
+}
+
+type Labels = Vec<(&'static str, String)>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Counter,
+    Gauge,
+}
+
+/// How a scrape gets its figures.
+pub type Source = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = Result<Vec<Family>, String>> + Send>> + Send + Sync>;
+
+/// Reads everything. Runs on the enforcer's thread.
+pub fn collect(enforcer: &mut Enforcer, context: &Context) -> Result<Vec<Family>, String> {
+    let observed = enforcer.observe().map_err(|error| chain(&error))?;
+    let slots: Vec<u32> = enforcer.slots.pairs().into_values().collect();
+    let mut families = node(enforcer, context, observed.datapath.as_ref());
+    let device = observed.device.unwrap_or_default();
+    families.extend(wireguard(enforcer, context, &device));
+    // Before the first attachment there is nothing to count.
+    if let Ok(counters) = enforcer.datapath.counters(&slots) {
+        families.extend(packets(enforcer, &counters));
+        families.extend(losses(&counters));
+    }
+    families.push(gauge("rampart_flow_records", "Records of flows in the kernel.", enforcer.datapath.flow_records().unwrap_or(0) as u64));
+    Ok(families)
+}
+
+fn node(enforcer: &Enforcer, context: &Context, datapath: Option<&crate::kernel::DatapathState>) -> Vec<Family> {
+    let backend = match enforcer.wireguard.backend() {
+        Backend::Kernel => "kernel",
+        Backend::Userspace => "userspace",
+    };
+    let build = vec![
+        ("version", env!("CARGO_PKG_VERSION").to_owned()),
+        ("network", context.network.clone()),
+        ("node", context.node.clone()),
+        ("wireguard", backend.to_owned()),
+    ];
+    let repairs = enforcer.repairs.iter().map(|(kind, count)| (vec![("kind", (*kind).to_owned())], *count)).collect();
+    let attached = datapath.is_some_and(|datapath| datapath.egress && datapath.ingress);
+    vec![
+        Family { name: "rampart_build_info", help: "Version of noded, and whose it is.", kind: Kind::Gauge, samples: vec![(build, 1)] },
+        gauge("rampart_policy_revision", "Revision that the tables in force were made from.", datapath.map_or(0, |state| state.revision.0)),
+        gauge("rampart_policy_generation", "Switches of the tables; 0 means that everything is denied.", datapath.map_or(0, |state| state.generation.0)),
+        gauge("rampart_policy_received_revision", "Newest revision that the controller sent.", context.received_revision),
+        gauge("rampart_policy_error", "Whether something of the policy could not be enforced.", u64::from(enforcer.error.is_some() || enforcer.refused.is_some())),
+        gauge("rampart_datapath_attached", "Whether the programs are attached at egress and ingress.", u64::from(attached)),
+        gauge("rampart_controller_connected", "Whether the controller is connected.", u64::from(context.controller.connected)),
+        gauge("rampart_certificate_expiry_timestamp_seconds", "When the node's certificate ends.", context.certificate_expires_at),
+        Family { name: "rampart_drift_repairs", help: "Things that others changed in the kernel and noded put right.", kind: Kind::Counter, samples: repairs },
+    ]
+}
+
+fn gauge(name: &'static str, help: &'static str, value: u64) -> Family {
+    Family { name, help, kind: Kind::Gauge, samples: vec![(Vec::new(), value)] }
+}
+
+fn wireguard(enforcer: &Enforcer, context: &Context, device: &Device) -> Vec<Family> {
+    let slice = enforcer.intent.as_ref().map(|intent| &intent.slice);
+    let name = |key| {
+        let peer = slice.and_then(|slice| slice.peers.values().find(|peer| peer.public_key == key));
+        peer.map(|peer| peer.name.to_string()).unwrap_or_default()
+    };
+    let labels = |key: policy::PublicKey| {
+        vec![("interface", context.interface.clone()), ("public_key", key.to_string()), ("friendly_name", name(key))]
+    };
+    let family = |name, help, kind, value: &dyn Fn(&crate::kernel::DevicePeer) -> u64| {
+        let samples = device.peers.iter().map(|(key, peer)| (labels(*key), value(peer))).collect();
+        Family { name, help, kind, samples }
+    };
+    vec![
+        family("wireguard_sent_bytes", "Bytes sent to the peer.", Kind::Counter, &|peer| peer.sent_bytes),
+        family("wireguard_received_bytes", "Bytes received from the peer.", Kind::Counter, &|peer| peer.received_bytes),
+        family(
+            "wireguard_latest_handshake_seconds",
+            "When the latest handshake with the peer was, in seconds since the epoch; 0: never.",
+            Kind::Gauge,
+            &|peer| peer.last_handshake.and_then(seconds).unwrap_or(0),
+        ),
+    ]
+}
+
+fn packets(enforcer: &Enforcer, counters: &Counters) -> Vec<Family> {
+    let intent = enforcer.intent.as_ref();
+    let cidr = |id: u32| match (id, intent.and_then(|intent| intent.slice.cidrs.get(&CidrId(id)))) {
+        (0, _) => String::new(),
+        (_, Some(name)) => name.to_string(),
+        (_, None) => format!("cidr {id}"),
+    };
+    let mut pairs = [Vec::new(), Vec::new()];
+    for (key, counter) in &counters.pairs {
+        let mut labels = outcome(key.direction.into(), key.reason);
+        labels.push(("source", cidr(key.source)));
+        labels.push(("destination", cidr(key.destination)));
+        pairs[0].push((labels.clone(), counter.packets));
+        pairs[1].push((labels, counter.bytes));
+    }
+    let [packets, bytes] = pairs;
+    let reasons =
+        counters.reasons.iter().map(|((direction, reason), counter)| (outcome(*direction, *reason), counter.packets)).collect();
+    let rule_name = |slot: &u32| {
+        let rule = enforcer.slots.rule(*slot).and_then(|rule| intent.and_then(|intent| intent.slice.rules.get(&rule)));
+        rule.map(|rule| rule.name.to_string())
+    };
+    let rules = |value: &dyn Fn(&ebpf_common::counter::Counter) -> u64| {
+        let named = counters.rules.iter().filter_map(|(slot, counter)| Some((vec![("rule", rule_name(slot)?)], value(counter))));
+        named.collect::<Vec<_>>()
+    };
+    let counter = |name, help, samples| Family { name, help, kind: Kind::Counter, samples };
+    vec![
+        counter("rampart_packets", "Packets by what became of them and the cidrs of their ends.", packets),
+        counter("rampart_bytes", "Bytes, from the IP header on, by what became of them and the cidrs of their ends.", bytes),
+        counter("rampart_reason_packets", "Packets by what became of them, those of no cidr included.", reasons),
+        counter("rampart_rule_packets", "Packets that the rule decided.", rules(&|counter| counter.packets)),
+        counter("rampart_rule_bytes", "Bytes, from the IP header on, that the rule decided.", rules(&|counter| counter.bytes)),
+    ]
+}
+
+fn outcome(direction: u32, number: u8) -> Labels {
+    let passes = reason::ALL.get(usize::from(number)).is_some_and(|(_, _, passes)| *passes);
+    vec![
+        ("direction", if direction == ebpf_common::EGRESS { "egress" } else { "ingress" }.to_owned()),
+        ("verdict", if passes { "allow" } else { "deny" }.to_owned()),
+        ("reason", reason::name(number).to_owned()),
+    ]
+}
+
+fn losses(counters: &Counters) -> Vec<Family> {
+    let loss = |index: u32| counters.losses.get(index as usize).copied().unwrap_or(0);
+    let cause = |cause: &str, index| (vec![("cause", cause.to_owned())], loss(index));
+    let one = |name, help, value| Family { name, help, kind: Kind::Counter, samples: vec![(Vec::new(), value)] };
+    vec![
+        Family {
+            name: "rampart_events_suppressed",
+            help: "Denials that were counted but not reported: too many a second, or the buffer was full.",
+            kind: Kind::Counter,
+            samples: vec![cause("rate-limit", LOSS_EVENT_LIMITED), cause("buffer-full", LOSS_EVENT_FULL)],
+        },
+        one("rampart_flows_unrecorded", "Flows that found no room for a record; their replies are dropped.", loss(LOSS_FLOW)),
+        one("rampart_pairs_uncounted", "Packets whose pair of cidrs found no room for a counter.", loss(LOSS_PAIR)),
+    ]
+}
+
+#[derive(Debug)]
+struct Families(Vec<Family>);
+
+impl Collector for Families {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        for Family { name, help, kind, samples } in &self.0 {
+            if samples.is_empty() {
+                continue;
+            }
+            let metric_type = match kind {
+                Kind::Counter => MetricType::Counter,
+                Kind::Gauge => MetricType::Gauge,
+            };
+            let mut metric = encoder.encode_descriptor(name, help, None, metric_type)?;
+            for (labels, value) in samples {
+                let one = metric.encode_family(labels)?;
+                match kind {
+                    Kind::Counter => ConstCounter::new(*value).encode(one)?,
+                    Kind::Gauge => ConstGauge::new(*value).encode(one)?,
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// OpenMetrics 1.0.
+pub fn open_metrics(families: Vec<Family>) -> Result<String, fmt::Error> {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(Families(families)));
+    let mut body = String::new();
+    text::encode(&mut body, &registry)?;
+    Ok(body)
+}
+
+/// The same in the older text format, which tools read that do not ask for OpenMetrics: there a counter's `_total` is part
+/// of its name.
+pub fn prometheus_text(open_metrics: &str) -> String {
+    let mut counters = Vec::new();
+    for line in open_metrics.lines() {
+        if let Some(name) = line.strip_prefix("# TYPE ").and_then(|rest| rest.strip_suffix(" counter")) {
+            counters.push(name);
+        }
+    }
+    let mut body = String::new();
+    for line in open_metrics.lines().filter(|line| *line != "# EOF") {
+        let mut words = line.splitn(4, ' ');
+        match (words.next(), words.next(), words.next(), words.next()) {
+            (Some("#"), Some(what), Some(name), Some(rest)) if counters.contains(&name) => {
+                body.push_str(&format!("# {what} {name}_total {rest}\n"));
+            }
+            _ => {
+                body.push_str(line);
+                body.push('\n');
+            }
+        }
+    }
+    body
+}
+
+/// Serves `/metrics` until it is dropped.
+pub async fn serve(listener: TcpListener, source: Source) -> std::io::Result<()> {
+    axum::serve(listener, Router::new().route("/metrics", get(scrape)).with_state(source)).await
+}
+
+/// Binds the listener, with the remedy in the error.
+pub async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    use anyhow::Context as _;
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("failed to serve metrics at `{address}`; choose another address with `--metrics`, or `off`"))
+}
+
+async fn scrape(State(source): State<Source>, headers: HeaderMap) -> Response {
+    let text = match source().await {
+        Ok(families) => open_metrics(families).map_err(|error| error.to_string()),
+        Err(error) => Err(error),
+    };
+    let accepts = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    match text {
+        Ok(text) if accepts.contains("application/openmetrics-text") => {
+            ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response()
+        }
+        Ok(text) => {
+            ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], prometheus_text(&text)).into_response()
+        }
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example() -> Vec<Family> {
+        let labels = vec![("reason", "no \"rule\"".to_owned())];
+        vec![
+            Family { name: "rampart_packets", help: "Packets.", kind: Kind::Counter, samples: vec![(labels, 3)] },
+            gauge("rampart_policy_revision", "Revision.", 7),
+            Family { name: "rampart_empty", help: "Nothing yet.", kind: Kind::Counter, samples: Vec::new() },
+        ]
+    }
+
+    #[test]
+    fn open_metrics_names_counters_without_their_suffix() {
+        let text = open_metrics(example()).unwrap();
+        assert_eq!(
+            text,
+            "# HELP rampart_packets Packets.\n# TYPE rampart_packets counter\n\
+             rampart_packets_total{reason=\"no \\\"rule\\\"\"} 3\n\
+             # HELP rampart_policy_revision Revision.\n# TYPE rampart_policy_revision gauge\n\
+             rampart_policy_revision 7\n# EOF\n"
+        );
+    }
+
+    #[test]
+    fn the_older_format_names_counters_as_their_samples() {
+        let text = prometheus_text(&open_metrics(example()).unwrap());
+        assert_eq!(
+            text,
+            "# HELP rampart_packets_total Packets.\n# TYPE rampart_packets_total counter\n\
+             rampart_packets_total{reason=\"no \\\"rule\\\"\"} 3\n\
+             # HELP rampart_policy_revision Revision.\n# TYPE rampart_policy_revision gauge\n\
+             rampart_policy_revision 7\n"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_scrape_gets_the_format_that_it_asks_for() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let source: Source = Arc::new(|| Box::pin(async { Ok(example()) }));
+        tokio::spawn(serve(listener, source));
+        for (accept, expected) in
+            [("application/openmetrics-text;version=1.0.0", "# EOF"), ("*/*", "# TYPE rampart_packets_total counter")]
+        {
+            let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+            let request = format!("GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\nConnection: close\r\n\r\n");
+            stream.write_all(request.as_bytes()).await.unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.unwrap();
+            assert!(answer.starts_with("HTTP/1.1 200") && answer.contains(expected), "{answer}");
+        }
+    }
+}

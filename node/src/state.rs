@@ -1,1 +1,150 @@
-//! (being written)
+//! The last good state on disk: what a node enforces when it starts and its controller is away.
+//!
+//! One file, replaced whole: a line with its version, the SHA-256 of the rest, and a protobuf message whose heart is the
+//! slice as the controller would send it in a snapshot. A file that is not exactly that is set aside, never used.
+
+use std::path::{Path, PathBuf};
+
+use controller_api::v1;
+use ipnet::IpNet;
+use policy::{NodeId, PublicKey, RuleId, Slice, SliceDelta};
+use prost::Message as _;
+use sha2::{Digest as _, Sha256};
+
+use crate::disk::{self, DiskError};
+use crate::lower::RuleSlots;
+use crate::reconcile::plan::Holders;
+
+/// The file's name in the state directory.
+pub const FILE: &str = "state";
+
+/// Raised with every change of what follows it.
+const MAGIC: &[u8] = b"rampart node state 1\n";
+const DIGEST: usize = 32;
+/// Larger than any slice within the policy's limits.
+const FILE_MAX: u64 = 256 * 1024 * 1024;
+
+/// What a node must not forget.
+#[derive(Clone, Debug, PartialEq)]
+pub struct State {
+    /// The slice that was last put in force.
+    pub slice: Slice,
+    /// Which rule counts where, in counters that outlive the agent.
+    pub slots: RuleSlots,
+    /// Who last held an address: flows die when it changes.
+    pub holders: Holders,
+    /// The latest time this node has evaluated conditions at, in seconds since the epoch; it never goes back.
+    pub time: u64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Stored {
+    #[prost(message, optional, tag = "1")]
+    slice: Option<v1::Update>,
+    #[prost(btree_map = "uint32, uint32", tag = "2")]
+    slots: std::collections::BTreeMap<u32, u32>,
+    #[prost(message, repeated, tag = "3")]
+    holders: Vec<StoredHolder>,
+    #[prost(uint64, tag = "4")]
+    time: u64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct StoredHolder {
+    /// As printed.
+    #[prost(string, tag = "1")]
+    prefix: String,
+    #[prost(bytes = "vec", tag = "2")]
+    key: Vec<u8>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The file was set aside.
+    #[error("the last good state was corrupt ({reason}) and is kept as `{}`", aside.display())]
+    Corrupt { aside: PathBuf, reason: String },
+    /// Written by a newer or older version; set aside.
+    #[error("the last good state is not of this version of noded and is kept as `{}`", aside.display())]
+    OtherVersion { aside: PathBuf },
+}
+
+/// Why bytes are no state.
+#[derive(Debug, PartialEq, Eq)]
+enum Refused {
+    Version,
+    Corrupt(String),
+}
+
+/// The state of this directory, or `None` where there is none. A file that cannot be used is set aside and reported.
+pub fn load(state_dir: &Path, node: NodeId) -> Result<Option<State>, StateError> {
+    let path = state_dir.join(FILE);
+    let bytes = match disk::read(&path, FILE_MAX) {
+        Ok(bytes) => bytes,
+        Err(error) if error.is_missing() => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let refused = match decode(&bytes) {
+        Ok(state) if state.slice.local.node == node => return Ok(Some(state)),
+        Ok(state) => Refused::Corrupt(format!("it is that of node `{}`", state.slice.local.name)),
+        Err(refused) => refused,
+    };
+    Err(match refused {
+        Refused::Version => StateError::OtherVersion { aside: disk::set_aside(&path, "other-version")? },
+        Refused::Corrupt(reason) => StateError::Corrupt { aside: disk::set_aside(&path, "corrupt")?, reason },
+    })
+}
+
+pub fn store(state_dir: &Path, state: &State) -> Result<(), DiskError> {
+    disk::write_private(&state_dir.join(FILE), &encode(state))
+}
+
+pub fn remove(state_dir: &Path) -> Result<(), DiskError> {
+    disk::remove(&state_dir.join(FILE))
+}
+
+fn encode(state: &State) -> Vec<u8> {
+    let State { slice, slots, holders, time } = state;
+    let stored = Stored {
+        slice: Some(v1::Update::from(&slice.to_delta())),
+        slots: slots.pairs().into_iter().map(|(rule, slot)| (rule.0, slot)).collect(),
+        holders: holders
+            .iter()
+            .map(|(prefix, key)| StoredHolder { prefix: prefix.to_string(), key: key.as_bytes().to_vec() })
+            .collect(),
+        time: *time,
+    };
+    let message = stored.encode_to_vec();
+    [MAGIC, Sha256::digest(&message).as_slice(), &message].concat()
+}
+
+fn decode(bytes: &[u8]) -> Result<State, Refused> {
+    let corrupt = |reason: &str| Refused::Corrupt(reason.to_owned());
+    let Some(rest) = bytes.strip_prefix(MAGIC) else {
+        let family = &MAGIC[..MAGIC.len() - 2];
+        return Err(if bytes.starts_with(family) { Refused::Version } else { corrupt("it does not begin like one") });
+    };
+    let Some((digest, message)) = rest.split_at_checked(DIGEST) else { return Err(corrupt("it is cut off")) };
+    if Sha256::digest(message).as_slice() != digest {
+        return Err(corrupt("its checksum is wrong"));
+    }
+    let stored = Stored::decode(message).map_err(|error| Refused::Corrupt(error.to_string()))?;
+    from_stored(stored).map_err(Refused::Corrupt)
+}
+
+fn from_stored(stored: Stored) -> Result<State, String> {
+    let Stored { slice, slots, holders, time } = stored;
+    let update = slice.ok_or("it has no slice")?;
+    let delta = SliceDelta::try_from(update).map_err(|error| error.to_string())?;
+    let holder = |StoredHolder { prefix, key }| -> Result<(IpNet, PublicKey), String> {
+        let prefix = prefix.parse().map_err(|_| format!("`{prefix}` is no prefix"))?;
+        Ok((prefix, PublicKey::try_from(key.as_slice()).map_err(|error| error.to_string())?))
+    };
+    Ok(State {
+        slice: Slice::from_snapshot(delta).map_err(|error| error.to_string())?,
+        slots: RuleSlots::from_pairs(slots.into_iter().map(|(rule, slot)| (RuleId(rule), slot))),
+        holders: holders.into_iter().map(holder).collect::<Result<_, _>>()?,
+        time,
+    })
+}

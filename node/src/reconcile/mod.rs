@@ -1,2 +1,9 @@
+//! From what a node should be and what the kernel says it is, to the steps between them.
+//!
+//! [`plan`] is pure; [`apply`] is the one place that carries steps out.
+
 pub mod apply;
 pub mod plan;
+
+pub use apply::{Kernel, Outcome, apply};
+pub use plan::{Desired, Observed, Step, plan};

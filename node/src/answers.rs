@@ -1,0 +1,417 @@
+//! Answers about one node, read from its kernel at the moment of the question and held against what it should enforce.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ebpf_common::counter::{Counter, PairKey};
+use ebpf_common::table::{ALLOW, Decision, LOCAL, LOG, NO_RULE_SLOT, cell_index};
+use ebpf_common::{EGRESS, INGRESS, reason};
+use ipnet::IpNet;
+use policy::{Action, CidrId, Flow, Slice, Verdict};
+
+use crate::enforcer::{Enforcer, Intent};
+use crate::kernel::inspect::Probed;
+use crate::kernel::{Attachment, Backend, KernelError, LinkState};
+use crate::lower::{TableCell, Tables};
+use crate::reconcile::Observed;
+use crate::reconcile::apply::chain;
+use crate::report::{Answer, Direction, End, Entry, Explanation, Interpreted, KernelAnswer, Peer, PeerState, Policy, Question, Status};
+
+/// What the agent knows and the kernel does not.
+#[derive(Clone, Debug)]
+pub struct Context {
+    pub network: String,
+    pub node: String,
+    pub interface: String,
+    pub listen_port: u16,
+    pub received_revision: u64,
+    pub controller: crate::report::Controller,
+    pub certificate_expires_at: u64,
+}
+
+fn text(error: KernelError) -> String {
+    chain(&error)
+}
+
+/// `nodectl status`.
+pub fn status(enforcer: &mut Enforcer, context: &Context) -> Result<Status, String> {
+    let observed = enforcer.observe().map_err(text)?;
+    let flow_records = enforcer.datapath.flow_records().unwrap_or(0);
+    let attached = observed.datapath.as_ref().filter(|datapath| datapath.egress && datapath.ingress);
+    let slice = enforcer.intent.as_ref().map(|intent| &intent.slice);
+    Ok(Status {
+        network: context.network.clone(),
+        node: slice.map_or_else(|| context.node.clone(), |slice| slice.local.name.to_string()),
+        interface: context.interface.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        addresses: slice.map(|slice| slice.local.addresses.iter().collect()).unwrap_or_default(),
+        wireguard: match enforcer.wireguard.backend() {
+            Backend::Kernel => "kernel".to_owned(),
+            Backend::Userspace => "userspace".to_owned(),
+        },
+        listen_port: context.listen_port,
+        public_key: enforcer.public_key().to_string(),
+        link_up: observed.link.as_ref().is_some_and(|link| link.up),
+        attachment: attached.map(|datapath| match datapath.attachment {
+            Attachment::Tcx => "tcx".to_owned(),
+            Attachment::Clsact => "clsact".to_owned(),
+        }),
+        revision: observed.datapath.as_ref().map_or(0, |datapath| datapath.revision.0),
+        generation: observed.datapath.as_ref().map_or(0, |datapath| datapath.generation.0),
+        received_revision: context.received_revision,
+        controller: context.controller.clone(),
+        peers: observed.device.as_ref().map_or(0, |device| device.peers.len()),
+        flow_records,
+        drift_repairs: enforcer.repairs.values().sum(),
+        certificate_expires_at: context.certificate_expires_at,
+        error: enforcer.refused.clone().or_else(|| enforcer.error.clone()),
+    })
+}
+
+/// `nodectl peers`.
+pub fn peers(enforcer: &mut Enforcer) -> Result<Vec<Peer>, String> {
+    let device = enforcer.observe().map_err(text)?.device.unwrap_or_default();
+    let wanted = enforcer.peers();
+    let names: BTreeMap<_, _> = enforcer
+        .intent
+        .iter()
+        .flat_map(|intent| intent.slice.peers.values())
+        .map(|peer| (peer.public_key, peer.name.to_string()))
+        .collect();
+    let keys: BTreeSet<_> = wanted.keys().chain(device.peers.keys()).copied().collect();
+    let mut peers: Vec<_> = keys
+        .into_iter()
+        .map(|key| {
+            let (wanted, seen) = (wanted.get(&key), device.peers.get(&key));
+            let state = match (wanted, seen) {
+                (None, _) => PeerState::Unknown,
+                (_, None) => PeerState::Missing,
+                (Some(wanted), Some(seen)) if wanted.allowed_ips == seen.allowed_ips => PeerState::Ok,
+                _ => PeerState::Differs,
+            };
+            let allowed_ips = seen.map(|seen| &seen.allowed_ips).or(wanted.map(|wanted| &wanted.allowed_ips));
+            Peer {
+                name: names.get(&key).cloned(),
+                public_key: key.to_string(),
+                endpoint: seen.and_then(|seen| seen.endpoint).or(wanted.and_then(|wanted| wanted.endpoint)),
+                allowed_ips: allowed_ips.map(|ips| ips.iter().copied().collect()).unwrap_or_default(),
+                latest_handshake: seen.and_then(|seen| seen.last_handshake).and_then(seconds),
+                received_bytes: seen.map_or(0, |seen| seen.received_bytes),
+                sent_bytes: seen.map_or(0, |seen| seen.sent_bytes),
+                state,
+            }
+        })
+        .collect();
+    peers.sort_by(|a, b| (a.name.is_none(), &a.name).cmp(&(b.name.is_none(), &b.name)));
+    Ok(peers)
+}
+
+/// Seconds since the epoch.
+pub fn seconds(time: std::time::SystemTime) -> Option<u64> {
+    time.duration_since(std::time::UNIX_EPOCH).ok().map(|since| since.as_secs())
+}
+
+/// `nodectl policy show`.
+pub fn policy(enforcer: &mut Enforcer, context: &Context) -> Result<Policy, String> {
+    let status = status(enforcer, context)?;
+    if status.generation == 0 {
+        let differences = enforcer.intent.as_ref().map(|intent| {
+            format!("the kernel has no policy and denies everything; revision {} should be in force", intent.slice.revision)
+        });
+        return Ok(Policy { status, differences: differences.into_iter().collect(), entries: Vec::new() });
+    }
+    let seen = enforcer.datapath.read_tables().map_err(text)?;
+    let counters = enforcer.datapath.counters(&[]).map_err(text)?;
+    let observed = enforcer.observe().map_err(text)?;
+    let Some(intent) = &enforcer.intent else {
+        let differences = vec!["there is no policy that the kernel's tables could be held against".to_owned()];
+        return Ok(Policy { status, differences, entries: Vec::new() });
+    };
+    let differences = differences(intent, &seen, &observed);
+    let entries = Entries::new(intent, &seen, counters.pairs).collect();
+    Ok(Policy { status, differences, entries })
+}
+
+fn differences(intent: &Intent, seen: &Tables, observed: &Observed) -> Vec<String> {
+    let mut differences = intent.tables.differences(seen);
+    for (direction, attached) in [
+        ("egress", observed.datapath.as_ref().is_some_and(|datapath| datapath.egress)),
+        ("ingress", observed.datapath.as_ref().is_some_and(|datapath| datapath.ingress)),
+    ] {
+        if !attached {
+            differences.push(format!("the program is not attached, or not first, at {direction}"));
+        }
+    }
+    if !observed.link.as_ref().is_some_and(|link: &LinkState| link.up) {
+        differences.push("the interface is not up".to_owned());
+    }
+    let wanted: BTreeMap<_, _> =
+        intent.slice.peers.values().map(|peer| (peer.public_key, (&peer.name, &peer.allowed_ips))).collect();
+    let device = observed.device.clone().unwrap_or_default();
+    for (key, (name, allowed_ips)) in &wanted {
+        match device.peers.get(key) {
+            None => differences.push(format!("peer `{name}` is not configured")),
+            Some(peer) if peer.allowed_ips != **allowed_ips => {
+                differences.push(format!("peer `{name}` has other allowed-ips than the policy gives it"));
+            }
+            Some(_) => {}
+        }
+    }
+    for key in device.peers.keys().filter(|key| !wanted.contains_key(key)) {
+        differences.push(format!("peer `{key}` is configured and the policy does not know it"));
+    }
+    differences
+}
+
+/// The tables in words.
+struct Entries<'a> {
+    intent: &'a Intent,
+    seen: &'a Tables,
+    pairs: BTreeMap<PairKey, Counter>,
+    /// Pairs' counters that an entry shows.
+    shown: BTreeSet<PairKey>,
+    /// Cells repeat: by their word in the matrix.
+    cells: BTreeMap<u32, Option<TableCell>>,
+    labels: BTreeMap<(u32, u32), Vec<IpNet>>,
+    entries: Vec<Entry>,
+}
+
+impl<'a> Entries<'a> {
+    fn new(intent: &'a Intent, seen: &'a Tables, pairs: BTreeMap<PairKey, Counter>) -> Self {
+        let labels = labels(&intent.slice, seen);
+        Self { intent, seen, pairs, shown: BTreeSet::new(), cells: BTreeMap::new(), labels, entries: Vec::new() }
+    }
+
+    fn collect(mut self) -> Vec<Entry> {
+        let ends: BTreeSet<_> = self.seen.leaves.iter().filter(|leaf| leaf.class != 0).map(|leaf| (leaf.cidr, leaf.class)).collect();
+        let own: BTreeSet<_> =
+            self.seen.leaves.iter().filter(|leaf| leaf.flags & LOCAL != 0).map(|leaf| (leaf.cidr, leaf.class)).collect();
+        for direction in [EGRESS, INGRESS] {
+            for own in &own {
+                for other in &ends {
+                    self.pair(direction, *own, *other);
+                }
+            }
+        }
+        self.rest();
+        self.entries.sort();
+        self.entries
+    }
+
+    fn pair(&mut self, direction: u32, own: (u32, u32), other: (u32, u32)) {
+        let (source, destination) = if direction == EGRESS { (own, other) } else { (other, own) };
+        let index = cell_index(self.seen.header.own, self.seen.header.classes, direction, own.1, other.1);
+        let Some(word) = self.seen.matrix.get(index as usize) else { return };
+        let seen = self.seen;
+        let cell = self.cells.entry(*word).or_insert_with(|| seen.cell(direction, own.1, other.1)).clone();
+        let Some(cell) = cell else { return };
+        let mut services: BTreeMap<Decision, Vec<String>> = BTreeMap::new();
+        for (range, decision) in &cell.entries {
+            services.entry(*decision).or_default().push(range.to_string());
+        }
+        let nothing_special = services.is_empty();
+        for (decision, services) in services {
+            self.push(direction, source, destination, services, decision);
+        }
+        let closed = cell.otherwise.reason == reason::NO_RULE;
+        let key = key(direction, source, destination, reason::NO_RULE);
+        if !closed || self.pairs.contains_key(&key) {
+            let services = if nothing_special { "any" } else { "any other" };
+            self.push(direction, source, destination, vec![services.to_owned()], cell.otherwise);
+        }
+    }
+
+    fn push(&mut self, direction: u32, source: (u32, u32), destination: (u32, u32), services: Vec<String>, decision: Decision) {
+        let allowed = decision.verdict == ALLOW;
+        let reason = counted_as(decision);
+        let mut decided_by = match decision.rule {
+            NO_RULE_SLOT => reason::name(reason).to_owned(),
+            slot => self.rule(slot),
+        };
+        if decision.flags & LOG != 0 {
+            decided_by.push_str(" (log)");
+        }
+        let key = key(direction, source, destination, reason);
+        let counter = self.shown.insert(key).then(|| self.pairs.get(&key).copied().unwrap_or_default());
+        self.entries.push(Entry {
+            direction: direction_of(direction),
+            source: self.end(source),
+            destination: self.end(destination),
+            services,
+            verdict: verdict(allowed),
+            decided_by,
+            packets: counter.map(|counter| counter.packets),
+            bytes: counter.map(|counter| counter.bytes),
+        });
+    }
+
+    /// Packets whose fate is not in the tables: replies, errors, revoked flows, unknown addresses.
+    fn rest(&mut self) {
+        let rest: Vec<_> = self.pairs.iter().filter(|(key, _)| !self.shown.contains(key)).map(|(k, c)| (*k, *c)).collect();
+        for (key, counter) in rest {
+            let passes = reason::ALL.get(usize::from(key.reason)).is_some_and(|(_, _, passes)| *passes);
+            self.entries.push(Entry {
+                direction: direction_of(key.direction.into()),
+                source: End { cidr: self.cidr(key.source), only: Vec::new() },
+                destination: End { cidr: self.cidr(key.destination), only: Vec::new() },
+                services: Vec::new(),
+                verdict: verdict(passes),
+                decided_by: reason::name(key.reason).to_owned(),
+                packets: Some(counter.packets),
+                bytes: Some(counter.bytes),
+            });
+        }
+    }
+
+    fn rule(&self, slot: u32) -> String {
+        let rule = self.intent.tables.rule_of(slot).and_then(|rule| self.intent.slice.rules.get(&rule));
+        rule.map_or_else(|| format!("rule in slot {slot}"), |rule| rule.name.to_string())
+    }
+
+    fn end(&self, (cidr, class): (u32, u32)) -> End {
+        End { cidr: self.cidr(cidr), only: self.labels.get(&(cidr, class)).cloned().unwrap_or_default() }
+    }
+
+    fn cidr(&self, id: u32) -> String {
+        match (id, self.intent.slice.cidrs.get(&CidrId(id))) {
+            (0, _) => "-".to_owned(),
+            (_, Some(name)) => name.to_string(),
+            (_, None) => format!("cidr {id}"),
+        }
+    }
+}
+
+/// The tables say `rule`; the counters tell a rule that denies from one that allows.
+fn counted_as(decision: Decision) -> u8 {
+    if decision.verdict != ALLOW && decision.reason == reason::RULE { reason::DENY_RULE } else { decision.reason }
+}
+
+fn key(direction: u32, source: (u32, u32), destination: (u32, u32), reason: u8) -> PairKey {
+    PairKey { source: source.0, destination: destination.0, direction: direction as u8, reason, _pad: [0; 2] }
+}
+
+fn verdict(allowed: bool) -> String {
+    if allowed { "allow" } else { "deny" }.to_owned()
+}
+
+fn direction_of(direction: u32) -> Direction {
+    if direction == EGRESS { Direction::Egress } else { Direction::Ingress }
+}
+
+/// For cidrs whose addresses are not all alike: the prefixes of each class but the one that has the most of the cidr.
+fn labels(slice: &Slice, seen: &Tables) -> BTreeMap<(u32, u32), Vec<IpNet>> {
+    let mut classes: BTreeMap<u32, BTreeMap<u32, Vec<IpNet>>> = BTreeMap::new();
+    for (prefix, (_, cidr)) in &slice.prefixes {
+        let leaf = representative(slice, *prefix).and_then(|address| seen.leaf(address));
+        if let Some(leaf) = leaf.filter(|leaf| leaf.cidr == cidr.0) {
+            classes.entry(cidr.0).or_default().entry(leaf.class).or_default().push(*prefix);
+        }
+    }
+    let mut labels = BTreeMap::new();
+    for (cidr, mut classes) in classes {
+        let shortest = |prefixes: &Vec<IpNet>| prefixes.iter().map(IpNet::prefix_len).min();
+        let rest = classes.iter().min_by_key(|(_, prefixes)| shortest(prefixes)).map(|(class, _)| *class);
+        classes.retain(|class, _| Some(*class) != rest);
+        labels.extend(classes.into_iter().map(|(class, prefixes)| ((cidr, class), prefixes)));
+    }
+    labels
+}
+
+/// An address of a prefix that no longer prefix of the slice has.
+fn representative(slice: &Slice, prefix: IpNet) -> Option<IpAddr> {
+    let number = |address: IpAddr| match address {
+        IpAddr::V4(v4) => u128::from(v4.to_bits()),
+        IpAddr::V6(v6) => v6.to_bits(),
+    };
+    let (mut free, last) = (number(prefix.network()), number(prefix.broadcast()));
+    for (child, _) in slice.prefixes.range(prefix..).skip(1).take_while(|(child, _)| prefix.contains(*child)) {
+        if number(child.network()) > free {
+            break;
+        }
+        let end = number(child.broadcast());
+        if end >= last {
+            return None;
+        }
+        free = free.max(end + 1);
+    }
+    Some(match prefix {
+        IpNet::V4(_) => IpAddr::V4((free as u32).into()),
+        IpNet::V6(_) => IpAddr::V6(free.into()),
+    })
+}
+
+/// `nodectl policy explain`, without the interpreter's part.
+pub fn explain(enforcer: &mut Enforcer, question: Question) -> Result<Explanation, String> {
+    let Question { source, destination, protocol, port } = question;
+    let flow = Flow { source, destination, protocol, port };
+    let Some(intent) = &enforcer.intent else {
+        return Err("this node has no policy yet and denies everything: wait for the controller".to_owned());
+    };
+    let slice = intent.slice.clone();
+    let directions: Vec<u32> = [(EGRESS, source), (INGRESS, destination)]
+        .into_iter()
+        .filter(|(_, own)| slice.stands_for(*own))
+        .map(|(direction, _)| direction)
+        .collect();
+    if directions.is_empty() {
+        return Err(format!("this node stands for neither `{source}` nor `{destination}`: ask a node that does"));
+    }
+    let mut kernel = Vec::new();
+    for direction in directions {
+        let probed = enforcer.datapath.probe(&flow, direction).map_err(text)?;
+        kernel.push(KernelAnswer { direction: direction_of(direction), answer: kernel_answer(enforcer, &slice, probed) });
+    }
+    let cidr = |address| slice.lookup(address).and_then(|(_, cidr)| slice.cidrs.get(&cidr)).map(ToString::to_string);
+    let service = flow.to_string();
+    Ok(Explanation {
+        source,
+        destination,
+        service: service.rsplit(' ').next().unwrap_or_default().to_owned(),
+        source_cidr: cidr(source),
+        destination_cidr: cidr(destination),
+        allowed: kernel.iter().all(|kernel| kernel.answer.allowed),
+        kernel,
+        compiled: Some(policy_answer(&slice.verdict(&flow), &slice)),
+        interpreted: Interpreted::default(),
+        revision: slice.revision.0,
+        agree: false,
+    })
+}
+
+fn kernel_answer(enforcer: &Enforcer, slice: &Slice, probed: Probed) -> Answer {
+    let rule = probed.rule.map(|slot| {
+        let rule = enforcer.slots.rule(slot).and_then(|rule| slice.rules.get(&rule));
+        rule.map_or_else(|| format!("rule in slot {slot}"), |rule| rule.name.to_string())
+    });
+    Answer { allowed: probed.passes, reason: reason::name(probed.reason).to_owned(), rule }
+}
+
+/// A verdict in the kernel's words.
+pub fn policy_answer(verdict: &Verdict, slice: &Slice) -> Answer {
+    let rule = verdict.rule.map(|id| slice.rules.get(&id).map_or_else(|| format!("rule {id}"), |rule| rule.name.to_string()));
+    answer(verdict, rule)
+}
+
+/// A verdict whose rule has been named elsewhere.
+pub fn answer(verdict: &Verdict, rule: Option<String>) -> Answer {
+    let reason = match (verdict.action, verdict.reason) {
+        (Action::Deny, policy::Reason::Rule) => reason::name(reason::DENY_RULE).to_owned(),
+        (_, reason) => reason.to_string(),
+    };
+    Answer { allowed: verdict.is_allowed(), reason, rule }
+}
+
+/// Whether all who answered for the node's revision say the same.
+pub fn agree(explanation: &Explanation) -> bool {
+    let Explanation { kernel, compiled, interpreted, revision, .. } = explanation;
+    let interpreted = interpreted.answer.as_ref().filter(|_| interpreted.revision == Some(*revision));
+    let policy: Vec<&Answer> = compiled.iter().chain(interpreted).collect();
+    let same = policy.windows(2).all(|pair| pair[0] == pair[1]);
+    same && kernel.iter().all(|kernel| policy.iter().all(|policy| kernel_agrees(&kernel.answer, policy)))
+}
+
+/// The kernel also drops what the policy is never asked about: there it is enough that nothing passes.
+fn kernel_agrees(kernel: &Answer, policy: &Answer) -> bool {
+    let own_reasons = [reason::name(reason::SCOPE), reason::name(reason::MALFORMED), reason::name(reason::NOT_LOCAL)];
+    kernel == policy || own_reasons.contains(&kernel.reason.as_str()) && !kernel.allowed
+}

@@ -1,0 +1,237 @@
+//! Plans as tables: what is there, what should be, and the steps in between.
+
+use std::net::SocketAddr;
+use std::str::FromStr;
+use std::time::Duration;
+
+use policy::Generation;
+
+use super::*;
+use crate::kernel::Attachment;
+
+fn key(byte: u8) -> PublicKey {
+    PublicKey::try_from([byte; 32].as_slice()).unwrap()
+}
+
+fn nets(text: &str) -> BTreeSet<IpNet> {
+    text.split_whitespace().map(|net| net.parse().unwrap()).collect()
+}
+
+fn endpoint(text: &str) -> Option<SocketAddr> {
+    Some(text.parse().unwrap())
+}
+
+fn wanted(byte: u8, allowed_ips: &str) -> PeerConfig {
+    PeerConfig {
+        public_key: key(byte),
+        endpoint: endpoint("192.0.2.1:51820"),
+        allowed_ips: nets(allowed_ips),
+        persistent_keepalive: None,
+    }
+}
+
+fn seen(byte: u8, allowed_ips: &str) -> (PublicKey, DevicePeer) {
+    let peer = DevicePeer {
+        endpoint: endpoint("192.0.2.1:51820"),
+        allowed_ips: nets(allowed_ips),
+        persistent_keepalive: None,
+        last_handshake: None,
+        received_bytes: 0,
+        sent_bytes: 0,
+    };
+    (key(byte), peer)
+}
+
+fn desired(peers: &[PeerConfig]) -> Desired {
+    Desired {
+        public_key: key(100),
+        listen_port: 51_820,
+        mtu: 1_420,
+        addresses: nets("10.42.1.2/32 fd42::2/128"),
+        routes: nets("10.42.0.0/16 fd42::/48"),
+        peers: peers.iter().map(|peer| (peer.public_key, peer.clone())).collect(),
+        revision: Revision(7),
+        reload: false,
+        fresh_endpoints: BTreeSet::new(),
+        changed_holder: Vec::new(),
+    }
+}
+
+/// Everything as `desired` wants it, with these peers.
+fn settled(peers: &[(PublicKey, DevicePeer)]) -> Observed {
+    Observed {
+        link: Some(LinkState {
+            index: 7,
+            kind: LinkKind::WireGuard,
+            up: true,
+            mtu: 1_420,
+            addresses: nets("10.42.1.2/32 fd42::2/128"),
+            routes: nets("10.42.0.0/16 fd42::/48"),
+        }),
+        device: Some(Device {
+            public_key: Some(key(100)),
+            listen_port: 51_820,
+            peers: peers.iter().cloned().collect(),
+        }),
+        datapath: Some(DatapathState {
+            attachment: Attachment::Tcx,
+            egress: true,
+            ingress: true,
+            generation: Generation(3),
+            revision: Revision(7),
+        }),
+    }
+}
+
+fn check(desired: &Desired, observed: &Observed, steps: &[&str]) {
+    let planned: Vec<_> = plan(Some(desired), observed).iter().map(Step::to_string).collect();
+    let a = key(1).to_string();
+    let b = key(2).to_string();
+    let steps: Vec<_> = steps.iter().map(|step| step.replace("{a}", &a).replace("{b}", &b)).collect();
+    assert_eq!(planned, steps);
+}
+
+#[test]
+fn nothing_is_done_where_all_is_right() {
+    check(&desired(&[wanted(1, "10.42.2.2/32")]), &settled(&[seen(1, "10.42.2.2/32")]), &[]);
+}
+
+#[test]
+fn a_new_interface_denies_before_it_is_up_and_has_its_policy_before_its_peers() {
+    check(&desired(&[wanted(1, "10.42.2.2/32")]), &Observed::default(), &[
+        "create the link",
+        "attach the datapath",
+        "serve the device",
+        "set the key and listen on port 51820",
+        "set the mtu to 1420",
+        "switch the tables to revision 7",
+        "add address 10.42.1.2/32",
+        "add address fd42::2/128",
+        "set the link up",
+        "set peer {a} with 10.42.2.2/32",
+        "add route 10.42.0.0/16",
+        "add route fd42::/48",
+    ]);
+}
+
+#[test]
+fn without_a_policy_only_the_datapath_is_asked_for() {
+    let steps = |observed: &Observed| plan(None, observed);
+    assert_eq!(steps(&Observed::default()), [Step::CreateLink, Step::AttachDatapath, Step::ServeWireGuard]);
+    assert_eq!(steps(&settled(&[seen(1, "10.42.2.2/32")])), []);
+}
+
+#[test]
+fn the_withdrawn_goes_before_the_switch_and_the_new_comes_after() {
+    let mut observed = settled(&[seen(1, "10.42.2.2/32")]);
+    observed.datapath.as_mut().unwrap().revision = Revision(6);
+    check(&desired(&[wanted(2, "10.42.3.2/32")]), &observed, &[
+        "remove peer {a}",
+        "switch the tables to revision 7",
+        "set peer {b} with 10.42.3.2/32",
+    ]);
+}
+
+#[test]
+fn an_address_that_moves_has_no_holder_in_between_and_takes_no_flows_along() {
+    let mut desired = desired(&[wanted(1, "10.42.2.2/32"), wanted(2, "10.42.2.3/32 10.42.3.2/32")]);
+    desired.changed_holder = vec!["10.42.2.3/32".parse().unwrap()];
+    let mut observed = settled(&[seen(1, "10.42.2.2/32 10.42.2.3/32"), seen(2, "10.42.3.2/32")]);
+    observed.datapath.as_mut().unwrap().revision = Revision(6);
+    check(&desired, &observed, &[
+        "narrow peer {a} to 10.42.2.2/32",
+        "switch the tables to revision 7",
+        "forget flows of 10.42.2.3/32",
+        "set peer {b} with 10.42.2.3/32 10.42.3.2/32",
+    ]);
+}
+
+#[test]
+fn a_peer_that_loses_some_and_gains_some_is_narrowed_first() {
+    let mut observed = settled(&[seen(1, "10.42.2.2/32 10.42.2.3/32")]);
+    observed.datapath.as_mut().unwrap().revision = Revision(6);
+    check(&desired(&[wanted(1, "10.42.2.3/32 10.42.2.4/32")]), &observed, &[
+        "narrow peer {a} to 10.42.2.3/32",
+        "switch the tables to revision 7",
+        "set peer {a} with 10.42.2.3/32 10.42.2.4/32",
+    ]);
+}
+
+#[test]
+fn what_others_changed_is_put_right() {
+    let desired = desired(&[wanted(1, "10.42.2.2/32"), wanted(2, "10.42.3.2/32")]);
+    let fine = || settled(&[seen(1, "10.42.2.2/32"), seen(2, "10.42.3.2/32")]);
+    let changed = |change: &dyn Fn(&mut Observed)| {
+        let mut observed = fine();
+        change(&mut observed);
+        observed
+    };
+    let link = |change: &'static dyn Fn(&mut LinkState)| changed(&move |o| change(o.link.as_mut().unwrap()));
+    // A peer took another's address by hand.
+    let stolen = settled(&[seen(1, ""), seen(2, "10.42.2.2/32 10.42.3.2/32")]);
+    check(&desired, &stolen, &["narrow peer {b} to 10.42.3.2/32", "set peer {a} with 10.42.2.2/32"]);
+    check(&desired, &settled(&[seen(1, "10.42.2.2/32")]), &["set peer {b} with 10.42.3.2/32"]);
+    let extra = settled(&[seen(1, "10.42.2.2/32"), seen(2, "10.42.3.2/32"), seen(3, "0.0.0.0/0")]);
+    check(&desired, &extra, &[&format!("remove peer {}", key(3))]);
+    check(&desired, &changed(&|o| o.datapath.as_mut().unwrap().ingress = false), &["attach the datapath"]);
+    check(&desired, &changed(&|o| o.datapath.as_mut().unwrap().revision = Revision(9)), &["switch the tables to revision 7"]);
+    check(&desired, &changed(&|o| o.device.as_mut().unwrap().listen_port = 1), &["set the key and listen on port 51820"]);
+    check(&desired, &link(&|link| link.mtu = 9_000), &["set the mtu to 1420"]);
+    check(&desired, &link(&|link| link.routes = nets("10.42.0.0/16 0.0.0.0/0")), &[
+        "remove route 0.0.0.0/0",
+        "add route fd42::/48",
+    ]);
+    check(&desired, &link(&|link| link.addresses = nets("10.42.1.2/32 fd42::2/128 10.9.9.9/32")), &[
+        "remove address 10.9.9.9/32",
+    ]);
+    check(&desired, &link(&|link| { link.up = false; link.routes.clear() }), &[
+        "set the link up",
+        "add route 10.42.0.0/16",
+        "add route fd42::/48",
+    ]);
+}
+
+#[test]
+fn a_process_that_died_is_started_and_configured() {
+    let observed = Observed { device: None, ..settled(&[]) };
+    check(&desired(&[wanted(1, "10.42.2.2/32")]), &observed, &[
+        "serve the device",
+        "set the key and listen on port 51820",
+        "set peer {a} with 10.42.2.2/32",
+    ]);
+}
+
+#[test]
+fn a_foreign_link_is_left_to_be_refused() {
+    let mut link = settled(&[]).link.unwrap();
+    link.kind = LinkKind::Foreign;
+    let observed = Observed { link: Some(link), device: None, datapath: None };
+    assert_eq!(plan(Some(&desired(&[])), &observed).first(), Some(&Step::CreateLink));
+}
+
+#[test]
+fn a_learned_endpoint_stays_until_there_is_news() {
+    let mut desired = desired(&[wanted(1, "10.42.2.2/32")]);
+    let mut roamed = seen(1, "10.42.2.2/32");
+    roamed.1.endpoint = endpoint("198.51.100.9:1");
+    check(&desired, &settled(&[roamed.clone()]), &[]);
+    desired.fresh_endpoints.insert(key(1));
+    check(&desired, &settled(&[roamed.clone()]), &["set peer {a} with 10.42.2.2/32"]);
+    desired.fresh_endpoints.clear();
+    // Another reason to touch the peer does not bring the old endpoint back.
+    desired.peers.get_mut(&key(1)).unwrap().persistent_keepalive = Some(Duration::from_secs(25));
+    let Some(Step::SetPeer(peer)) = plan(Some(&desired), &settled(&[roamed.clone()])).pop() else { panic!("no step") };
+    assert_eq!(peer.endpoint, None);
+    roamed.1.endpoint = None;
+    let Some(Step::SetPeer(peer)) = plan(Some(&desired), &settled(&[roamed])).pop() else { panic!("no step") };
+    assert_eq!(peer.endpoint, endpoint("192.0.2.1:51820"));
+}
+
+#[test]
+fn the_holder_of_an_address_is_a_key() {
+    let holders = |list: &[(&str, u8)]| -> Holders { list.iter().map(|(net, byte)| (net.parse().unwrap(), key(*byte))).collect() };
+    let old = holders(&[("10.42.2.2/32", 1), ("10.42.2.3/32", 1), ("10.42.2.4/32", 2)]);
+    let new = holders(&[("10.42.2.2/32", 1), ("10.42.2.3/32", 2), ("10.42.2.5/32", 2)]);
+    assert_eq!(changed_holder(&old, &new), [IpNet::from_str("10.42.2.3/32").unwrap()]);
+}
+
