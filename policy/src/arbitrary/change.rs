@@ -46,11 +46,8 @@ pub fn change() -> impl Strategy<Value = Change> {
 
 pub(super) fn add_cidr() -> impl Strategy<Value = Change> {
     let flags = (prop::bool::weighted(0.15), prop::bool::weighted(0.25));
-    (cidr(), prefixes(), flags).prop_map(|(name, prefixes, (isolated, external))| {
-        // Outside the roots most of the time, so it may as well be.
-        let external = external || prefixes.to_string().starts_with("192.168");
-        Change::AddCidr { name, prefixes, isolated, external }
-    })
+    (cidr(), prefixes(), flags)
+        .prop_map(|(name, prefixes, (isolated, external))| Change::AddCidr { name, prefixes, isolated, external })
 }
 
 pub(super) fn add_node() -> impl Strategy<Value = Change> {

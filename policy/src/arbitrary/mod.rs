@@ -17,12 +17,13 @@ use crate::{
 };
 
 mod change;
+mod fit;
 
 pub use change::{change, prefix, rule, selector, service};
 
 /// Any valid network: of either default, of one family or both, with roots from /0 to small.
 pub fn network() -> impl Strategy<Value = Network> {
-    (empty(), changes()).prop_map(|(network, changes)| grown(network, &changes))
+    (empty(), changes()).prop_map(|(network, changes)| grown(network, changes))
 }
 
 /// The objects of a valid network.
@@ -32,7 +33,16 @@ pub fn parts() -> impl Strategy<Value = NetworkParts> {
 
 /// A network and changes to make to it one after the other, some of which it refuses.
 pub fn history(length: usize) -> impl Strategy<Value = (Network, Vec<Change>)> {
-    (network(), prop::collection::vec(change(), 1..=length))
+    (network(), prop::collection::vec(change(), 1..=length)).prop_map(|(network, changes)| {
+        let mut after = network.clone();
+        let fitted = changes.into_iter().map(|change| {
+            let change = fit::fit(&after, change);
+            let _refused = after.apply(&change);
+            change
+        });
+        let fitted = fitted.collect();
+        (network, fitted)
+    })
 }
 
 /// A network without objects.
@@ -55,10 +65,11 @@ pub fn empty() -> impl Strategy<Value = Network> {
     })
 }
 
-/// The network with the changes that it takes.
-pub fn grown(mut network: Network, changes: &[Change]) -> Network {
+/// The network with the changes that it takes, fitted to what it has.
+fn grown(mut network: Network, changes: Vec<Change>) -> Network {
     for change in changes {
-        let _refused = network.apply(change);
+        let change = fit::fit(&network, change);
+        let _refused = network.apply(&change);
     }
     network
 }
@@ -68,12 +79,12 @@ fn changes() -> impl Strategy<Value = Vec<Change>> {
     use change::*;
     let some = |kind: BoxedStrategy<Change>, most: usize| prop::collection::vec(kind, 0..=most);
     let kinds = (
-        some(add_cidr().boxed(), 14),
+        some(add_cidr().boxed(), 20),
         some(add_node().boxed(), 8),
-        some(activate_node().boxed(), 10),
+        some(activate_node().boxed(), 12),
         some(add_group().boxed(), 4),
         some(add_service().boxed(), 3),
-        some(add_rule().boxed(), 14),
+        some(add_rule().boxed(), 16),
     );
     kinds.prop_map(|(a, b, c, d, e, f)| [a, b, c, d, e, f].concat())
 }
@@ -149,7 +160,8 @@ fn ranges(network: &Network) -> Vec<ServiceRange> {
     literal.chain(named).filter(|service| !service.is_any()).flat_map(|service| service.ranges()).collect()
 }
 
-/// Addresses at and next to the ends of every prefix that the network speaks of.
+/// Addresses at and next to the ends of every prefix that the network speaks of; those in some cidr more often,
+/// since the others have one fate.
 pub fn addresses(network: &Network) -> Vec<IpAddr> {
     let cidrs = network.cidrs().values().flat_map(|cidr| cidr.prefixes.iter());
     let nodes = network.nodes().values().flat_map(|node| node.addresses.iter()).map(IpNet::from);
@@ -160,7 +172,9 @@ pub fn addresses(network: &Network) -> Vec<IpAddr> {
     });
     let mut addresses: BTreeSet<IpAddr> = cidrs.chain(nodes).chain(literals).flat_map(around).collect();
     addresses.extend(["10.42.3.9", "192.0.2.1", "fd42::9", "2001:db8:ffff::1"].map(|text| text.parse::<IpAddr>().expect("a literal")));
-    Vec::from_iter(addresses)
+    let inside = addresses.iter().copied().filter(|address| network.cidr_of(*address).is_some());
+    let twice: Vec<IpAddr> = inside.collect();
+    [Vec::from_iter(addresses), twice.clone(), twice].concat()
 }
 
 /// Addresses that a node may stand for: whether it does behind a shared gateway is for the slice to say.
