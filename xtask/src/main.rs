@@ -34,14 +34,15 @@ enum Verb {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = process::watch_signals().and_then(|()| dispatch(cli.verb));
-    if process::interrupted().is_some() {
+    let interrupted = process::interrupted();
+    if interrupted.is_some() {
         process::kill_orphans();
     }
-    match result {
-        Ok(code) => code,
-        Err(error) => {
+    match (result, interrupted) {
+        (Ok(code), _) => code,
+        (Err(error), interrupted) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            interrupted.map_or(ExitCode::FAILURE, |signal| ExitCode::from(process::Ended::Interrupted(signal).code()))
         }
     }
 }
