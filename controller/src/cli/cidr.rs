@@ -221,12 +221,12 @@ mod tests {
         assert_eq!(
             text,
             "\
-NAME    PREFIXES                          PARENT  NODES  FLAGS
-corp    10.42.0.0/16 fd42::/48            -       0      -
-web     10.42.1.0/24 fd42:0:0:1::/64      corp    2      -
-app     10.42.2.0/24 fd42:0:0:2::/64      corp    1      -
-db      10.42.3.0/24 fd42:0:0:3::/64      corp    1      isolated
-office  192.168.7.0/24                    -       0      external"
+NAME    PREFIXES                      PARENT  NODES  FLAGS
+corp    10.42.0.0/16 fd42::/48        -       0      -
+web     10.42.1.0/24 fd42:0:0:1::/64  corp    2      -
+app     10.42.2.0/24 fd42:0:0:2::/64  corp    1      -
+db      10.42.3.0/24 fd42:0:0:3::/64  corp    1      isolated
+office  192.168.7.0/24                -       0      external"
         );
     }
 

@@ -259,6 +259,7 @@ fn complain(label: &str, colour: &str, text: &str) {
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;
+    use controller_api::invitation::{Invitation, Secret, Subject};
 
     use super::*;
 
@@ -285,18 +286,27 @@ mod tests {
 
     #[test]
     fn examples_in_the_help_are_accepted() {
-        fn walk(command: &clap::Command) {
+        let invitation = Invitation {
+            network: fixture::name("corp"),
+            subject: Subject::Admin("alice".to_owned()),
+            endpoints: vec!["controller.example:7443".to_owned()],
+            fingerprint: [1; 32],
+            secret: Secret::new([2; 32]),
+            expires_at: 1_800_000_000,
+        };
+        walk(&Cli::command(), &invitation.to_string());
+
+        fn walk(command: &clap::Command, invitation: &str) {
             let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
             for line in help.lines().map(str::trim).filter(|line| line.starts_with("meshctl ")) {
-                let line = line.split("  #").next().unwrap_or(line).replace('\'', "");
+                let line = line.split("  #").next().unwrap_or(line).replace("\"$INVITATION\"", invitation);
                 let words: Vec<&str> = line.split_whitespace().collect();
                 if let Err(error) = Cli::try_parse_from(&words) {
                     panic!("{line}\n{error}");
                 }
             }
-            command.get_subcommands().for_each(walk);
+            command.get_subcommands().for_each(|sub| walk(sub, invitation));
         }
-        walk(&Cli::command());
     }
 
     /// What does not parse is refused before anything is sent, with the value, the reason and the remedy.
