@@ -196,6 +196,9 @@ impl Enforcer {
                 Ok(Command::Ask(question)) => question(self),
                 Ok(Command::Enforce(slice)) => {
                     self.enforce(slice);
+                    if let Err(error) = self.datapath.settle() {
+                        tracing::debug!(error = apply::chain(&error), "the copy that went cannot be brought up to date yet");
+                    }
                     next_round = Instant::now() + self.pause(interval);
                 }
                 Err(RecvTimeoutError::Timeout) => {}

@@ -14,10 +14,8 @@ use ebpf_common::counter::{LOSS_EVENT_FULL, LOSS_EVENT_LIMITED, LOSS_FLOW, LOSS_
 use ebpf_common::reason;
 use policy::CidrId;
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
+use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, text};
 use prometheus_client::metrics::MetricType;
-use prometheus_client::metrics::counter::ConstCounter;
-use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 
@@ -194,14 +192,23 @@ impl Collector for Families {
             };
             let mut metric = encoder.encode_descriptor(name, help, None, metric_type)?;
             for (labels, value) in samples {
-                let one = metric.encode_family(labels)?;
-                match kind {
-                    Kind::Counter => ConstCounter::new(*value).encode(one)?,
-                    Kind::Gauge => ConstGauge::new(*value).encode(one)?,
+                match labels.as_slice() {
+                    // The library would write empty braces.
+                    [] => kind.write(*value, &mut metric)?,
+                    labels => kind.write(*value, &mut metric.encode_family(&labels)?)?,
                 }
             }
         }
         Ok(())
+    }
+}
+
+impl Kind {
+    fn write(self, value: u64, metric: &mut MetricEncoder<'_>) -> Result<(), fmt::Error> {
+        match self {
+            Self::Counter => metric.encode_counter::<[(String, String); 0], _, u64>(&value, None),
+            Self::Gauge => metric.encode_gauge(&value),
+        }
     }
 }
 

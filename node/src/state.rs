@@ -148,3 +148,73 @@ fn from_stored(stored: Stored) -> Result<State, String> {
         time,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture;
+    use crate::lower::lower;
+    use crate::reconcile::plan;
+
+    fn example() -> State {
+        let slice = fixture::slice(&fixture::network(), "app1", 9, None);
+        let mut slots = RuleSlots::new();
+        lower(&slice, &mut slots).unwrap();
+        let holders = plan::holders(&slice, fixture::public_key("app1"));
+        // As they are when they have been read back: claimed by the next slice.
+        let slots = RuleSlots::from_pairs(slots.pairs());
+        State { slice: (*slice).clone(), slots, holders, time: 1_700_000_000 }
+    }
+
+    #[test]
+    fn a_state_reads_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = example();
+        assert_eq!(load(directory.path(), state.slice.local.node).unwrap(), None);
+        store(directory.path(), &state).unwrap();
+        assert_eq!(load(directory.path(), state.slice.local.node).unwrap(), Some(state.clone()));
+        remove(directory.path()).unwrap();
+        assert_eq!(load(directory.path(), state.slice.local.node).unwrap(), None);
+    }
+
+    #[test]
+    fn any_flipped_byte_and_any_missing_end_is_noticed() {
+        let whole = encode(&example());
+        assert!(decode(&whole).is_ok());
+        for at in 0..whole.len() {
+            let mut flipped = whole.clone();
+            flipped[at] ^= 1;
+            assert!(decode(&flipped).is_err(), "byte {at} flipped");
+            assert!(decode(&whole[..at]).is_err(), "{at} bytes");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_set_aside_and_said() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = example();
+        let node = state.slice.local.node;
+        let path = directory.path().join(FILE);
+        let whole = encode(&state);
+        let nothing = Stored::default().encode_to_vec();
+        let mut newer = whole.clone();
+        newer[MAGIC.len() - 2] = b'2';
+        let cases: [(&[u8], NodeId, &str); 6] = [
+            (b"", node, "begin"),
+            (b"garbage", node, "begin"),
+            (&whole[..whole.len() - 1], node, "checksum"),
+            (&newer, node, "version"),
+            (&[MAGIC, Sha256::digest(&nothing).as_slice(), &nothing].concat(), node, "slice"),
+            (&whole, NodeId(node.0 + 1), "`app1`"),
+        ];
+        for (content, node, word) in cases {
+            std::fs::write(&path, content).unwrap();
+            let error = load(directory.path(), node).unwrap_err().to_string();
+            assert!(error.contains(word), "{word}: {error}");
+            assert!(!path.exists());
+            assert_eq!(load(directory.path(), node).unwrap(), None);
+        }
+        assert!(directory.path().join("state.corrupt-4").exists());
+        assert!(directory.path().join("state.other-version-1").exists());
+    }
+}

@@ -166,11 +166,7 @@ fn withdraw(steps: &mut Vec<Step>, desired: &Desired, link: Option<&LinkState>, 
     for (key, peer) in &device.peers {
         match desired.peers.get(key) {
             None => steps.push(Step::RemovePeer(*key)),
-            Some(wanted) if !peer.allowed_ips.is_subset(&wanted.allowed_ips) => {
-                let kept = peer.allowed_ips.intersection(&wanted.allowed_ips).copied().collect();
-                steps.push(Step::NarrowPeer(PeerConfig { allowed_ips: kept, endpoint: None, ..wanted.clone() }));
-            }
-            Some(_) => {}
+            Some(wanted) => steps.extend(narrowed(wanted, peer).map(Step::NarrowPeer)),
         }
     }
     if let Some(link) = link {
@@ -188,13 +184,27 @@ fn extend(steps: &mut Vec<Step>, desired: &Desired, link: Option<&LinkState>, de
         steps.push(Step::SetUp);
     }
     for (key, wanted) in &desired.peers {
-        if let Some(peer) = peer_change(wanted, device.peers.get(key), desired.fresh_endpoints.contains(key)) {
+        let observed = device.peers.get(key).cloned().map(|peer| match narrowed(wanted, &peer) {
+            // As it is by now.
+            Some(PeerConfig { allowed_ips, persistent_keepalive, .. }) => DevicePeer { allowed_ips, persistent_keepalive, ..peer },
+            None => peer,
+        });
+        if let Some(peer) = peer_change(wanted, observed.as_ref(), desired.fresh_endpoints.contains(key)) {
             steps.push(Step::SetPeer(peer));
         }
     }
     // The kernel drops an interface's IPv4 routes when its last address goes.
     let lost = link.is_some_and(|link| link.addresses.is_disjoint(&desired.addresses));
     steps.extend(desired.routes.iter().filter(|route| lost || !routes.contains(route)).copied().map(Step::AddRoute));
+}
+
+/// The peer with only what it keeps, if it has allowed-ips to lose.
+fn narrowed(wanted: &PeerConfig, observed: &DevicePeer) -> Option<PeerConfig> {
+    if observed.allowed_ips.is_subset(&wanted.allowed_ips) {
+        return None;
+    }
+    let allowed_ips = observed.allowed_ips.intersection(&wanted.allowed_ips).copied().collect();
+    Some(PeerConfig { allowed_ips, endpoint: None, ..wanted.clone() })
 }
 
 /// The peer as it must be set, or `None` if it is already right. WireGuard may have learned a better endpoint than the one
