@@ -269,11 +269,15 @@ impl Link for FakeLink {
     }
 
     fn add_address(&mut self, address: IpNet) -> Result<(), KernelError> {
-        self.edit(format_args!("add address {address}"), |link| drop(link.addresses.insert(address)))
+        self.edit(format_args!("add address {address}"), |link| {
+            link.addresses.insert(address);
+        })
     }
 
     fn remove_address(&mut self, address: IpNet) -> Result<(), KernelError> {
-        self.edit(format_args!("remove address {address}"), |link| drop(link.addresses.remove(&address)))
+        self.edit(format_args!("remove address {address}"), |link| {
+            link.addresses.remove(&address);
+        })
     }
 
     fn add_route(&mut self, prefix: IpNet) -> Result<(), KernelError> {
@@ -288,7 +292,9 @@ impl Link for FakeLink {
     }
 
     fn remove_route(&mut self, prefix: IpNet) -> Result<(), KernelError> {
-        self.edit(format_args!("remove route {prefix}"), |link| drop(link.routes.remove(&prefix)))
+        self.edit(format_args!("remove route {prefix}"), |link| {
+            link.routes.remove(&prefix);
+        })
     }
 }
 

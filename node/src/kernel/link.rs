@@ -233,7 +233,7 @@ fn route_message(index: u32, prefix: IpNet) -> RouteMessage {
 /// The route's prefix where it is ours; filters again what a kernel without strict checks sends unfiltered.
 fn route_of(message: &RouteMessage, index: u32) -> Option<IpNet> {
     let header = &message.header;
-    let through = message.attributes.iter().any(|attribute| *attribute == RouteAttribute::Oif(index));
+    let through = message.attributes.contains(&RouteAttribute::Oif(index));
     if !through
         || header.table != RouteHeader::RT_TABLE_MAIN
         || header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL)

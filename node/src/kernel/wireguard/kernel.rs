@@ -50,7 +50,7 @@ impl KernelWireGuard {
         }
     }
 
-    fn apply(&self, update: &DeviceUpdate, what: impl std::fmt::Display) -> Result<(), KernelError> {
+    fn apply(&self, update: DeviceUpdate, what: impl std::fmt::Display) -> Result<(), KernelError> {
         self.link()?;
         update.apply(&self.name, Control::Kernel).map_err(|error| self.error(what, error))
     }
@@ -122,7 +122,7 @@ impl WireGuard for KernelWireGuard {
 
     fn set_device(&mut self, key: &PrivateKey, listen_port: u16) -> Result<(), KernelError> {
         let update = DeviceUpdate::new().set_private_key(Key(*key.as_bytes())).set_listen_port(listen_port);
-        match self.apply(&update, format_args!("set key and port `{listen_port}`")) {
+        match self.apply(update, format_args!("set key and port `{listen_port}`")) {
             Err(mut error) if taken(&error) => {
                 error.what.push_str("; the port is taken, choose another `listen-port`");
                 Err(error)
@@ -135,7 +135,7 @@ impl WireGuard for KernelWireGuard {
         let known = self.prefixes.get(&peer.public_key);
         let updates = updates_of(peer, known)
             .map_err(|error| KernelError::with(format!("failed to change peer `{}`", peer.public_key), error))?;
-        for update in &updates {
+        for update in updates {
             self.apply(update, format_args!("set peer `{}`", peer.public_key))?;
         }
         // A prefix has one owner: what this peer has now, no other has.
@@ -148,7 +148,7 @@ impl WireGuard for KernelWireGuard {
 
     fn remove_peer(&mut self, peer: &PublicKey) -> Result<(), KernelError> {
         let update = DeviceUpdate::new().add_peer(PeerConfigBuilder::new(&to_key(peer)).remove());
-        self.apply(&update, format_args!("remove peer `{peer}`"))?;
+        self.apply(update, format_args!("remove peer `{peer}`"))?;
         self.prefixes.remove(peer);
         Ok(())
     }

@@ -9,16 +9,17 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use gotatun::tun::tun_async_device::TunDevice;
+use gotatun::tun::tun;
+use gotatun::tun::tun_async_device::{Error as OpenError, TunDevice};
 use nix::net::if_::if_nametoindex;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tracing_subscriber::EnvFilter;
 use zeroize::Zeroizing;
 
-use super::server::{Refused, Server};
+use super::server::Server;
 use super::uapi::{self, Request};
 use crate::kernel::KernelError;
 
@@ -28,8 +29,11 @@ const MAX_CLIENTS: usize = 64;
 /// How long a client may say nothing before it is turned away.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(60);
 
-/// How often to look whether the socket is still there.
-const SOCKET_CHECK: Duration = Duration::from_secs(1);
+/// How long to wait for the device while another process has it.
+const DEVICE_PATIENCE: Duration = Duration::from_secs(3);
+
+/// How often to look whether socket and device are still there.
+const CHECK: Duration = Duration::from_secs(1);
 
 /// What is said when nobody asks otherwise by `RUST_LOG`. gotatun says some things once per packet.
 const LOG_FILTER: &str = "info,gotatun=off";
@@ -55,40 +59,62 @@ pub fn run_userspace(args: &UserspaceArgs) -> Result<(), KernelError> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| KernelError::with("failed to start a runtime", error))?;
     let result = runtime.block_on(async {
-        let (server, socket) = start(args).await.inspect_err(|error| {
+        let started = start(args).await.inspect_err(|error| {
             let reason = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
             let _ = writeln!(io::stdout(), "{error}{reason}");
         })?;
-        serve(server, socket, args).await
+        serve(started, args).await
     });
     // Threads may wait for clients; nothing waits for those.
     runtime.shutdown_background();
     result
 }
 
-async fn start(args: &UserspaceArgs) -> Result<(Server, Socket), KernelError> {
+struct Started {
+    server: Server,
+    socket: Socket,
+    /// The device's number, by which it is told from one that took its name.
+    index: u32,
+}
+
+async fn start(args: &UserspaceArgs) -> Result<Started, KernelError> {
     let name = args.interface.as_str();
     super::super::link::check_name(name)?;
     let missing = |source: nix::Error| KernelError::with(format!("there is no TUN device `{name}`"), source);
     let index = if_nametoindex(name).map_err(missing)?;
     // The kernel lets one process open the device: whoever has it may take the socket.
-    let failed = || format!("failed to open the TUN device `{name}`; another process may have it");
-    let tun = TunDevice::from_name(name).map_err(|source| KernelError::with(failed(), source))?;
+    let tun = open(name).await?;
     if if_nametoindex(name).map_err(missing)? != index {
         return Err(KernelError::new(format!("the TUN device `{name}` was replaced meanwhile")));
     }
-    let server = Server::start(tun);
-    let server = server.await.map_err(|source| KernelError::with(format!("failed to start gotatun on `{name}`"), source))?;
-    let socket = Socket::bind(&args.socket)?;
-    Ok((server, socket))
+    Ok(Started { server: Server::new(tun), socket: Socket::bind(&args.socket)?, index })
+}
+
+/// Opens the device, after whoever had it last is gone: a killed process takes a moment.
+async fn open(name: &str) -> Result<TunDevice, KernelError> {
+    let deadline = Instant::now() + DEVICE_PATIENCE;
+    loop {
+        match TunDevice::from_name(name) {
+            Ok(tun) => return Ok(tun),
+            Err(OpenError::OpenTun(tun::Error::Io(error))) if error.raw_os_error() == Some(libc::EBUSY) => {
+                if Instant::now() > deadline {
+                    let what = format!("failed to open the TUN device `{name}`; another process has it, stop that one");
+                    return Err(KernelError::with(what, error));
+                }
+            }
+            Err(error) => return Err(KernelError::with(format!("failed to open the TUN device `{name}`"), error)),
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 /// Answers clients until a signal or an end of TUN device or socket.
-async fn serve(mut server: Server, socket: Socket, args: &UserspaceArgs) -> Result<(), KernelError> {
+async fn serve(started: Started, args: &UserspaceArgs) -> Result<(), KernelError> {
+    let Started { mut server, socket, index } = started;
     let signals = |error| KernelError::with("failed to wait for signals", error);
     let mut terminate = signal(SignalKind::terminate()).map_err(signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(signals)?;
-    let mut check = tokio::time::interval(SOCKET_CHECK);
+    let mut check = tokio::time::interval(CHECK);
     let (sender, mut requests) = mpsc::channel(1);
     let listener = socket.listener.try_clone();
     let listener = listener.map_err(|error| KernelError::with("failed to share the socket", error))?;
@@ -99,16 +125,17 @@ async fn serve(mut server: Server, socket: Socket, args: &UserspaceArgs) -> Resu
             _ = terminate.recv() => break "signal",
             _ = interrupt.recv() => break "signal",
             () = server.failed() => break "device failed",
-            _ = check.tick() => if !socket.is_there() {
-                break "socket removed";
-            },
-            Some((request, reply)) = requests.recv() => {
-                let (answer, broken) = answer(&mut server, request).await;
-                let _: Result<(), _> = reply.send(answer);
-                if broken {
-                    break "port lost";
+            _ = check.tick() => {
+                if !socket.is_there() {
+                    break "socket removed";
+                }
+                // A deleted device wakes nobody who waits for its packets.
+                if if_nametoindex(args.interface.as_str()) != Ok(index) {
+                    break "device removed";
                 }
             }
+            // A client that is gone needs no answer.
+            Some((request, reply)) = requests.recv() => drop(reply.send(answer(&mut server, request).await)),
         }
     };
     tracing::info!(interface = %args.interface, why, "stopping");
@@ -117,14 +144,14 @@ async fn serve(mut server: Server, socket: Socket, args: &UserspaceArgs) -> Resu
     Ok(())
 }
 
-async fn answer(server: &mut Server, request: Request) -> (Zeroizing<String>, bool) {
+async fn answer(server: &mut Server, request: Request) -> Zeroizing<String> {
     match request {
-        Request::Get => (server.get().await.print(), false),
+        Request::Get => server.get().await.print(),
         Request::Set(set) => match server.set(set).await {
-            Ok(()) => (uapi::print_errno(0).into(), false),
-            Err(Refused { errno, broken }) => {
-                tracing::warn!(error = %io::Error::from_raw_os_error(errno), broken, "change refused");
-                (uapi::print_errno(errno).into(), broken)
+            Ok(()) => uapi::print_errno(0).into(),
+            Err(errno) => {
+                tracing::warn!(error = %io::Error::from_raw_os_error(errno), "change refused");
+                uapi::print_errno(errno).into()
             }
         },
     }

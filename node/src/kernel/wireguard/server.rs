@@ -5,9 +5,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
-use gotatun::device::configure::DeviceWrite;
+use gotatun::device::configure::{DeviceWrite, PeerMut, PeerStats};
 use gotatun::device::{Device, DeviceBuilder, Error, Peer};
 use gotatun::packet::{Ip, Packet, PacketBufPool};
 use gotatun::tun::tun_async_device::TunDevice;
@@ -23,112 +23,154 @@ use crate::key::{KEY_LENGTH, PrivateKey};
 /// Two readings of one handshake's time differ by less; gotatun gives ages, not times.
 const HANDSHAKE_JITTER: Duration = Duration::from_secs(1);
 
-/// A running gotatun and what it was told.
+/// How long a closed port may stay taken: gotatun lets go of its socket a moment after it says so.
+const PORT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// gotatun and what it was told.
+///
+/// A change of key or port starts another device in place of the first. gotatun could change its own, but the tasks that it
+/// stops for it may be taken for a device that failed.
 pub(super) struct Server {
-    device: Device<Transports>,
+    tun: Tun,
+    /// `None` until there is a key, without which gotatun does nothing.
+    device: Option<(Device<Transports>, PrivateKey)>,
+    /// As asked for; 0 is any.
+    port: u16,
+    fwmark: u32,
     model: Model,
-    /// Asked for before there is a key, without which gotatun opens no socket.
-    waiting_port: Option<u16>,
     /// gotatun forgets a handshake with its session; `wg` and the metrics do not.
     handshakes: BTreeMap<PublicKey, SystemTime>,
 }
 
 type Transports = (UdpSocketFactory, Tun, Tun);
 
-/// Why a change was not made; the change was then not made at all.
-#[derive(Debug)]
-pub(super) struct Refused {
-    pub(super) errno: i32,
-    /// The device is left without a socket, and only a new process helps.
-    pub(super) broken: bool,
-}
-
 impl Server {
-    pub(super) async fn start(tun: TunDevice) -> Result<Self, Error> {
-        let device = DeviceBuilder::new().with_default_udp().with_ip(Tun(tun)).build().await?;
-        Ok(Self { device, model: Model::default(), waiting_port: None, handshakes: BTreeMap::new() })
+    pub(super) fn new(tun: TunDevice) -> Self {
+        Self {
+            tun: Tun(tun),
+            device: None,
+            port: 0,
+            fwmark: 0,
+            model: Model::default(),
+            handshakes: BTreeMap::new(),
+        }
     }
 
-    /// Returns when gotatun cannot go on, for one because the TUN device is gone.
+    /// Returns when gotatun cannot go on.
     pub(super) async fn failed(&mut self) {
-        self.device.wait().await;
+        match &mut self.device {
+            Some((device, _)) => device.wait().await,
+            None => std::future::pending().await,
+        }
     }
 
     pub(super) async fn stop(self) {
-        self.device.stop().await;
+        if let Some((device, _)) = self.device {
+            device.stop().await;
+        }
     }
 
     pub(super) async fn get(&mut self) -> Answer {
-        let (private_key, listen_port, fwmark, peers) = self
-            .device
-            .read(async |device| {
-                let key = device.private_key().and_then(|key| PrivateKey::from_bytes(key.as_bytes()).ok());
-                (key, device.listen_port(), device.fwmark(), device.peers().await)
-            })
-            .await;
+        let Some((device, key)) = &self.device else {
+            return Answer { private_key: None, listen_port: self.port, fwmark: self.fwmark, peers: Vec::new() };
+        };
+        let (listen_port, peers) = device.read(async |device| (device.listen_port(), device.peers().await)).await;
         let now = SystemTime::now();
         let mut answers = Vec::with_capacity(peers.len());
-        for peer in peers {
-            let Ok(public_key) = PublicKey::try_from(peer.peer.public_key.as_bytes().as_slice()) else { continue };
-            let seen = peer.stats.last_handshake.and_then(|age| now.checked_sub(age));
-            let known = self.model.peers.get(&public_key);
+        for PeerStats { peer, stats, .. } in peers {
+            let Some((public_key, known)) = self.model.find(&peer.public_key) else { continue };
+            let seen = stats.last_handshake.and_then(|age| now.checked_sub(age));
             answers.push(AnswerPeer {
                 public_key,
-                preshared_key: peer.peer.preshared_key.map(|key| SharedKey(key.into())),
-                endpoint: peer.peer.endpoint,
-                persistent_keepalive: peer.peer.keepalive.unwrap_or(0),
+                preshared_key: known.preshared_key.clone(),
+                endpoint: peer.endpoint,
+                persistent_keepalive: known.persistent_keepalive,
                 last_handshake: remember(&mut self.handshakes, public_key, seen),
-                received_bytes: peer.stats.rx_bytes as u64,
-                sent_bytes: peer.stats.tx_bytes as u64,
-                allowed_ips: known.map(|known| known.allowed_ips.clone()).unwrap_or_default(),
+                received_bytes: known.received_before + stats.rx_bytes as u64,
+                sent_bytes: known.sent_before + stats.tx_bytes as u64,
+                allowed_ips: known.allowed_ips.clone(),
             });
         }
         answers.sort_by_key(|peer| peer.public_key);
-        let listen_port = self.waiting_port.unwrap_or(listen_port);
-        Answer { private_key, listen_port, fwmark: fwmark.unwrap_or(0), peers: answers }
+        Answer { private_key: Some(key.clone()), listen_port, fwmark: self.fwmark, peers: answers }
     }
 
-    pub(super) async fn set(&mut self, set: Set) -> Result<(), Refused> {
-        let refused = |errno| Refused { errno, broken: false };
-        let (keyed, old_port) =
-            self.device.read(async |device| (device.private_key().is_some(), device.listen_port())).await;
-        let adds = set.peers.iter().any(|peer| !peer.remove && !peer.update_only);
-        if !keyed && set.private_key.is_none() {
-            if adds {
-                return Err(refused(libc::ENOKEY));
-            }
-            self.waiting_port = set.listen_port.or(self.waiting_port);
-            return Ok(());
-        }
-        let port = set.listen_port.or(self.waiting_port).filter(|port| *port != old_port);
+    /// Makes the change, or says by an `errno` why not.
+    pub(super) async fn set(&mut self, set: Set) -> Result<(), i32> {
+        let (old_key, old_port) = match &self.device {
+            Some((device, key)) => (Some(key.clone()), device.read(async |device| device.listen_port()).await),
+            None => (None, self.port),
+        };
+        let Some(key) = set.private_key.clone().or(old_key.clone()) else {
+            return self.prepare(&set);
+        };
+        let port = set.listen_port.filter(|port| ![self.port, old_port].contains(port));
         if let Some(port) = port {
-            check_free(port).map_err(|error| refused(error.raw_os_error().unwrap_or(libc::EADDRINUSE)))?;
+            check_free(port).map_err(|error| error.raw_os_error().unwrap_or(libc::EADDRINUSE))?;
+            self.port = port;
         }
-        self.waiting_port = None;
+        let mark = set.fwmark.filter(|mark| *mark != self.fwmark);
+        self.fwmark = mark.unwrap_or(self.fwmark);
         let edits = self.model.plan(&set);
-        let changed = self
-            .device
-            .write(async |device| {
-                if let Some(key) = &set.private_key {
-                    device.set_private_key(key.to_secret()).await;
-                }
-                if let Some(port) = port {
-                    device.set_listen_port(port);
-                }
-                for edit in edits {
-                    edit.apply(device).await;
-                }
-                set.fwmark.map_or(Ok(()), |mark| device.set_fwmark(mark))
-            })
-            .await;
         self.handshakes.retain(|key, _| self.model.peers.contains_key(key));
-        match changed {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(refused(errno_of(&error))),
-            // The socket was closed and could not be opened again: somebody took the port in between.
-            Err(error) => Err(Refused { errno: errno_of(&error), broken: true }),
-        }
+        let changed = match &self.device {
+            Some((device, _)) if port.is_none() && old_key == Some(key.clone()) => {
+                edit(device, edits, mark).await
+            }
+            _ => self.restart(key).await,
+        };
+        changed.map_err(|error| errno_of(&error))
     }
+
+    /// Notes what can be noted before there is a key.
+    fn prepare(&mut self, set: &Set) -> Result<(), i32> {
+        if set.peers.iter().any(|peer| !peer.remove && !peer.update_only) {
+            return Err(libc::ENOKEY);
+        }
+        self.port = set.listen_port.unwrap_or(self.port);
+        self.fwmark = set.fwmark.unwrap_or(self.fwmark);
+        Ok(())
+    }
+
+    /// Starts gotatun with what the model holds, in place of the one that runs.
+    async fn restart(&mut self, key: PrivateKey) -> Result<(), Error> {
+        if let Some((device, _)) = self.device.take() {
+            for stats in device.peers().await {
+                self.model.carry_over(&stats);
+            }
+            device.stop().await;
+        }
+        let deadline = Instant::now() + PORT_PATIENCE;
+        while check_free(self.port).is_err() && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let builder = DeviceBuilder::new().with_default_udp().with_ip(self.tun.clone()).with_listen_port(self.port);
+        let builder = if self.fwmark == 0 { builder } else { builder.with_fwmark(self.fwmark) };
+        let device = builder.build().await?;
+        // gotatun opens its socket when it gets a key, and not for peers alone.
+        let start = async |device: &mut DeviceWrite<'_, Transports>| {
+            device.set_private_key(key.to_secret()).await;
+            for (public_key, known) in &self.model.peers {
+                device.add_peer(known.to_peer(public_key));
+            }
+        };
+        device.write(start).await?;
+        self.device = Some((device, key));
+        Ok(())
+    }
+}
+
+async fn edit(device: &Device<Transports>, edits: Vec<Edit>, fwmark: Option<u32>) -> Result<(), Error> {
+    if edits.is_empty() && fwmark.is_none() {
+        return Ok(());
+    }
+    let change = async |device: &mut DeviceWrite<'_, Transports>| {
+        for edit in edits {
+            edit.apply(device).await;
+        }
+        fwmark.map_or(Ok(()), |mark| device.set_fwmark(mark))
+    };
+    device.write(change).await?
 }
 
 /// What gotatun holds, as far as edits depend on it.
@@ -142,14 +184,19 @@ struct Model {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Known {
     preshared_key: Option<SharedKey>,
+    /// As last told; where the peer really is, gotatun knows.
+    endpoint: Option<SocketAddr>,
     persistent_keepalive: u16,
     allowed_ips: BTreeSet<IpNet>,
+    /// What the devices before this one have counted.
+    received_before: u64,
+    sent_before: u64,
 }
 
 /// One call to gotatun.
 #[derive(Debug, PartialEq, Eq)]
 enum Edit {
-    Add { public_key: PublicKey, endpoint: Option<SocketAddr>, known: Known },
+    Add { public_key: PublicKey, known: Known },
     Modify { public_key: PublicKey, change: Change },
     Remove(PublicKey),
 }
@@ -183,6 +230,21 @@ impl Model {
         edits
     }
 
+    fn find(&self, key: &x25519::PublicKey) -> Option<(PublicKey, &Known)> {
+        let key = PublicKey::try_from(key.as_bytes().as_slice()).ok()?;
+        self.peers.get(&key).map(|known| (key, known))
+    }
+
+    /// Keeps for the next device what only this one knows.
+    fn carry_over(&mut self, PeerStats { peer, stats, .. }: &PeerStats) {
+        let key = PublicKey::try_from(peer.public_key.as_bytes().as_slice());
+        if let Some(known) = key.ok().and_then(|key| self.peers.get_mut(&key)) {
+            known.endpoint = peer.endpoint.or(known.endpoint);
+            known.received_before += stats.rx_bytes as u64;
+            known.sent_before += stats.tx_bytes as u64;
+        }
+    }
+
     fn remove(&mut self, key: PublicKey) -> Option<Edit> {
         for prefix in self.peers.remove(&key)?.allowed_ips {
             self.owners.remove(&prefix);
@@ -195,11 +257,14 @@ impl Model {
         self.take(peer.public_key, &allowed_ips, edits);
         let known = Known {
             preshared_key: peer.preshared_key.clone().and_then(present),
+            endpoint: peer.endpoint,
             persistent_keepalive: peer.persistent_keepalive.unwrap_or(0),
             allowed_ips,
+            received_before: 0,
+            sent_before: 0,
         };
         self.peers.insert(peer.public_key, known.clone());
-        edits.push(Edit::Add { public_key: peer.public_key, endpoint: peer.endpoint, known });
+        edits.push(Edit::Add { public_key: peer.public_key, known });
     }
 
     fn modify(&mut self, peer: &SetPeer, edits: &mut Vec<Edit>) {
@@ -208,6 +273,7 @@ impl Model {
         if let Some(key) = &peer.preshared_key {
             new.preshared_key = present(key.clone());
         }
+        new.endpoint = peer.endpoint.or(old.endpoint);
         new.persistent_keepalive = peer.persistent_keepalive.unwrap_or(old.persistent_keepalive);
         if peer.replace_allowed_ips {
             new.allowed_ips.clear();
@@ -247,22 +313,28 @@ impl Model {
     }
 }
 
+impl Known {
+    fn to_peer(&self, public_key: &PublicKey) -> Peer {
+        let mut peer = with_prefixes(Peer::new(to_x25519(public_key)), &self.allowed_ips);
+        peer.endpoint = self.endpoint;
+        peer.preshared_key = self.preshared_key.as_ref().map(|key| *key.0);
+        peer.keepalive = seconds(self.persistent_keepalive);
+        peer
+    }
+}
+
 impl Edit {
     async fn apply(self, device: &mut DeviceWrite<'_, Transports>) {
         match self {
             Self::Remove(key) => {
                 device.remove_peer(&to_x25519(&key)).await;
             }
-            Self::Add { public_key, endpoint, known } => {
-                let mut peer = with_prefixes(Peer::new(to_x25519(&public_key)), &known.allowed_ips);
-                peer.endpoint = endpoint;
-                peer.preshared_key = known.preshared_key.map(|key| *key.0);
-                peer.keepalive = seconds(known.persistent_keepalive);
-                device.add_peer(peer);
+            Self::Add { public_key, known } => {
+                device.add_peer(known.to_peer(&public_key));
             }
             Self::Modify { public_key, change } => {
                 let public_key = to_x25519(&public_key);
-                let modify = |peer: &mut gotatun::device::configure::PeerMut| {
+                let modify = |peer: &mut PeerMut| {
                     if let Some(key) = change.preshared_key {
                         peer.set_preshared_key(key.map(|key| *key.0));
                     }

@@ -244,8 +244,8 @@ impl SetPeer {
             }
             "replace_allowed_ips" => self.replace_allowed_ips = flag(value, "replace_allowed_ips")?,
             "allowed_ip" => match value.strip_prefix('-') {
-                Some(removed) => drop(self.remove_allowed_ips.insert(prefix(removed)?)),
-                None => drop(self.add_allowed_ips.insert(prefix(value)?)),
+                Some(removed) => self.remove_allowed_ips.extend([prefix(removed)?]),
+                None => self.add_allowed_ips.extend([prefix(value)?]),
             },
             "protocol_version" if value == "1" => {}
             _ => return Err(ParseError::Key(key.into())),
@@ -326,7 +326,7 @@ impl AnswerPeer {
             }
             "rx_bytes" => self.received_bytes = number(value, "rx_bytes")?,
             "tx_bytes" => self.sent_bytes = number(value, "tx_bytes")?,
-            "allowed_ip" => drop(self.allowed_ips.insert(prefix(value)?)),
+            "allowed_ip" => self.allowed_ips.extend([prefix(value)?]),
             "protocol_version" if value == "1" => {}
             _ => return Err(ParseError::Key(key.into())),
         }

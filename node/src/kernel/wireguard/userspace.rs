@@ -28,6 +28,16 @@ const START_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the process may take to stop before it is killed.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
 
+/// How often to look whether a process has started or ended.
+const POLL: Duration = Duration::from_millis(5);
+
+/// What the other end's death looks like in the middle of a question.
+const ENDED: [io::ErrorKind; 3] =
+    [io::ErrorKind::ConnectionReset, io::ErrorKind::BrokenPipe, io::ErrorKind::UnexpectedEof];
+
+/// What `observe` does, for its errors.
+const READ: &str = "read WireGuard's state";
+
 /// [`WireGuard`] by a process of our own.
 #[derive(Debug)]
 pub(super) struct UserspaceWireGuard {
@@ -42,6 +52,10 @@ pub(super) struct UserspaceWireGuard {
 impl UserspaceWireGuard {
     pub(super) fn new(interface: &str, options: Options) -> Result<Self, KernelError> {
         let socket = options.socket_directory.join(format!("{interface}.sock"));
+        // The process has another working directory.
+        let socket = std::path::absolute(&socket).map_err(|error| {
+            KernelError::with(format!("failed to find directory `{}`", options.socket_directory.display()), error)
+        })?;
         Ok(Self { interface: interface.to_owned(), socket, options, netlink: Netlink::new()?, child: None })
     }
 
@@ -89,25 +103,36 @@ impl UserspaceWireGuard {
         let there = fs::metadata(format!("/proc/{process}/ns/net"))?;
         let here = fs::metadata("/proc/thread-self/ns/net")?;
         let command = fs::read(format!("/proc/{process}/cmdline"))?;
+        if command.is_empty() {
+            // A process that ends has no words left.
+            return Err(io::ErrorKind::NotFound.into());
+        }
         let words: Vec<_> = command.split(|byte| *byte == 0).collect();
         let serves = words.get(1) == Some(&b"wireguard".as_slice())
             && words.windows(2).any(|pair| pair == [b"--interface".as_slice(), self.interface.as_bytes()]);
         Ok(serves && (there.dev(), there.ino()) == (here.dev(), here.ino()))
     }
 
+    /// Asks the process; `None` where none serves our device, or it ends over the question. The inner error is its `errno`.
+    fn ask(&self, request: &Request, what: &str) -> Result<Option<Result<Answer, i32>>, KernelError> {
+        let Some(mut connection) = self.connect()? else { return Ok(None) };
+        match connection.ask(request) {
+            Ok(answer) => Ok(Some(answer)),
+            Err(error) if ENDED.contains(&error.kind()) => Ok(None),
+            Err(error) => Err(KernelError::with(format!("failed to {what} of `{}`", self.interface), error)),
+        }
+    }
+
     fn set(&self, set: Set, what: &str) -> Result<(), KernelError> {
         let failed = || format!("failed to {what} of `{}`", self.interface);
         self.link()?.ok_or_else(|| KernelError::new(format!("there is no interface `{}`", self.interface)))?;
-        let Some(mut connection) = self.connect()? else {
-            return Err(KernelError::new(format!("{}; no process serves it", failed())));
-        };
-        match connection.ask(&Request::Set(set)).map_err(|error| KernelError::with(failed(), error))? {
-            Ok(_) => Ok(()),
-            Err(libc::EADDRINUSE) => Err(KernelError::with(
-                format!("{}; the port is taken, choose another `listen-port`", failed()),
-                io::Error::from_raw_os_error(libc::EADDRINUSE),
-            )),
-            Err(errno) => Err(KernelError::with(failed(), io::Error::from_raw_os_error(errno))),
+        match self.ask(&Request::Set(set), what)? {
+            None => Err(KernelError::new(format!("{}; no process serves it", failed()))),
+            Some(Ok(_)) => Ok(()),
+            Some(Err(errno)) => {
+                let remedy = if errno == libc::EADDRINUSE { "; the port is taken, choose another `listen-port`" } else { "" };
+                Err(KernelError::with(format!("{}{remedy}", failed()), io::Error::from_raw_os_error(errno)))
+            }
         }
     }
 
@@ -160,17 +185,18 @@ impl UserspaceWireGuard {
                     START_PATIENCE.as_secs()
                 )));
             }
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(POLL);
         }
     }
 
-    /// Takes note of the end of a process that this agent started.
-    fn reap(&mut self) {
+    /// Takes note of the end of a process that this agent started. Gives whether it still runs.
+    fn reap(&mut self) -> bool {
         if let Some(child) = &mut self.child
             && !matches!(child.try_wait(), Ok(None))
         {
             self.child = None;
         }
+        self.child.is_some()
     }
 }
 
@@ -206,11 +232,13 @@ impl WireGuard for UserspaceWireGuard {
             Some(link) if link.ours && link.kind == LinkKind::Tun => {}
             _ => return Ok(None),
         }
-        let Some(mut connection) = self.connect()? else { return Ok(None) };
-        let failed = || format!("failed to read WireGuard's state of `{}`", self.interface);
-        match connection.ask(&Request::Get).map_err(|error| KernelError::with(failed(), error))? {
-            Ok(answer) => Ok(Some(device(answer))),
-            Err(errno) => Err(KernelError::with(failed(), io::Error::from_raw_os_error(errno))),
+        match self.ask(&Request::Get, READ)? {
+            None => Ok(None),
+            Some(Ok(answer)) => Ok(Some(device(answer))),
+            Some(Err(errno)) => Err(KernelError::with(
+                format!("failed to {READ} of `{}`", self.interface),
+                io::Error::from_raw_os_error(errno),
+            )),
         }
     }
 
@@ -241,7 +269,10 @@ impl WireGuard for UserspaceWireGuard {
         if let Some(connection) = self.connect()? {
             connection.stop(&self.interface)?;
         }
-        self.reap();
+        let deadline = Instant::now() + STOP_PATIENCE;
+        while self.reap() && Instant::now() < deadline {
+            std::thread::sleep(POLL);
+        }
         if link.is_some() {
             self.netlink.delete_link(&self.interface).map_err(|error| {
                 KernelError::with(format!("failed to delete interface `{}`", self.interface), error)
