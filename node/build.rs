@@ -46,6 +46,8 @@ fn build() -> Result<(), String> {
     let flags = [
         "-Cdebuginfo=2".to_owned(),
         "-Clink-arg=--btf".to_owned(),
+        // Else even three zero bytes are a call of `memset`, which walks byte by byte.
+        "-Clink-arg=--disable-expand-memcpy-in-order".to_owned(),
         // Instructions that every kernel from 5.12 on knows; `v4` would need 6.6.
         "-Ctarget-cpu=v3".to_owned(),
         format!("--cfg=bpf_target_arch=\"{}\"", variable("CARGO_CFG_TARGET_ARCH")),
