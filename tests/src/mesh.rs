@@ -226,6 +226,12 @@ impl Mesh {
         self.node(name).map_or_else(|error| error.to_string(), |node| node.host.log(NODE_LOG))
     }
 
+    /// The ends of all logs.
+    pub fn logs(&self) -> String {
+        let nodes = self.nodes.values().map(|node| node.host.log(NODE_LOG));
+        [self.controller.log(CONTROLLER_LOG)].into_iter().chain(nodes).collect::<Vec<_>>().join("\n\n")
+    }
+
     /// A command for one of the four programs.
     pub fn program(&self, name: &str) -> Command {
         Command::new(self.programs.join(name))

@@ -12,8 +12,10 @@ use anyhow::{Context, Result};
 
 use crate::namespace::Namespace;
 
-/// How long a probe waits for an answer before it says that there is none.
-pub const PATIENCE: Duration = Duration::from_millis(1_500);
+/// How long to wait for an answer that must come: emulated processors are slow.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+/// How long to wait for an answer that must not come; that the packet was dropped is seen by its counter.
+pub const SILENCE: Duration = Duration::from_millis(600);
 
 /// One attempt at a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,28 +115,28 @@ fn echo(mut stream: TcpStream, stop: &AtomicBool) {
 }
 
 /// Tries a flow from `host` to `destination`.
-pub fn attempt(host: &Namespace, destination: IpAddr, traffic: Traffic) -> Result<Seen> {
+pub fn attempt(host: &Namespace, destination: IpAddr, traffic: Traffic, patience: Duration) -> Result<Seen> {
     match traffic {
-        Traffic::Tcp(port) => attempt_tcp(host, SocketAddr::new(destination, port)),
-        Traffic::Udp(port) => attempt_udp(host, SocketAddr::new(destination, port)),
-        Traffic::Ping => attempt_ping(host, destination),
+        Traffic::Tcp(port) => attempt_tcp(host, SocketAddr::new(destination, port), patience),
+        Traffic::Udp(port) => attempt_udp(host, SocketAddr::new(destination, port), patience),
+        Traffic::Ping => attempt_ping(host, destination, patience),
     }
 }
 
-fn attempt_tcp(host: &Namespace, destination: SocketAddr) -> Result<Seen> {
+fn attempt_tcp(host: &Namespace, destination: SocketAddr, patience: Duration) -> Result<Seen> {
     host.enter(|| {
-        let Ok(mut stream) = TcpStream::connect_timeout(&destination, PATIENCE) else { return Ok(Seen::Silent) };
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let Ok(mut stream) = TcpStream::connect_timeout(&destination, patience) else { return Ok(Seen::Silent) };
+        stream.set_read_timeout(Some(patience))?;
         let mut answer = [0; 4];
         let echoed = stream.write_all(b"ping").and_then(|()| stream.read_exact(&mut answer));
         Ok(if echoed.is_ok() && &answer == b"ping" { Seen::Answered } else { Seen::Silent })
     })
 }
 
-fn attempt_udp(host: &Namespace, destination: SocketAddr) -> Result<Seen> {
+fn attempt_udp(host: &Namespace, destination: SocketAddr, patience: Duration) -> Result<Seen> {
     let socket = udp_socket(host, destination.ip())?;
     socket.set_read_timeout(Some(Duration::from_millis(100)))?;
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience;
     let mut answer = [0; 4];
     while Instant::now() < deadline {
         // A refusal to send (EPERM from an egress hook) is silence too.
@@ -159,9 +161,10 @@ pub fn udp_socket(host: &Namespace, destination: IpAddr) -> Result<UdpSocket> {
     })
 }
 
-fn attempt_ping(host: &Namespace, destination: IpAddr) -> Result<Seen> {
+fn attempt_ping(host: &Namespace, destination: IpAddr, patience: Duration) -> Result<Seen> {
     let mut command = Command::new("ping");
-    command.args(["-n", "-q", "-c", "1", "-W", "2", &destination.to_string()]);
+    let wait = patience.as_secs_f64().to_string();
+    command.args(["-n", "-q", "-c", "1", "-W", &wait, &destination.to_string()]);
     let output = host.output(&mut command).context("`ping` is in the package iputils-ping")?;
     Ok(if output.status.success() { Seen::Answered } else { Seen::Silent })
 }

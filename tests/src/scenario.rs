@@ -44,6 +44,14 @@ pub struct Outcome {
 }
 
 impl Line {
+    /// Makes the attempt; asks no counter.
+    pub fn try_it(&self, mesh: &Mesh) -> Result<Seen> {
+        let patience = if self.expected == Expected::Answered { probe::PATIENCE } else { probe::SILENCE };
+        let destination = mesh.node(self.to)?.address(self.family);
+        probe::attempt(mesh.node(self.from)?.namespace(), destination, self.traffic, patience)
+            .with_context(|| format!("{self}"))
+    }
+
     /// Whether the outcome is the expected one.
     pub fn holds(&self, outcome: &Outcome) -> bool {
         match self.expected {
@@ -161,9 +169,7 @@ pub fn run(mesh: &Mesh, lines: &[Line]) -> Result<Vec<Outcome>> {
 /// Makes one attempt.
 pub fn attempt(mesh: &Mesh, line: &Line) -> Result<Outcome> {
     let before = dropped(mesh, line)?;
-    let destination = mesh.node(line.to)?.address(line.family);
-    let seen = probe::attempt(mesh.node(line.from)?.namespace(), destination, line.traffic)
-        .with_context(|| format!("{line}"))?;
+    let seen = line.try_it(mesh)?;
     Ok(Outcome { seen, dropped: dropped(mesh, line)? - before })
 }
 

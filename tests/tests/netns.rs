@@ -50,7 +50,7 @@ fn the_story_of_the_demo_holds() -> Result<()> {
 /// The lines that need no counter: a dead agent serves no metrics.
 fn check_allowed(mesh: &Mesh, when: &str) -> Result<()> {
     for line in scenario::lines().into_iter().filter(|line| line.traffic != Traffic::Ping) {
-        let seen = probe::attempt(mesh.node(line.from)?.namespace(), mesh.node(line.to)?.address(line.family), line.traffic)?;
+        let seen = line.try_it(mesh)?;
         let expected = if line.expected == Expected::Answered { Seen::Answered } else { Seen::Silent };
         ensure!(seen == expected, "{when}: {line}: expected {expected:?}, seen {seen:?}");
     }
@@ -75,7 +75,7 @@ fn ingress_alone_refuses() -> Result<()> {
         take_off_egress(&mesh, node)?;
     }
     for line in &denied {
-        let seen = probe::attempt(mesh.node(line.from)?.namespace(), mesh.node(line.to)?.address(line.family), line.traffic)?;
+        let seen = line.try_it(&mesh)?;
         ensure!(seen == Seen::Silent, "{line}: {seen:?} although ingress denies it");
     }
     for node in ["web1", "app1", "db1"] {
@@ -89,7 +89,7 @@ fn ingress_alone_refuses() -> Result<()> {
         let dropped = mesh.scrape_node(line.to)?.sum("rampart_packets_total", &labels);
         ensure!(dropped >= 1.0, "{line}: nothing was counted at ingress of {}", line.to);
     }
-    check_lines(&mesh_without(&mesh, &["peers-1", "peers-2"])?, "after the programs are back")
+    check_lines(mesh_without(&mesh, &["peers-1", "peers-2"])?, "after the programs are back")
 }
 
 fn mesh_without<'a>(mesh: &'a Mesh, rules: &[&str]) -> Result<&'a Mesh> {
@@ -216,7 +216,7 @@ fn drift_is_repaired_and_reported() -> Result<()> {
         break_it().with_context(|| format!("breaking {what}"))?;
         wait_for(&format!("the repair of {what}"), START_LIMIT, || Ok(repairs()? > before))?;
         wait_for(&format!("traffic after the repair of {what}"), START_LIMIT, || {
-            Ok(probe::attempt(web, mesh.node("app1")?.v4.into(), Traffic::Tcp(8080))? == Seen::Answered)
+            Ok(probe::attempt(web, mesh.node("app1")?.v4.into(), Traffic::Tcp(8080), probe::PATIENCE)? == Seen::Answered)
         })?;
     }
     check_lines(&mesh, "after all repairs")
@@ -227,7 +227,10 @@ fn drift_is_repaired_and_reported() -> Result<()> {
 fn a_disabled_node_is_cut_off() -> Result<()> {
     let (mesh, _servers) = story()?;
     let app = mesh.node("app1")?;
-    let reaches = || Ok(probe::attempt(mesh.node("web1")?.namespace(), app.v4.into(), Traffic::Tcp(8080))? == Seen::Answered);
+    let web = mesh.node("web1")?.namespace();
+    let reaches = || {
+        Ok(probe::attempt(web, app.v4.into(), Traffic::Tcp(8080), Duration::from_secs(1))? == Seen::Answered)
+    };
     ensure!(reaches()?, "web1 does not reach app1 at first");
     mesh.meshctl_ok(&["node", "disable", "app1"])?;
     wait_for("app1 to be nobody's peer", START_LIMIT, || Ok(!mesh.nodectl_ok("web1", &["peers"])?.contains("app1")))?;

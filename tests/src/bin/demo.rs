@@ -64,33 +64,44 @@ fn tell(options: &Options, story: &mut Story) -> Result<()> {
     story.chapter("A controller and three nodes, each in a network namespace of its own");
     story.progress("controllerd init, controllerd serve");
     let mut mesh = Mesh::new(lifetime, "deny")?;
+    let told = tell_of(&mut mesh, story);
+    if told.is_err() || story.failed > 0 {
+        eprintln!("\n{}", mesh.logs());
+    } else if options.keep {
+        print_doors(&mesh);
+        std::mem::forget(mesh);
+    }
+    told
+}
+
+fn tell_of(mesh: &mut Mesh, story: &mut Story) -> Result<()> {
     let backend = if kernel_has_wireguard(mesh.controller())? { "kernel" } else { "userspace" };
-    scenario::build(&mut mesh, |step| story.progress(step))?;
+    scenario::build(mesh, |step| story.progress(step))?;
     story.say(&format!("WireGuard: {backend} ({})", release()?));
 
     story.chapter("The policy: web -> app tcp/8080 and ping, app -> db tcp/5432, default deny");
-    scenario::allow(&mesh)?;
+    scenario::allow(mesh)?;
     println!("{}", mesh.meshctl_ok(&["policy", "show"])?.trim_end());
-    let servers = scenario::serve(&mesh)?;
+    let servers = scenario::serve(mesh)?;
 
     story.chapter("Real traffic");
-    show_lines(&mesh, story)?;
+    show_lines(mesh, story)?;
 
     story.chapter("Changes under traffic, from the start of `meshctl`");
     for family in [Family::V4, Family::V6] {
-        show_change(story, "a rule added lets udp/9000 pass", family, scenario::time_to_allow(&mesh, family));
-        show_change(story, "a rule deleted cuts a running TCP flow", family, scenario::time_to_revoke(&mesh, family));
+        show_change(story, "a rule added lets udp/9000 pass", family, scenario::time_to_allow(mesh, family));
+        show_change(story, "a rule deleted cuts a running TCP flow", family, scenario::time_to_revoke(mesh, family));
     }
     mesh.converge()?;
 
     story.chapter("The controller killed: traffic goes on, and so does the policy");
     mesh.stop_controller(Signal::SIGKILL)?;
-    show_lines(&mesh, story)?;
+    show_lines(mesh, story)?;
     story.chapter("And noded on app1 killed and started again, still without a controller");
     mesh.stop_node("app1", Signal::SIGKILL)?;
     mesh.start_node("app1")?;
     mesh.wait_until_up("app1")?;
-    show_lines(&mesh, story)?;
+    show_lines(mesh, story)?;
     mesh.start_controller()?;
     mesh.converge()?;
     story.check("the controller is back", "converged", "converged");
@@ -99,13 +110,9 @@ fn tell(options: &Options, story: &mut Story) -> Result<()> {
     for verb in [&["status"][..], &["peers"], &["policy", "show"]] {
         println!("$ nodectl {}\n{}\n", verb.join(" "), mesh.nodectl_ok("app1", verb)?.trim_end());
     }
-    show_explanations(&mesh, story)?;
-    show_counters(&mesh, story)?;
+    show_explanations(mesh, story)?;
+    show_counters(mesh, story)?;
     drop(servers);
-    if options.keep {
-        print_doors(&mesh);
-        std::mem::forget(mesh);
-    }
     Ok(())
 }
 
