@@ -77,8 +77,8 @@ defaults! {
     "keepalive-interval" KEEPALIVE_INTERVAL = 30 seconds, "how often an idle connection between node and controller is probed";
     "keepalive-timeout" KEEPALIVE_TIMEOUT = 10 seconds, "how long such a probe may stay unanswered";
     "reconnect-min" RECONNECT_MIN = 1 seconds, "a node's first wait before it tries its controller again; doubled each time";
-    "reconnect-max" RECONNECT_MAX = 30 seconds, "a node's longest wait before it tries its controller again";
-    "reconcile-interval" RECONCILE_INTERVAL = 5 seconds, "how often a node compares the kernel with what it should be";
+    "reconnect-max" RECONNECT_MAX = 10 seconds, "a node's longest wait before it tries its controller again";
+    "reconcile-interval" RECONCILE_INTERVAL = 2 seconds, "how often a node compares the kernel with what it should be";
     "max-request" MAX_REQUEST = 4194304 bytes, "the largest request that the controller reads";
     "max-response" MAX_RESPONSE = 268435456 bytes, "the largest answer that a node or admin reads: a whole network or slice";
     "update-queue" UPDATE_QUEUE = 64 count, "updates that wait for one node before it gets a snapshot instead";
