@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use controller_api::identity::Identity;
 use policy::{Action, Change, DefaultPolicy, Matrix, Network, NodeId, Prefixes, PublicKey, Revision, RuleSpec};
 
 use crate::record::{Credential, KeyHash, Records};
@@ -82,8 +81,4 @@ pub(crate) fn state(revision: u64, network: &Network) -> State {
         matrix: Arc::new(Matrix::compile(network).expect("within limits")),
         records: Arc::new(Records { credentials, ..Records::default() }),
     }
-}
-
-pub(crate) fn node_identity(network: &Network, name: &str) -> Identity {
-    Identity::Node(id(network, name))
 }

@@ -57,7 +57,7 @@ pub fn init(directory: &Path, plan: &Plan, now: u64) -> Result<(), InitError> {
         return Err(InitError::Exists { path: directory.to_owned() });
     }
     // Refused before anything is touched.
-    let network = Network::new(plan.network.clone(), plan.roots.clone(), plan.default)?;
+    let network = Network::new(plan.network.clone(), plan.roots, plan.default)?;
     make_directory(directory)?;
     let work = directory.join(WORK);
     if work.exists() {
