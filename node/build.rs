@@ -92,12 +92,18 @@ fn variable(name: &str) -> String {
 }
 
 /// What this build says about itself and would say about the inner one too, wrongly: `RUSTFLAGS`, `TARGET`, clippy as the
-/// compiler, the job server.
+/// compiler, the job server. Where crates come from is the same for both.
 fn is_outer(name: &OsStr) -> bool {
     let name = name.to_string_lossy();
     match name.as_ref() {
         "CARGO_HOME" | "RUSTUP_HOME" | "RUSTUP_TOOLCHAIN" => false,
         "TARGET" | "HOST" | "PROFILE" | "OPT_LEVEL" | "DEBUG" | "NUM_JOBS" | "OUT_DIR" | "MAKEFLAGS" => true,
+        name if ["CARGO_NET_", "CARGO_HTTP_", "CARGO_REGISTR", "CARGO_SOURCE_"]
+            .iter()
+            .any(|kept| name.starts_with(kept)) =>
+        {
+            false
+        }
         name => name.starts_with("CARGO") || name.starts_with("RUST"),
     }
 }
@@ -129,7 +135,10 @@ impl ToolChain {
 
 fn find_linker() -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
-    let home = env::var_os("CARGO_HOME").map(|home| PathBuf::from(home).join("bin"));
+    let home = env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo")))
+        .map(|home| home.join("bin"));
     env::split_paths(&path).chain(home).map(|folder| folder.join("bpf-linker")).find(|file| file.is_file())
 }
 
