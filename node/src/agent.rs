@@ -33,6 +33,10 @@ use crate::state::{self, State};
 
 /// How long the controller's interpreter may take.
 const INTERPRETER: Duration = Duration::from_secs(5);
+/// How long a change may be on its way from the controller to this node's kernel.
+const ON_ITS_WAY: Duration = Duration::from_millis(500);
+/// So often is a difference looked at again.
+const EXPLAIN_AGAIN: u32 = 2;
 /// How long the last commands may take when the daemon ends.
 const FAREWELL: Duration = Duration::from_secs(5);
 /// Between two attempts to open what only an attached datapath has.
@@ -173,10 +177,7 @@ fn setup(settings: &Settings, keys: Keys, machine: Machine, state: Option<State>
 
 /// Why the daemon cannot begin: without an attached datapath there is nothing to run for.
 fn unattached(enforcer: &mut enforcer::Enforcer) -> Option<String> {
-    let attached = enforcer.observe().is_ok_and(|observed| {
-        observed.datapath.is_some_and(|datapath| datapath.egress && datapath.ingress)
-    });
-    enforcer.error.clone().filter(|_| !attached)
+    enforcer.error.clone().filter(|_| !enforcer.attached)
 }
 
 struct Agent {
@@ -256,7 +257,19 @@ impl Agent {
         answer.map_err(|gone| gone.to_string())?
     }
 
+    /// Asks everybody. Where they differ a change may be on its way to this node: then once more.
     async fn explain(&self, flow: Question) -> Result<Explanation, String> {
+        for _ in 0..EXPLAIN_AGAIN {
+            let explanation = self.explain_once(flow).await?;
+            if explanation.agree {
+                return Ok(explanation);
+            }
+            tokio::time::sleep(ON_ITS_WAY).await;
+        }
+        self.explain_once(flow).await
+    }
+
+    async fn explain_once(&self, flow: Question) -> Result<Explanation, String> {
         let (mut explanation, slice) = self
             .ask(move |enforcer, _| {
                 let explanation = answers::explain(enforcer, flow)?;

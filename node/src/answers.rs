@@ -194,7 +194,15 @@ impl<'a> Entries<'a> {
             }
         }
         self.rest();
-        self.entries.sort();
+        // What is said of named services, then what is left over, then what is no matter of the tables.
+        let rank = |entry: &Entry| match entry.services.first().map(String::as_str) {
+            None => 2,
+            Some("any other") => 1,
+            Some(_) => 0,
+        };
+        self.entries.sort_by(|a, b| {
+            (a.direction, &a.source, &a.destination, rank(a), a).cmp(&(b.direction, &b.source, &b.destination, rank(b), b))
+        });
         self.entries
     }
 
@@ -250,13 +258,17 @@ impl<'a> Entries<'a> {
         let rest: Vec<_> = self.pairs.iter().filter(|(key, _)| !self.shown.contains(key)).map(|(k, c)| (*k, *c)).collect();
         for (key, counter) in rest {
             let passes = reason::ALL.get(usize::from(key.reason)).is_some_and(|(_, _, passes)| *passes);
+            let mut decided_by = reason::name(key.reason).to_owned();
+            if [reason::RULE, reason::DENY_RULE, reason::LINEAGE].contains(&key.reason) {
+                decided_by.push_str(" (earlier policy)");
+            }
             self.entries.push(Entry {
                 direction: direction_of(key.direction.into()),
                 source: End { cidr: self.cidr(key.source), only: Vec::new() },
                 destination: End { cidr: self.cidr(key.destination), only: Vec::new() },
                 services: Vec::new(),
                 verdict: verdict(passes),
-                decided_by: reason::name(key.reason).to_owned(),
+                decided_by,
                 packets: Some(counter.packets),
                 bytes: Some(counter.bytes),
             });
@@ -401,10 +413,11 @@ pub fn answer(verdict: &Verdict, rule: Option<String>) -> Answer {
     Answer { allowed: verdict.is_allowed(), reason, rule }
 }
 
-/// Whether all who answered for the node's revision say the same.
+/// Whether all who answered say the same. The interpreter speaks for the network's newest revision, which is this node's
+/// policy too, unless a change that concerns this node is on its way; an older one says nothing of it.
 pub fn agree(explanation: &Explanation) -> bool {
     let Explanation { kernel, compiled, interpreted, revision, .. } = explanation;
-    let interpreted = interpreted.answer.as_ref().filter(|_| interpreted.revision == Some(*revision));
+    let interpreted = interpreted.answer.as_ref().filter(|_| interpreted.revision >= Some(*revision));
     let policy: Vec<&Answer> = compiled.iter().chain(interpreted).collect();
     let same = policy.windows(2).all(|pair| pair[0] == pair[1]);
     same && kernel.iter().all(|kernel| policy.iter().all(|policy| kernel_agrees(&kernel.answer, policy)))

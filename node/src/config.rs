@@ -56,9 +56,9 @@ file! {
     bpffs "bpffs": PathBuf = "\"/sys/fs/bpf\"";
     /// The MTU of the interface: that of the network below, less 80 (60 if no outer packet is IPv6).
     mtu "mtu": u32 = "1420";
-    /// Seconds between packets that keep the way to each peer open; 0: none. A node behind address translation needs
-    /// them (25 is usual) if others shall be able to speak first.
-    persistent_keepalive "persistent-keepalive": u16 = "0";
+    /// Seconds between packets that keep the way to each peer open through address translation, so that others can speak
+    /// first; 0: none, which is quieter where every node has an address of its own.
+    persistent_keepalive "persistent-keepalive": u16 = "25";
     /// Seconds between two looks at the kernel, to repair what others changed.
     reconcile_interval "reconcile-interval": u16 = "2";
 }
@@ -200,11 +200,11 @@ fn resolve(flags: &Flags, file: File) -> Result<Settings, ConfigError> {
     if !(MTU_MIN..=MTU_MAX).contains(&mtu) {
         return Err(ConfigError::Value(format!("mtu `{mtu}` is not from {MTU_MIN} (what IPv6 needs) to {MTU_MAX}")));
     }
-    let interval = file.reconcile_interval.unwrap_or(RECONCILE_SECONDS);
-    if interval == 0 {
+    let interval = file.reconcile_interval.map_or(defaults::RECONCILE_INTERVAL, |seconds| Duration::from_secs(seconds.into()));
+    if interval.is_zero() {
         return Err(ConfigError::Value("reconcile-interval `0` would leave no time for anything else; the least is 1".into()));
     }
-    let keepalive = file.persistent_keepalive.unwrap_or(0);
+    let keepalive = file.persistent_keepalive.map_or(defaults::PERSISTENT_KEEPALIVE, |seconds| Duration::from_secs(seconds.into()));
     Ok(Settings {
         socket: flags.socket.or(file.socket).unwrap_or_else(|| defaults::node_socket(interface.as_str())),
         interface,
@@ -215,15 +215,13 @@ fn resolve(flags: &Flags, file: File) -> Result<Settings, ConfigError> {
         wireguard: flags.wireguard.or(file.wireguard).unwrap_or_default(),
         bpffs: flags.bpffs.or(file.bpffs).unwrap_or_else(|| PathBuf::from(BPFFS)),
         mtu,
-        persistent_keepalive: (keepalive > 0).then(|| Duration::from_secs(keepalive.into())),
-        reconcile_interval: Duration::from_secs(interval.into()),
+        persistent_keepalive: (!keepalive.is_zero()).then_some(keepalive),
+        reconcile_interval: interval,
     })
 }
 
 /// Where every distribution mounts the BPF file system.
 const BPFFS: &str = "/sys/fs/bpf";
-/// A repair is worth little if it comes late, and a look costs a few netlink dumps.
-const RECONCILE_SECONDS: u16 = 2;
 
 /// The sample file: every field with its comment, commented out.
 pub fn sample() -> String {

@@ -94,10 +94,8 @@ struct Follower {
 
 /// Acknowledgements that wait to be sent; the newest is all that matters.
 const OUTBOX: usize = 4;
-/// A session that lasted this long was a good one: the next attempt comes at once.
+/// A session that lasted this long was a good one: waits begin anew after it.
 const GOOD_SESSION: Duration = Duration::from_secs(10);
-/// The first wait after a break.
-const FIRST_WAIT: Duration = Duration::from_millis(250);
 /// Between two attempts to renew the certificate.
 const RENEW_AGAIN: Duration = Duration::from_secs(60);
 
@@ -137,8 +135,11 @@ impl Follower {
                 }
                 connection.error = Some(text);
             });
-            attempt = if was_connected && began.elapsed() >= GOOD_SESSION { 0 } else { attempt + 1 };
+            if was_connected && began.elapsed() >= GOOD_SESSION {
+                attempt = 0;
+            }
             tokio::time::sleep(backoff(attempt, random())).await;
+            attempt += 1;
         }
     }
 
@@ -320,7 +321,7 @@ fn renew_at(begin: u64, end: u64) -> u64 {
 /// The wait before attempt number `attempt`: doubled each time up to a bound, and of that a random part between the half
 /// and the whole, so that the nodes of a restarted controller do not all come at one moment.
 pub fn backoff(attempt: u32, random: u32) -> Duration {
-    let whole = FIRST_WAIT.saturating_mul(1 << attempt.min(16)).min(defaults::RECONNECT_MAX);
+    let whole = defaults::RECONNECT_MIN.saturating_mul(1 << attempt.min(16)).min(defaults::RECONNECT_MAX);
     let half = whole / 2;
     half + half.mul_f64(f64::from(random) / f64::from(u32::MAX))
 }
@@ -344,10 +345,10 @@ mod tests {
             let wait = backoff(attempt, random).as_millis() as u64;
             assert!((low..=high).contains(&wait), "attempt {attempt}: {wait} ms");
         };
-        check(0, 0, 125, 125);
-        check(0, u32::MAX, 250, 250);
-        check(3, 0, 1_000, 1_000);
-        check(3, u32::MAX, 2_000, 2_000);
+        check(0, 0, 500, 500);
+        check(0, u32::MAX, 1_000, 1_000);
+        check(2, 0, 2_000, 2_000);
+        check(2, u32::MAX, 4_000, 4_000);
         for attempt in [20, u32::MAX] {
             check(attempt, u32::MAX, 1_000, defaults::RECONNECT_MAX.as_millis() as u64);
         }

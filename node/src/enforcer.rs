@@ -86,6 +86,8 @@ pub struct Enforcer {
     pub error: Option<String>,
     /// Why the newest slice could not even be tried.
     pub refused: Option<String>,
+    /// Whether this process has attached the datapath, or taken over what was attached.
+    pub attached: bool,
     key: PrivateKey,
     state_dir: PathBuf,
     listen_port: u16,
@@ -174,6 +176,7 @@ impl Enforcer {
             repairs: BTreeMap::new(),
             error: None,
             refused: None,
+            attached: false,
             key,
             state_dir,
             listen_port,
@@ -259,6 +262,8 @@ impl Enforcer {
         self.rounds += 1;
         let settled = self.intent.as_ref().is_none_or(|intent| intent.settled);
         let outcome = match self.kernel().observe() {
+            // What another process attached is taken over by attaching.
+            Ok(observed) if !self.attached => self.reconcile(&Observed { datapath: None, ..observed }),
             Ok(observed) => self.reconcile(&observed),
             Err(error) => return self.conclude(Some(apply::chain(&error)), settled, false),
         };
@@ -314,6 +319,7 @@ impl Enforcer {
 
     /// Remembers what steps have brought about.
     fn note(&mut self, outcome: &Outcome) {
+        self.attached |= outcome.done.contains(&Step::AttachDatapath);
         let Some(intent) = &mut self.intent else { return };
         intent.generation = outcome.generation.or(intent.generation);
         for step in &outcome.done {

@@ -23,6 +23,7 @@ use crate::answers::{Context, seconds};
 use crate::enforcer::Enforcer;
 use crate::kernel::inspect::Counters;
 use crate::kernel::{Backend, Device};
+use crate::reconcile::Step;
 use crate::reconcile::apply::chain;
 
 /// One metric with all its label sets. A counter's name is without its `_total`.
@@ -72,7 +73,8 @@ fn node(enforcer: &Enforcer, context: &Context, datapath: Option<&crate::kernel:
         ("node", context.node.clone()),
         ("wireguard", backend.to_owned()),
     ];
-    let repairs = enforcer.repairs.iter().map(|(kind, count)| (vec![("kind", (*kind).to_owned())], *count)).collect();
+    let repaired = |kind: &'static str| (vec![("kind", kind.to_owned())], enforcer.repairs.get(kind).copied().unwrap_or(0));
+    let repairs = Step::KINDS.into_iter().map(repaired).collect();
     let attached = datapath.is_some_and(|datapath| datapath.egress && datapath.ingress);
     vec![
         Family { name: "rampart_build_info", help: "Version of noded, and whose it is.", kind: Kind::Gauge, samples: vec![(build, 1)] },

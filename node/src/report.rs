@@ -175,7 +175,7 @@ pub struct Answer {
 #[serde(rename_all = "kebab-case")]
 pub struct Interpreted {
     pub answer: Option<Answer>,
-    /// That it answers for. At another one than this node's it is not compared.
+    /// That it answers for: the network's newest. This node's is the newest that concerns it.
     pub revision: Option<u64>,
     /// Why there is no answer.
     pub unavailable: Option<String>,

@@ -288,18 +288,19 @@ fn explanation(explanation: &Explanation) -> String {
         explanation.service
     )];
     for kernel in &explanation.kernel {
-        lines.push(format!("{:<24}{}", format!("kernel, {}", kernel.direction), answer(&kernel.answer)));
+        lines.push(format!("{:<26}{}", format!("kernel, {}", kernel.direction), answer(&kernel.answer)));
     }
     if let Some(compiled) = &explanation.compiled {
-        lines.push(format!("{:<24}{}", format!("compiled, revision {}", explanation.revision), answer(compiled)));
+        lines.push(format!("{:<26}{}", format!("compiled, revision {}", explanation.revision), answer(compiled)));
     }
     let interpreted = &explanation.interpreted;
     let said = match (&interpreted.answer, interpreted.revision, &interpreted.unavailable) {
-        (Some(said), Some(revision), _) if revision == explanation.revision => answer(said),
-        (Some(said), Some(revision), _) => format!("{} (at revision {revision}: not compared)", answer(said)),
+        (Some(said), Some(revision), _) if revision >= explanation.revision => answer(said),
+        (Some(said), Some(_), _) => format!("{} (older than this node's policy: not compared)", answer(said)),
         (_, _, reason) => format!("not asked: {}", reason.as_deref().unwrap_or("-")),
     };
-    lines.push(format!("{:<24}{said}", "interpreter"));
+    let who = interpreted.revision.map_or_else(|| "interpreter".to_owned(), |revision| format!("interpreter, revision {revision}"));
+    lines.push(format!("{who:<26}{said}"));
     lines.push(match explanation.agree {
         true => "all agree".to_owned(),
         false => loud("KERNEL AND INTENT DIFFER", colour()),
@@ -368,9 +369,9 @@ mod tests {
         assert_eq!(
             explanation(&example),
             "10.42.1.2 (cidr web) -> 10.42.2.2 (no cidr) tcp/8080\n\
-             kernel, egress          allow (rule web-to-app)\n\
-             compiled, revision 7    allow (rule web-to-app)\n\
-             interpreter             not asked: the controller is not connected\n\
+             kernel, egress            allow (rule web-to-app)\n\
+             compiled, revision 7      allow (rule web-to-app)\n\
+             interpreter               not asked: the controller is not connected\n\
              all agree"
         );
         let text = serde_yaml_ng::to_string(&example).unwrap();

@@ -62,6 +62,10 @@ pub enum Step {
 }
 
 impl Step {
+    /// Every word of [`Step::kind`].
+    pub const KINDS: [&'static str; 10] =
+        ["link", "attachment", "process", "device", "mtu", "peer", "route", "address", "tables", "flows"];
+
     /// Whether the steps after this one may only be taken once this one is done: everything up to the switch, and
     /// forgetting the flows of addresses that are about to get another holder.
     pub fn gates(&self) -> bool {
