@@ -1,5 +1,7 @@
 //! `meshctl admin …`
 
+use std::fmt;
+
 use clap::{Args, Subcommand};
 use controller_api::client;
 use controller_api::defaults::INVITATION_LIFETIME;
@@ -8,7 +10,6 @@ use controller_api::invitation::{Invitation, Subject};
 use controller_api::tls::{self, Trust};
 use controller_api::v1;
 use controller_api::v1::enrol_client::EnrolClient;
-use rcgen::KeyPair;
 use serde::Serialize;
 use zeroize::Zeroizing;
 
@@ -34,13 +35,14 @@ On the admin's own machine: meshctl admin join 'rampart1:…'")]
     /// Refuse an admin's certificate from now on
     #[command(after_help = "Example:\n  meshctl admin revoke alice")]
     Revoke {
+        /// The admin's name
         #[arg(value_parser = parse_name)]
         name: String,
     },
     /// Become an admin by an invitation, on this machine
     #[command(after_help = "\
-The private key is made here and never leaves this machine; key and certificate are kept in ~/.config/rampart, or in
-the directory that `--identity` names. Afterwards every command reaches the controller over TLS.
+The private key is made here and never leaves this machine. Key and certificate are kept
+where `--identity` says; with them every command reaches the controller over TLS.
 
 Example, with the line that `meshctl admin invite alice` printed:
   meshctl admin join \"$INVITATION\"")]
@@ -49,6 +51,7 @@ Example, with the line that `meshctl admin invite alice` printed:
 
 #[derive(Debug, Args)]
 pub(crate) struct Invite {
+    /// The admin's name
     #[arg(value_parser = parse_name)]
     name: String,
     /// How long the invitation can be redeemed
@@ -59,13 +62,20 @@ pub(crate) struct Invite {
     endpoints: Vec<ControllerEndpoint>,
 }
 
-#[derive(Debug, Args)]
+#[derive(Args)]
 pub(crate) struct Join {
     /// The line that `meshctl admin invite` printed
-    invitation: Invitation,
+    // Parsed later: a refused argument would be echoed, and this one holds a secret.
+    invitation: String,
     /// Replace the identity that is already there
     #[arg(long)]
     replace: bool,
+}
+
+impl fmt::Debug for Join {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Join").field("invitation", &"redacted").field("replace", &self.replace).finish()
+    }
 }
 
 impl Command {
@@ -104,6 +114,7 @@ impl Invite {
 /// Makes a key, redeems the invitation, keeps what comes back.
 pub(crate) async fn join(join: Join, connection: &ConnectionArgs) -> Result<(), Failure> {
     let Join { invitation, replace } = join;
+    let invitation: Invitation = Zeroizing::new(invitation).parse().map_err(Failure::usage)?;
     let name = match &invitation.subject {
         Subject::Admin(name) => name.clone(),
         Subject::Node(node) => {
@@ -128,7 +139,7 @@ pub(crate) async fn join(join: Join, connection: &ConnectionArgs) -> Result<(), 
         false => connection.controller.iter().map(ControllerEndpoint::to_string).collect(),
     };
     let channel = client::connect(&endpoints, &Trust::Fingerprint(invitation.fingerprint), None).await?;
-    let key = KeyPair::generate().map_err(|error| Failure::failed(format!("cannot make a key: {error}")))?;
+    let key = identity::pending_key(&dir)?;
     let request = v1::RedeemRequest {
         secret: invitation.secret.as_bytes().to_vec(),
         certificate_request: identity::certificate_request(&key)
@@ -141,8 +152,7 @@ pub(crate) async fn join(join: Join, connection: &ConnectionArgs) -> Result<(), 
         return Err(Failure::failed("controller answered for another network or name than it was asked; ask for a new invitation"));
     }
     let profile = Profile { network, name: named, endpoints };
-    let key = Zeroizing::new(key.serialize_pem());
-    identity::store(&dir, &profile, &key, &certificate, &authority)?;
+    identity::store(&dir, &profile, &certificate, &authority)?;
     say(format!("this is now admin `{name}` of network `{}`; identity kept in `{}`", profile.network, dir.display()));
     Ok(())
 }

@@ -14,9 +14,10 @@ pub(crate) enum Command {
     #[command(after_help = "\
 Examples:
   meshctl cidr add web 10.42.1.0/24 fd42:0:0:1::/64
-  meshctl cidr add lab 10.42.9.0/24 --isolated       # its members must not reach each other by lineage
-  meshctl cidr add office 192.168.7.0/24 --external  # behind a gateway node, outside the network's roots")]
+  meshctl cidr add lab 10.42.9.0/24 --isolated       # no lineage among its members
+  meshctl cidr add office 192.168.7.0/24 --external  # behind a gateway, outside the roots")]
     Add {
+        /// Its name
         name: CidrName,
         /// At most one IPv4 and one IPv6 prefix
         #[arg(required = true, value_name = "PREFIX", value_parser = parse_prefix)]
@@ -36,10 +37,16 @@ Examples:
     Tree(OutputArgs),
     /// Give a cidr another name; rules and groups that name it follow
     #[command(after_help = "Example:\n  meshctl cidr rename web frontend")]
-    Rename { from: CidrName, to: CidrName },
+    Rename {
+        /// Its name
+        from: CidrName,
+        /// Its name from now on
+        to: CidrName,
+    },
     /// Give a cidr other prefixes, which must still contain its nodes
     #[command(after_help = "Example:\n  meshctl cidr move web 10.42.0.0/23 fd42:0:0:1::/64")]
     Move {
+        /// Its name
         name: CidrName,
         /// At most one IPv4 and one IPv6 prefix
         #[arg(required = true, value_name = "PREFIX", value_parser = parse_prefix)]
@@ -48,6 +55,7 @@ Examples:
     /// Change a cidr's properties
     #[command(after_help = "Example:\n  meshctl cidr set web --isolated true")]
     Set {
+        /// Its name
         name: CidrName,
         /// Whether lineage is kept from passing through it
         #[arg(long, required = true, action = ArgAction::Set, value_name = "true|false")]
@@ -55,7 +63,10 @@ Examples:
     },
     /// Delete a cidr that nothing is in and nothing names
     #[command(after_help = "Example:\n  meshctl cidr delete web")]
-    Delete { name: CidrName },
+    Delete {
+        /// Its name
+        name: CidrName,
+    },
 }
 
 impl Command {

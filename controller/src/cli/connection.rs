@@ -55,9 +55,8 @@ impl Session {
                     true => identity.endpoints.clone(),
                     false => arguments.controller.iter().map(ControllerEndpoint::to_string).collect(),
                 };
-                let channel = client::connect(&endpoints, &identity.trust(), Some(&identity.credentials)).await?;
-                identity.renew_if_due(channel.clone()).await;
-                channel
+                identity.warn_if_ending();
+                client::connect(&endpoints, &identity.trust(), Some(&identity.credentials)).await?
             }
         };
         let client = AdminClient::new(channel).max_decoding_message_size(MAX_RESPONSE);
@@ -77,7 +76,7 @@ impl Session {
         let done = done.as_ref();
         let revision = self.commit(&[change]).await?;
         match self.dry_run {
-            true => say(format!("{done}: it would be; nothing was changed")),
+            true => say(format!("dry run, nothing was changed: {done}")),
             false => say(format!("{done} (revision {revision})")),
         }
         Ok(())

@@ -12,6 +12,7 @@ pub(crate) enum Command {
     /// Make a group
     #[command(after_help = "Example:\n  meshctl group add dba --member node:db1 --member cidr:admins")]
     Add {
+        /// Its name
         name: GroupName,
         /// `node:NAME` or `cidr:NAME`
         #[arg(long = "member", value_name = "MEMBER")]
@@ -23,16 +24,25 @@ pub(crate) enum Command {
     /// Show one group
     #[command(after_help = "Example:\n  meshctl group show dba")]
     Show {
+        /// Its name
         name: GroupName,
         #[command(flatten)]
         output: OutputArgs,
     },
     /// Give a group another name; rules that name it follow
     #[command(after_help = "Example:\n  meshctl group rename dba database-admins")]
-    Rename { from: GroupName, to: GroupName },
+    Rename {
+        /// Its name
+        from: GroupName,
+        /// Its name from now on
+        to: GroupName,
+    },
     /// Delete a group that no rule names
     #[command(after_help = "Example:\n  meshctl group delete dba")]
-    Delete { name: GroupName },
+    Delete {
+        /// Its name
+        name: GroupName,
+    },
     /// Who is in a group
     #[command(subcommand)]
     Member(Member),
@@ -43,6 +53,7 @@ pub(crate) enum Member {
     /// Put a node or a cidr into a group
     #[command(after_help = "Example:\n  meshctl group member add dba node:db1")]
     Add {
+        /// The group
         group: GroupName,
         /// `node:NAME` or `cidr:NAME`
         member: MemberSpec,
@@ -50,6 +61,7 @@ pub(crate) enum Member {
     /// Take a node or a cidr out of a group
     #[command(after_help = "Example:\n  meshctl group member remove dba node:db1")]
     Remove {
+        /// The group
         group: GroupName,
         /// `node:NAME` or `cidr:NAME`
         member: MemberSpec,

@@ -4,23 +4,20 @@ use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use controller_api::defaults::renew_after;
 use controller_api::identity::validity;
 use controller_api::tls::{self, ClientIdentity, Trust};
-use controller_api::v1;
-use controller_api::v1::sync_client::SyncClient;
 use rcgen::{CertificateParams, KeyPair};
 use serde::{Deserialize, Serialize};
-use std::time::Duration;
-use tonic::transport::Channel;
 use zeroize::Zeroizing;
 
-use super::connection::timed;
 use super::{Failure, time, warn, with_sources};
 
 const PROFILE: &str = "admin.toml";
 const KEY: &str = "key.pem";
+const PENDING_KEY: &str = "pending-key.pem";
 const CERTIFICATE: &str = "certificate.pem";
 const AUTHORITY: &str = "authority.pem";
 
@@ -39,11 +36,10 @@ pub(crate) struct Profile {
 /// An identity as loaded.
 #[derive(Debug)]
 pub(crate) struct AdminIdentity {
-    dir: PathBuf,
     pub(crate) endpoints: Vec<String>,
     pub(crate) credentials: ClientIdentity,
+    name: String,
     authority: Vec<u8>,
-    key: Zeroizing<String>,
 }
 
 impl AdminIdentity {
@@ -61,7 +57,7 @@ impl AdminIdentity {
     }
 
     pub(crate) fn is_in(dir: &Path) -> bool {
-        dir.join(PROFILE).exists()
+        dir.join(PROFILE).exists() && dir.join(KEY).exists()
     }
 
     pub(crate) fn load(dir: &Path) -> Result<Self, Failure> {
@@ -79,51 +75,53 @@ impl AdminIdentity {
         let credentials = ClientIdentity::from_pem(&read(&dir.join(CERTIFICATE))?, &key).map_err(|error| broken(dir, &error))?;
         let authority = tls::certificates_from_pem(&read(&dir.join(AUTHORITY))?).map_err(|error| broken(dir, &error))?;
         let authority = authority.first().map(|certificate| certificate.to_vec()).unwrap_or_default();
-        Ok(Self { dir: dir.to_owned(), endpoints: profile.endpoints, credentials, authority, key })
+        Ok(Self { name: profile.name, endpoints: profile.endpoints, credentials, authority })
     }
 
     pub(crate) fn trust(&self) -> Trust {
         Trust::authority(self.authority.clone())
     }
 
-    /// Asks for a new certificate once the present one has used up most of its time. That it fails is no reason not to
-    /// do what was asked for.
-    pub(crate) async fn renew_if_due(&self, channel: Channel) {
+    /// Says so when the certificate has used up most of its time.
+    pub(crate) fn warn_if_ending(&self) {
         let Ok((begins, ends)) = validity(self.credentials.certificate()) else { return };
         let due = begins + renew_after(Duration::from_secs(ends.saturating_sub(begins))).as_secs();
-        if time::now() < due {
-            return;
+        if time::now() >= due {
+            warn(format!(
+                "this admin's certificate is good until {}; get a new one with `meshctl admin invite {}` and \
+                 `meshctl admin join --replace`",
+                time::timestamp(ends),
+                self.name
+            ));
         }
-        if let Err(reason) = self.renew(channel).await {
-            let until = time::timestamp(ends);
-            warn(format!("certificate is good until {until} and could not be renewed: {reason}; have an admin invite you again"));
-        }
-    }
-
-    async fn renew(&self, channel: Channel) -> Result<(), String> {
-        let key = KeyPair::from_pem(&self.key).map_err(|error| error.to_string())?;
-        let request = v1::RenewRequest { certificate_request: certificate_request(&key).map_err(|error| error.to_string())? };
-        let answer = SyncClient::new(channel).renew(timed(request)).await.map_err(|status| status.message().to_owned())?;
-        let certificate = pem(&answer.into_inner().certificate);
-        write(&self.dir.join(CERTIFICATE), certificate.as_bytes(), 0o644).map_err(|error| error.to_string())
     }
 }
 
-/// A new identity's files, private ones for their owner only.
-pub(crate) fn store(dir: &Path, profile: &Profile, key: &str, certificate: &[u8], authority: &[u8]) -> Result<(), Failure> {
-    let profile = toml::to_string(profile).map_err(Failure::failed)?;
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|error| unwritable(dir, &error))?;
-    // The profile last: it is what says that an identity is there.
-    for (name, content, mode) in [
-        (KEY, key, 0o600),
-        (CERTIFICATE, &pem(certificate), 0o644),
-        (AUTHORITY, &pem(authority), 0o644),
-        (PROFILE, &profile, 0o644),
-    ] {
-        let path = dir.join(name);
-        write(&path, content.as_bytes(), mode).map_err(|error| unwritable(&path, &error))?;
+/// The key to join with. It is on disk before the invitation is redeemed, and a second attempt uses the same: an
+/// invitation can be redeemed again by the same key only.
+pub(crate) fn pending_key(dir: &Path) -> Result<KeyPair, Failure> {
+    let path = dir.join(PENDING_KEY);
+    if let Ok(text) = fs::read_to_string(&path).map(Zeroizing::new)
+        && let Ok(key) = KeyPair::from_pem(&text)
+    {
+        return Ok(key);
     }
-    Ok(())
+    let key = KeyPair::generate().map_err(|error| Failure::failed(format!("cannot make a key: {error}")))?;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|error| unwritable(dir, &error))?;
+    let text = Zeroizing::new(key.serialize_pem());
+    write(&path, text.as_bytes(), 0o600).map_err(|error| unwritable(&path, &error))?;
+    Ok(key)
+}
+
+/// What came back for the pending key, which becomes the identity's key.
+pub(crate) fn store(dir: &Path, profile: &Profile, certificate: &[u8], authority: &[u8]) -> Result<(), Failure> {
+    let profile = toml::to_string(profile).map_err(Failure::failed)?;
+    for (name, content) in [(CERTIFICATE, &pem(certificate)), (AUTHORITY, &pem(authority)), (PROFILE, &profile)] {
+        let path = dir.join(name);
+        write(&path, content.as_bytes(), 0o644).map_err(|error| unwritable(&path, &error))?;
+    }
+    let path = dir.join(KEY);
+    fs::rename(dir.join(PENDING_KEY), &path).map_err(|error| unwritable(&path, &error))
 }
 
 /// PKCS #10 in DER. The names are the controller's to give.
@@ -178,17 +176,20 @@ mod tests {
         assert!(!AdminIdentity::is_in(&dir));
         assert!(matches!(AdminIdentity::load(&dir), Err(Failure::Denied(text)) if text.contains("meshctl admin join")));
 
-        let key = KeyPair::generate().expect("a key");
+        let key = pending_key(&dir).expect("a key");
+        assert_eq!(pending_key(&dir).expect("the same key").serialize_pem(), key.serialize_pem());
+        assert!(!AdminIdentity::is_in(&dir));
         let certificate = CertificateParams::default().self_signed(&key).expect("a certificate");
         let profile =
             Profile { network: "corp".to_owned(), name: "alice".to_owned(), endpoints: vec!["host:7443".to_owned()] };
-        store(&dir, &profile, &key.serialize_pem(), certificate.der(), certificate.der()).expect("stored");
+        store(&dir, &profile, certificate.der(), certificate.der()).expect("stored");
         let identity = AdminIdentity::load(&dir).expect("loaded");
         assert_eq!(identity.endpoints, profile.endpoints);
         assert_eq!(identity.credentials.certificate(), certificate.der().as_ref());
         assert_eq!(identity.trust(), Trust::authority(certificate.der().to_vec()));
         let mode = |name: &str| fs::metadata(dir.join(name)).expect("a file").permissions().mode() & 0o777;
         assert_eq!(mode(KEY), 0o600);
+        assert!(!dir.join(PENDING_KEY).exists());
         assert_eq!(mode(""), 0o700);
 
         fs::write(dir.join(CERTIFICATE), "garbage").expect("written");

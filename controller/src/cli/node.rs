@@ -19,8 +19,8 @@ pub(crate) enum Command {
     #[command(after_help = "\
 Examples:
   meshctl node invite web1 --cidr web --expires 1h
-  meshctl node invite gw1 --cidr infra --gateway-for office --address 10.42.0.1 --address fd42::1
-  meshctl node invite web1                             # not joined yet: a new invitation, the old one is void
+  meshctl node invite gw1 --cidr infra --gateway-for office --address 10.42.0.1
+  meshctl node invite web1     # not joined yet: a new invitation, and the old one is void
 
 On the machine itself: noded join 'rampart1:…'")]
     Invite(Invite),
@@ -30,19 +30,26 @@ On the machine itself: noded join 'rampart1:…'")]
     /// Show one node
     #[command(after_help = "Example:\n  meshctl node show web1")]
     Show {
+        /// Its name
         name: NodeName,
         #[command(flatten)]
         output: OutputArgs,
     },
     /// Give a node another name; rules and groups that name it follow
     #[command(after_help = "Example:\n  meshctl node rename web1 web-old")]
-    Rename { from: NodeName, to: NodeName },
+    Rename {
+        /// Its name
+        from: NodeName,
+        /// Its name from now on
+        to: NodeName,
+    },
     /// Say where a node's WireGuard is reached, or go back to what is observed
     #[command(after_help = "\
 Examples:
   meshctl node endpoint web1 192.0.2.1:51820
   meshctl node endpoint web1 --observed")]
     Endpoint {
+        /// Its name
         name: NodeName,
         /// Address and UDP port
         #[arg(value_name = "ADDRESS:PORT", value_parser = parse_endpoint, required_unless_present = "observed")]
@@ -53,17 +60,27 @@ Examples:
     },
     /// Cut a node off until it is enabled again
     #[command(after_help = "Example:\n  meshctl node disable web1")]
-    Disable { name: NodeName },
+    Disable {
+        /// Its name
+        name: NodeName,
+    },
     /// Let a disabled node in again
     #[command(after_help = "Example:\n  meshctl node enable web1")]
-    Enable { name: NodeName },
+    Enable {
+        /// Its name
+        name: NodeName,
+    },
     /// Delete a node for good
     #[command(after_help = "Example:\n  meshctl node delete web1")]
-    Delete { name: NodeName },
+    Delete {
+        /// Its name
+        name: NodeName,
+    },
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Invite {
+    /// Its name
     name: NodeName,
     /// The cidr that it belongs to; needed for a node that is new
     #[arg(long)]
@@ -134,6 +151,7 @@ impl Invite {
             None => self.add(session).await?,
         }
         if session.dry_run {
+            say(format!("dry run, no invitation was made: node `{}`", self.name));
             return Ok(());
         }
         let request = v1::InviteRequest {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::str::FromStr;
 
 use clap::{Args, Subcommand};
-use policy::{Change, CidrName, DefaultPolicy, Flow, Matrix, Network, NodeName, Revision, interpret, parse_flow_service};
+use policy::{Change, CidrName, DefaultPolicy, Flow, Matrix, Network, NodeName, Revision, interpret, parse_flow_service, protocol};
 use serde::Serialize;
 
 use super::matrix::{Table, VerdictText};
@@ -32,7 +32,7 @@ The interpreter and the compiled matrix are both asked; exit status 3 if they ev
     #[command(after_help = "\
 Examples:
   meshctl policy default deny
-  meshctl policy default lineage   # peers reach their own cidr, its ancestors and its descendants")]
+  meshctl policy default lineage   # a cidr reaches itself, its ancestors and its descendants")]
     Default {
         /// `lineage` or `deny`
         default: DefaultPolicy,
@@ -57,7 +57,7 @@ pub(crate) struct Explain {
     source: End,
     /// To whom: an address, or `node:NAME`
     destination: End,
-    /// One port or type: `tcp/8080`, `udp/53`, `icmp` (echo), `icmpv6/128`, `proto/47`
+    /// One port or type: `tcp/8080`, `udp/53`, `icmp` (ping, in either family), `icmp/13`, `proto/47`
     #[arg(value_parser = FlowService::from_str)]
     service: FlowService,
     #[command(flatten)]
@@ -112,13 +112,16 @@ impl Explain {
 
     /// One flow, or one for each family that two nodes share.
     fn flows(&self, network: &Network) -> Result<Vec<Flow>, Failure> {
-        let Self { source, destination, service: FlowService { protocol, port }, output: _ } = self;
+        let Self { source, destination, service, output: _ } = self;
         let (sources, destinations) = (source.addresses(network)?, destination.addresses(network)?);
         let flows: Vec<Flow> = sources
             .iter()
             .flat_map(|source| destinations.iter().map(move |destination| (*source, *destination)))
             .filter(|(source, destination)| source.is_ipv4() == destination.is_ipv4())
-            .map(|(source, destination)| Flow { source, destination, protocol: *protocol, port: *port })
+            .map(|(source, destination)| {
+                let FlowService { protocol, port } = service.in_family(&source);
+                Flow { source, destination, protocol, port }
+            })
             .collect();
         if flows.is_empty() {
             return Err(Failure::usage(format!(
@@ -171,10 +174,24 @@ impl End {
 }
 
 /// The service of one flow.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct FlowService {
     protocol: u8,
     port: u16,
+}
+
+impl FlowService {
+    const PING: Self = Self { protocol: protocol::ICMP, port: 8 };
+    const PING6: Self = Self { protocol: protocol::ICMPV6, port: 128 };
+
+    /// A ping is one in either family.
+    fn in_family(self, address: &IpAddr) -> Self {
+        match (self == Self::PING || self == Self::PING6, address) {
+            (true, IpAddr::V4(_)) => Self::PING,
+            (true, IpAddr::V6(_)) => Self::PING6,
+            (false, _) => self,
+        }
+    }
 }
 
 impl FromStr for FlowService {
@@ -272,6 +289,8 @@ mod tests {
         let flows: Vec<_> = answers.iter().map(|answer| answer.flow.as_str()).collect();
         assert_eq!(flows, ["10.42.1.1 -> 10.42.2.1 tcp/8080", "fd42:0:0:1::1 -> fd42:0:0:2::1 tcp/8080"]);
         assert_eq!(serde_json::to_value(&answers[0]).expect("JSON")["rule"], "web-to-app");
+        let pings = super::tests::answers(&["node:web1", "node:app1", "icmp"]);
+        assert!(pings[0].flow.ends_with("icmp/8") && pings[1].flow.ends_with("icmpv6/128"), "{pings:?}");
     }
 
     #[test]

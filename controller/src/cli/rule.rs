@@ -15,8 +15,8 @@ pub(crate) enum Command {
 Examples:
   meshctl rule add web-to-app --from cidr:web --to cidr:app --service tcp/8080
   meshctl rule add ping --from any --to any --service icmp/8 icmpv6/128
-  meshctl rule add no-ssh --deny --from cidr:web --to any --service tcp/22 --priority 10 --log
-  meshctl rule add team --from group:dba --to node:db1 10.42.9.0/24 --service service:postgres --both
+  meshctl rule add no-ssh --deny --from cidr:web --to any --service tcp/22 --priority 10
+  meshctl rule add dba --from group:dba --to node:db1 10.42.9.0/24 --service service:sql
 
 Selectors: cidr:NAME (with its descendants), node:NAME, group:NAME, any, or a prefix.
 Of the rules that match a flow, those of the highest priority decide; among them a deny wins.")]
@@ -27,17 +27,22 @@ Of the rules that match a flow, those of the highest priority decide; among them
     /// Show one rule
     #[command(after_help = "Example:\n  meshctl rule show web-to-app")]
     Show {
+        /// Its name
         name: RuleName,
         #[command(flatten)]
         output: OutputArgs,
     },
     /// Delete a rule; flows that it alone allowed are cut
     #[command(after_help = "Example:\n  meshctl rule delete web-to-app")]
-    Delete { name: RuleName },
+    Delete {
+        /// Its name
+        name: RuleName,
+    },
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Add {
+    /// Its name
     name: RuleName,
     /// Who may open
     #[arg(long, required = true, num_args = 1.., value_name = "SELECTOR")]

@@ -15,6 +15,7 @@ Examples:
   meshctl service add web tcp/80,443 udp/443
   meshctl service add ping icmp/8 icmpv6/128")]
     Add {
+        /// Its name
         name: ServiceName,
         /// `any`, `tcp/443`, `udp/1000-2000`, `tcp/80,443`, `icmp/8`, `icmpv6/128`, `proto/47`
         #[arg(required = true, value_name = "SERVICE")]
@@ -25,7 +26,10 @@ Examples:
     List(OutputArgs),
     /// Delete a named service that no rule uses
     #[command(after_help = "Example:\n  meshctl service delete web")]
-    Delete { name: ServiceName },
+    Delete {
+        /// Its name
+        name: ServiceName,
+    },
 }
 
 impl Command {
