@@ -1,0 +1,172 @@
+//! The loaded program against the policy: a host of its own with an interface, the datapath on it, and probes.
+//!
+//! `tests/conformance.rs` is made of these. Everything runs as root in namespaces of one thread; nothing of it is seen
+//! outside, and it goes with the thread.
+
+pub mod foreign;
+pub mod network;
+pub mod random;
+
+use std::fs::File;
+use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+
+use ebpf_common::{EGRESS, INGRESS, reason};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use node::kernel::datapath::packet::Packet;
+use node::kernel::datapath::{EbpfDatapath, Probe};
+use node::kernel::inspect::Probed;
+use node::kernel::{Attachment, Datapath};
+use node::lower::{RuleSlots, Tables, lower};
+use policy::{Generation, Matrix, Network, NodeId, Revision, Slice};
+use tempfile::TempDir;
+
+/// Name of the interface in every lab.
+pub const INTERFACE: &str = "rampart0";
+
+/// A host with one interface and bpffs.
+#[derive(Debug)]
+pub struct Lab {
+    pub datapath: EbpfDatapath,
+    /// Where bpffs is mounted.
+    pub bpffs: PathBuf,
+    /// Packets written here arrive at the interface.
+    pub tun: File,
+    pub slots: RuleSlots,
+    revision: u64,
+    _folder: TempDir,
+}
+
+/// Runs a test in a lab. Panics without root: a test that did not run has not passed.
+pub fn in_lab(attachment: Attachment, test: impl FnOnce(&mut Lab) + Send) {
+    assert!(nix::unistd::geteuid().is_root(), "the kernel's programs can only be tested as root: run this as root");
+    let result = thread::scope(|scope| scope.spawn(|| test(&mut Lab::new(attachment))).join());
+    if let Err(panic) = result {
+        resume_unwind(panic);
+    }
+}
+
+impl Lab {
+    /// Leaves the namespaces of the calling thread.
+    fn new(attachment: Attachment) -> Self {
+        unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).expect("namespaces of its own");
+        let none: Option<&str> = None;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("mounts of its own");
+        let folder = tempfile::tempdir().expect("a folder");
+        let bpffs = folder.path().to_owned();
+        mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), none).expect("a BPF file system");
+        let tun = foreign::tun(INTERFACE).expect("a TUN interface; is there `/dev/net/tun`?");
+        let datapath = EbpfDatapath::new(INTERFACE, &bpffs).with_attachment(attachment);
+        Self { datapath, bpffs, tun, slots: RuleSlots::new(), revision: 0, _folder: folder }
+    }
+
+    /// What an agent that was started anew would hold: nothing but the pins.
+    pub fn restart(&mut self, attachment: Attachment) {
+        self.datapath = EbpfDatapath::new(INTERFACE, &self.bpffs).with_attachment(attachment);
+    }
+
+    /// Takes the interface away and makes another of its name.
+    pub fn recreate_interface(&mut self) {
+        // The last holder of the descriptor takes the interface with it.
+        self.tun = File::open("/dev/null").expect("/dev/null");
+        self.tun = foreign::tun(INTERFACE).expect("a TUN interface");
+    }
+
+    /// Attaches where it is not yet, and puts the policy in force as a node has it.
+    pub fn enforce(&mut self, network: &Network, node: NodeId) -> (Slice, Tables) {
+        let (slice, tables) = self.lower(network, node);
+        self.datapath.attach().expect("attached");
+        self.datapath.switch(&tables).expect("switched");
+        (slice, tables)
+    }
+
+    /// A slice at a new revision, and its tables.
+    pub fn lower(&mut self, network: &Network, node: NodeId) -> (Slice, Tables) {
+        self.revision += 1;
+        let matrix = Matrix::compile(network).expect("within limits");
+        let slice = matrix.slice(network, Revision(self.revision), node, None).expect("an active node");
+        let tables = lower(&slice, &mut self.slots).expect("within limits");
+        (slice, tables)
+    }
+
+    /// The generation in force.
+    pub fn generation(&mut self) -> Generation {
+        self.datapath.observe().expect("observed").generation
+    }
+
+    /// A probe on the live tables.
+    pub fn judge(&mut self) -> Judge {
+        let slots = self.slots.pairs().into_values().collect();
+        Judge { probe: self.datapath.new_probe().expect("a probe"), slots }
+    }
+
+    /// Runs a program to its end, which must be good.
+    pub fn run(&self, program: &str, arguments: &[&str]) {
+        let status = Command::new(program).args(arguments).status().expect(program);
+        assert!(status.success(), "`{program} {}` ended with {status}", arguments.join(" "));
+    }
+
+    /// The pin of something of the interface.
+    pub fn pin(&self, path: &str) -> PathBuf {
+        let only = |folder: &Path| -> PathBuf {
+            let mut entries = folder.read_dir().expect("a folder of pins");
+            entries.next().expect("one entry").expect("readable").path()
+        };
+        let top = self.bpffs.join("rampart");
+        only(&only(&top)).join(INTERFACE).join(path)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // Else the folder could not be removed. The namespace ends with the thread in any case.
+        let _ = umount2(&self.bpffs, MntFlags::MNT_DETACH);
+    }
+}
+
+/// A probe, and whose rule counters to look at.
+#[derive(Debug)]
+pub struct Judge {
+    pub probe: Probe,
+    slots: Vec<u32>,
+}
+
+impl Judge {
+    /// What the program does with bytes. That it counts exactly one reason, and that the one it returns, is checked by
+    /// the probe.
+    pub fn bytes(&mut self, direction: u32, bytes: &[u8]) -> Probed {
+        self.probe.judge(direction, bytes, self.slots.iter().copied()).unwrap_or_else(|error| {
+            panic!("{error}: {:?}, packet {bytes:02x?}", std::error::Error::source(&error))
+        })
+    }
+
+    pub fn packet(&mut self, direction: u32, packet: &Packet) -> Probed {
+        self.bytes(direction, &packet.to_bytes())
+    }
+
+    /// Panics unless the packet has this fate.
+    pub fn expect(&mut self, direction: u32, packet: &Packet, expected: u8) {
+        let seen = self.packet(direction, packet);
+        check(seen, expected, &format!("{packet:?} at {}", name(direction)));
+    }
+
+    pub fn expect_bytes(&mut self, direction: u32, bytes: &[u8], expected: u8, what: &str) {
+        let seen = self.bytes(direction, bytes);
+        check(seen, expected, &format!("{what} at {}", name(direction)));
+    }
+}
+
+fn check(seen: Probed, expected: u8, what: &str) {
+    assert_eq!(reason::name(seen.reason), reason::name(expected), "{what}");
+}
+
+/// Both directions.
+pub const DIRECTIONS: [u32; 2] = [EGRESS, INGRESS];
+
+/// For messages.
+pub fn name(direction: u32) -> &'static str {
+    if direction == EGRESS { "egress" } else { "ingress" }
+}
