@@ -75,7 +75,8 @@ fn rule_text(network: &Network, rule: &Rule) -> String {
     fn joined<T: fmt::Display>(items: impl Iterator<Item = T>) -> String {
         items.map(|item| item.to_string()).collect::<Vec<_>>().join(" ")
     }
-    let side = |selectors: &std::collections::BTreeSet<_>| joined(selectors.iter().filter_map(|s| network.selector_spec(s)));
+    let side =
+        |selectors: &std::collections::BTreeSet<_>| joined(selectors.iter().filter_map(|s| network.selector_spec(s)));
     let services = joined(rule.services.iter().filter_map(|service| network.service_spec(service)));
     let both = if rule.both { ", both ways" } else { "" };
     let (name, action, from, to) = (&rule.name, rule.action, side(&rule.from), side(&rule.to));

@@ -31,14 +31,14 @@ pub use cidr::Cidr;
 pub use explain::{Explanation, explain};
 pub use group::Group;
 pub use id::{
-    CidrId, CidrName, ClassId, Generation, GroupId, GroupName, MAX_NAME, NameError, NetworkName, NodeId, NodeName, Revision,
-    RuleId, RuleName, ServiceId, ServiceName,
+    CidrId, CidrName, ClassId, Generation, GroupId, GroupName, MAX_NAME, NameError, NetworkName, NodeId, NodeName,
+    Revision, RuleId, RuleName, ServiceId, ServiceName,
 };
 pub use interpret::interpret;
 pub use key::{KeyError, PublicKey};
 pub use limit::{Bounded, LimitError};
 pub use matrix::{Cell, CellEntry, CellError, Matrix};
-pub use network::{Change, ChangeError, DefaultPolicy, Kind, Network, Named, NetworkParts, ParseDefaultError, Warning};
+pub use network::{Change, ChangeError, DefaultPolicy, Kind, Named, Network, NetworkParts, ParseDefaultError, Warning};
 pub use node::{Endpoint, Node, NodeState};
 pub use prefix::{AddressError, Addresses, PrefixError, Prefixes, check_prefix, parse_prefix};
 pub use rule::{Action, Mode, Rule, RuleSpec};

@@ -103,7 +103,9 @@ impl Bounded {
                 "let rules name cidrs rather than nodes, groups and literal prefixes"
             }
             Self::SliceRules | Self::SliceDecisions => "join rules that one node is an end of",
-            Self::SlicePages | Self::SlicePorts => "let more of the rules that one node is an end of share their services",
+            Self::SlicePages | Self::SlicePorts => {
+                "let more of the rules that one node is an end of share their services"
+            }
         }
     }
 }

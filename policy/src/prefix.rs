@@ -297,9 +297,19 @@ mod tests {
 
     #[test]
     fn longest_match_finds_what_a_scan_finds() {
-        let texts = ["0.0.0.0/0", "10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24", "10.1.2.255/32", "10.3.0.0/16", "fd00::/8"];
+        let texts =
+            ["0.0.0.0/0", "10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24", "10.1.2.255/32", "10.3.0.0/16", "fd00::/8"];
         let map: BTreeMap<IpNet, ()> = texts.iter().map(|text| (text.parse().unwrap(), ())).collect();
-        let probes = ["10.1.2.255/32", "10.1.2.254/32", "10.1.3.0/24", "10.2.0.0/15", "10.255.0.0/16", "9.0.0.0/8", "fd::/16", "fd01::/64"];
+        let probes = [
+            "10.1.2.255/32",
+            "10.1.2.254/32",
+            "10.1.3.0/24",
+            "10.2.0.0/15",
+            "10.255.0.0/16",
+            "9.0.0.0/8",
+            "fd::/16",
+            "fd01::/64",
+        ];
         for probe in probes.iter().chain(&texts).map(|text| text.parse::<IpNet>().unwrap()) {
             let scan = |strictly: bool| {
                 let containing = map.keys().filter(|key| key.contains(&probe) && !(strictly && **key == probe));

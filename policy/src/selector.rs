@@ -43,7 +43,9 @@ pub enum MemberSpec {
 /// Text that is no selector, or no member.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum SelectorError {
-    #[error("`{0}` is not a selector; write `cidr:NAME`, `node:NAME`, `group:NAME`, `any` or a prefix like `10.42.1.0/24`{1}")]
+    #[error(
+        "`{0}` is not a selector; write `cidr:NAME`, `node:NAME`, `group:NAME`, `any` or a prefix like `10.42.1.0/24`{1}"
+    )]
     Syntax(String, Hint),
     #[error("`{0}` is not a member of a group; write `node:NAME` or `cidr:NAME`{1}")]
     Member(String, Hint),

@@ -28,7 +28,10 @@ pub struct Service(Kind);
 enum Kind {
     Any,
     /// Ranges are sorted, disjoint and not adjacent; at least one.
-    Protocol { protocol: u8, ranges: Vec<(u16, u16)> },
+    Protocol {
+        protocol: u8,
+        ranges: Vec<(u16, u16)>,
+    },
 }
 
 /// A run of ports or types of one protocol, both ends included. Protocols without either: 0-65535.
@@ -64,7 +67,9 @@ pub enum ServiceSpec {
 /// Text that is no service.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ServiceError {
-    #[error("`{0}` is not a service; write `any`, `tcp/443`, `udp/1000-2000`, `tcp/80,443`, `icmp/8`, `icmpv6` or `proto/47`{1}")]
+    #[error(
+        "`{0}` is not a service; write `any`, `tcp/443`, `udp/1000-2000`, `tcp/80,443`, `icmp/8`, `icmpv6` or `proto/47`{1}"
+    )]
     Syntax(String, Hint),
     #[error("`{number}` in `{text}` is above {highest}; {what} is 0 to {highest}")]
     TooHigh { text: String, number: String, what: &'static str, highest: u16 },
@@ -91,7 +96,9 @@ impl Service {
     /// Sorted and disjoint; all 256 protocols for `any`.
     pub fn ranges(&self) -> Vec<ServiceRange> {
         match &self.0 {
-            Kind::Any => (0..=u8::MAX).map(|protocol| ServiceRange { protocol, low: 0, high: highest(protocol) }).collect(),
+            Kind::Any => {
+                (0..=u8::MAX).map(|protocol| ServiceRange { protocol, low: 0, high: highest(protocol) }).collect()
+            }
             &Kind::Protocol { protocol, ref ranges } => {
                 ranges.iter().map(|&(low, high)| ServiceRange { protocol, low, high }).collect()
             }
@@ -303,7 +310,9 @@ mod tests {
             assert_eq!(service.to_string(), expected);
             assert_eq!(expected.parse(), Ok(service));
         };
-        for text in ["any", "tcp", "udp", "tcp/443", "udp/1000-2000", "tcp/80,443", "icmp", "icmp/8", "icmpv6/128", "proto/47"] {
+        for text in
+            ["any", "tcp", "udp", "tcp/443", "udp/1000-2000", "tcp/80,443", "icmp", "icmp/8", "icmpv6/128", "proto/47"]
+        {
             check(text, text);
         }
         check("tcp/443,80", "tcp/80,443");
@@ -329,7 +338,20 @@ mod tests {
         check("proto/256", "above 255; a protocol is 0 to 255");
         check("udp/2000-1000", "reversed; write `1000-2000`");
         check("tpc/80", "did you mean `tcp`?");
-        for text in ["", "tcp/", "tcp/80,", "tcp/-80", "tcp/+80", "tcp/80-", "tcp/a", "proto", "proto/", "any/80", "TCP", "proto/47/1"] {
+        for text in [
+            "",
+            "tcp/",
+            "tcp/80,",
+            "tcp/-80",
+            "tcp/+80",
+            "tcp/80-",
+            "tcp/a",
+            "proto",
+            "proto/",
+            "any/80",
+            "TCP",
+            "proto/47/1",
+        ] {
             check(text, "is not a service; write");
         }
     }

@@ -31,7 +31,10 @@ fn every_kind_of_verdict_and_object_comes_up() {
             count("rule".into(), 1);
             count("both".into(), rule.both.into());
         }
-        count("group member".into(), network.groups().values().map(|group| group.nodes.len() + group.cidrs.len()).sum());
+        count(
+            "group member".into(),
+            network.groups().values().map(|group| group.nodes.len() + group.cidrs.len()).sum(),
+        );
         let matrix = Matrix::compile(&network).unwrap();
         for &node in network.nodes().keys() {
             let Some(slice) = matrix.slice(&network, Revision(1), node, None) else { continue };

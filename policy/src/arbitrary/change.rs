@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use crate::{
-    Action, Change, CidrName, Endpoint, GroupName, MemberSpec, NodeName, Prefixes, PublicKey, RuleSpec, SelectorSpec, Service,
-    ServiceName, ServiceSpec, check_prefix,
+    Action, Change, CidrName, Endpoint, GroupName, MemberSpec, NodeName, Prefixes, PublicKey, RuleSpec, SelectorSpec,
+    Service, ServiceName, ServiceSpec, check_prefix,
 };
 
 /// Any change, whether or not some network takes it.
@@ -46,8 +46,12 @@ pub fn change() -> impl Strategy<Value = Change> {
 
 pub(super) fn add_cidr() -> impl Strategy<Value = Change> {
     let flags = (prop::bool::weighted(0.15), prop::bool::weighted(0.25));
-    (cidr(), prefixes(), flags)
-        .prop_map(|(name, prefixes, (isolated, external))| Change::AddCidr { name, prefixes, isolated, external })
+    (cidr(), prefixes(), flags).prop_map(|(name, prefixes, (isolated, external))| Change::AddCidr {
+        name,
+        prefixes,
+        isolated,
+        external,
+    })
 }
 
 pub(super) fn add_node() -> impl Strategy<Value = Change> {
@@ -86,7 +90,8 @@ pub(super) fn add_rule() -> impl Strategy<Value = Change> {
 pub fn rule() -> impl Strategy<Value = RuleSpec> {
     let action = prop_oneof![3 => Just(Action::Allow), 2 => Just(Action::Deny)];
     let side = || prop::collection::vec(selector(), 1..3);
-    let service = prop_oneof![6 => service().prop_map(ServiceSpec::Literal), 1 => service_name().prop_map(ServiceSpec::Named)];
+    let service =
+        prop_oneof![6 => service().prop_map(ServiceSpec::Literal), 1 => service_name().prop_map(ServiceSpec::Named)];
     let services = prop::collection::vec(service, 1..4);
     let priority = select(vec![0, 0, 0, 1, -1, 7, 1_000_000, -1_000_000]);
     let flags = (prop::bool::weighted(0.25), any::<bool>());
@@ -112,9 +117,33 @@ pub fn selector() -> impl Strategy<Value = SelectorSpec> {
 /// A service in any form, its ports at and around the boundaries that tables have.
 pub fn service() -> impl Strategy<Value = Service> {
     let texts = [
-        "any", "tcp", "udp", "icmp", "icmpv6", "tcp/0", "tcp/65535", "tcp/443", "tcp/80,443", "tcp/255-256", "tcp/256-511",
-        "tcp/1-65534", "tcp/400-500", "udp/53", "udp/1000-2000", "udp/0-255", "udp/65535", "icmp/8", "icmp/0", "icmp/255",
-        "icmp/0-8", "icmpv6/128", "icmpv6/255", "proto/47", "proto/0", "proto/255", "proto/132",
+        "any",
+        "tcp",
+        "udp",
+        "icmp",
+        "icmpv6",
+        "tcp/0",
+        "tcp/65535",
+        "tcp/443",
+        "tcp/80,443",
+        "tcp/255-256",
+        "tcp/256-511",
+        "tcp/1-65534",
+        "tcp/400-500",
+        "udp/53",
+        "udp/1000-2000",
+        "udp/0-255",
+        "udp/65535",
+        "icmp/8",
+        "icmp/0",
+        "icmp/255",
+        "icmp/0-8",
+        "icmpv6/128",
+        "icmpv6/255",
+        "proto/47",
+        "proto/0",
+        "proto/255",
+        "proto/132",
     ];
     let range = (select(vec!["tcp", "udp"]), any::<u16>(), any::<u16>());
     prop_oneof![
@@ -154,8 +183,20 @@ fn aligned() -> impl Strategy<Value = (IpNet, IpNet)> {
 
 fn prefix_v4() -> impl Strategy<Value = IpNet> {
     let addresses = [
-        "10.42.0.0", "10.42.0.0", "10.42.1.0", "10.42.1.0", "10.42.1.128", "10.42.1.1", "10.42.2.0", "10.42.255.255", "10.0.0.0",
-        "10.255.255.255", "192.168.0.0", "192.168.1.0", "192.168.1.77", "172.16.0.0",
+        "10.42.0.0",
+        "10.42.0.0",
+        "10.42.1.0",
+        "10.42.1.0",
+        "10.42.1.128",
+        "10.42.1.1",
+        "10.42.2.0",
+        "10.42.255.255",
+        "10.0.0.0",
+        "10.255.255.255",
+        "192.168.0.0",
+        "192.168.1.0",
+        "192.168.1.77",
+        "172.16.0.0",
     ];
     let lengths = [0, 1, 8, 9, 15, 16, 16, 17, 23, 24, 24, 25, 28, 29, 30, 31, 32];
     cut(&addresses, &lengths)
@@ -163,8 +204,18 @@ fn prefix_v4() -> impl Strategy<Value = IpNet> {
 
 fn prefix_v6() -> impl Strategy<Value = IpNet> {
     let addresses = [
-        "fd42::", "fd42::", "fd42:0:0:1::", "fd42:0:0:1::", "fd42:0:0:1::1", "fd42:0:0:1:8000::", "fd42:0:0:2::",
-        "fd42:0:0:ffff:ffff:ffff:ffff:ffff", "fd00::", "fdff:ffff::", "2001:db8::", "2001:db8:1::",
+        "fd42::",
+        "fd42::",
+        "fd42:0:0:1::",
+        "fd42:0:0:1::",
+        "fd42:0:0:1::1",
+        "fd42:0:0:1:8000::",
+        "fd42:0:0:2::",
+        "fd42:0:0:ffff:ffff:ffff:ffff:ffff",
+        "fd00::",
+        "fdff:ffff::",
+        "2001:db8::",
+        "2001:db8:1::",
     ];
     let lengths = [0, 1, 8, 9, 16, 47, 48, 48, 49, 63, 64, 64, 65, 80, 96, 112, 120, 126, 127, 128];
     cut(&addresses, &lengths)

@@ -4,7 +4,10 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use ipnet::IpNet;
 
-use crate::{Change, CidrName, GroupName, MemberSpec, Network, NodeName, Prefixes, RuleName, SelectorSpec, ServiceName, ServiceSpec};
+use crate::{
+    Change, CidrName, GroupName, MemberSpec, Network, NodeName, Prefixes, RuleName, SelectorSpec, ServiceName,
+    ServiceSpec,
+};
 
 /// The change with names of objects that are there, and cidrs where the roots allow them.
 pub(super) fn fit(network: &Network, change: Change) -> Change {
@@ -15,7 +18,9 @@ pub(super) fn fit(network: &Network, change: Change) -> Change {
             Change::AddCidr { name, prefixes, isolated, external }
         }
         Change::RenameCidr { from, to } => Change::RenameCidr { from: fit.cidr(from), to },
-        Change::MoveCidr { name, prefixes } => Change::MoveCidr { name: fit.cidr(name), prefixes: fit.prefixes(prefixes).0 },
+        Change::MoveCidr { name, prefixes } => {
+            Change::MoveCidr { name: fit.cidr(name), prefixes: fit.prefixes(prefixes).0 }
+        }
         Change::SetCidr { name, isolated } => Change::SetCidr { name: fit.cidr(name), isolated },
         Change::DeleteCidr { name } => Change::DeleteCidr { name: fit.cidr(name) },
         Change::AddNode { name, cidr, addresses, groups, gateway_for } => Change::AddNode {
@@ -42,7 +47,9 @@ pub(super) fn fit(network: &Network, change: Change) -> Change {
         }
         Change::RenameGroup { from, to } => Change::RenameGroup { from: fit.group(from), to },
         Change::DeleteGroup { name } => Change::DeleteGroup { name: fit.group(name) },
-        Change::AddMember { group, member } => Change::AddMember { group: fit.group(group), member: fit.member(member) },
+        Change::AddMember { group, member } => {
+            Change::AddMember { group: fit.group(group), member: fit.member(member) }
+        }
         Change::RemoveMember { group, member } => {
             let group = fit.group(group);
             let members = network.group_named(&group).map(|group| network.member_specs(group)).unwrap_or_default();
@@ -117,7 +124,8 @@ impl Fit<'_> {
     /// The prefixes inside the roots if there are any, else those outside, which are external.
     fn prefixes(&self, prefixes: Prefixes) -> (Prefixes, bool) {
         let roots = self.network.roots();
-        let inside: Vec<IpNet> = prefixes.iter().filter(|prefix| roots.iter().any(|root| root.contains(prefix))).collect();
+        let inside: Vec<IpNet> =
+            prefixes.iter().filter(|prefix| roots.iter().any(|root| root.contains(prefix))).collect();
         let apart = |prefix: &IpNet| !roots.iter().any(|root| root.contains(prefix) || prefix.contains(&root));
         let (chosen, external) = match inside.is_empty() {
             true => (prefixes.iter().filter(apart).collect(), true),

@@ -12,8 +12,8 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use crate::{
-    Change, DefaultPolicy, Flow, Network, NetworkName, NetworkParts, Node, NodeId, NodeState, Prefixes, Selector, ServiceRange,
-    ServiceRef, protocol,
+    Change, DefaultPolicy, Flow, Network, NetworkName, NetworkParts, Node, NodeId, NodeState, Prefixes, Selector,
+    ServiceRange, ServiceRef, protocol,
 };
 
 mod change;
@@ -129,8 +129,12 @@ fn flow_between(network: &Network, sources: Vec<IpAddr>, destinations: Vec<IpAdd
         .boxed()
 }
 
-/// A protocol with a port or type.
 fn point(network: &Network) -> impl Strategy<Value = (u8, u16)> + use<> {
+    select(points(network))
+}
+
+/// Protocols with a port or type: at least one of every run of services that the network's rules can tell apart.
+pub fn points(network: &Network) -> Vec<(u8, u16)> {
     let mut points: BTreeSet<(u8, u16)> = BTreeSet::new();
     for ServiceRange { protocol, low, high } in ranges(network) {
         let near = [low.saturating_sub(1), low, high, high.saturating_add(1), low.midpoint(high)];
@@ -147,7 +151,7 @@ fn point(network: &Network) -> impl Strategy<Value = (u8, u16)> + use<> {
         _ => (protocol, 0),
     };
     let points: BTreeSet<(u8, u16)> = points.into_iter().map(sound).collect();
-    select(Vec::from_iter(points))
+    Vec::from_iter(points)
 }
 
 fn ranges(network: &Network) -> Vec<ServiceRange> {
@@ -160,8 +164,8 @@ fn ranges(network: &Network) -> Vec<ServiceRange> {
     literal.chain(named).filter(|service| !service.is_any()).flat_map(|service| service.ranges()).collect()
 }
 
-/// Addresses at and next to the ends of every prefix that the network speaks of; those in some cidr more often,
-/// since the others have one fate.
+/// Addresses at and next to the ends of every prefix that the network speaks of: at least one of every set of addresses
+/// that its rules can tell apart. Those in some cidr come more often, since the others have one fate.
 pub fn addresses(network: &Network) -> Vec<IpAddr> {
     let cidrs = network.cidrs().values().flat_map(|cidr| cidr.prefixes.iter());
     let nodes = network.nodes().values().flat_map(|node| node.addresses.iter()).map(IpNet::from);
@@ -171,7 +175,10 @@ pub fn addresses(network: &Network) -> Vec<IpAddr> {
         Selector::Any | Selector::Cidr(_) | Selector::Node(_) | Selector::Group(_) => None,
     });
     let mut addresses: BTreeSet<IpAddr> = cidrs.chain(nodes).chain(literals).flat_map(around).collect();
-    addresses.extend(["10.42.3.9", "192.0.2.1", "fd42::9", "2001:db8:ffff::1"].map(|text| text.parse::<IpAddr>().expect("a literal")));
+    addresses.extend(
+        ["10.42.3.9", "192.0.2.1", "fd42::9", "2001:db8:ffff::1"]
+            .map(|text| text.parse::<IpAddr>().expect("a literal")),
+    );
     let inside = addresses.iter().copied().filter(|address| network.cidr_of(*address).is_some());
     let twice: Vec<IpAddr> = inside.collect();
     [Vec::from_iter(addresses), twice.clone(), twice].concat()

@@ -140,7 +140,10 @@ mod tests {
 
     #[test]
     fn entries_are_merged_and_found() {
-        let cell = Cell::canonical(Verdict::NO_RULE, [entry(6, 1, 9, 1), entry(6, 10, 20, 1), entry(6, 21, 21, 2), entry(17, 0, 0, 2)]);
+        let cell = Cell::canonical(
+            Verdict::NO_RULE,
+            [entry(6, 1, 9, 1), entry(6, 10, 20, 1), entry(6, 21, 21, 2), entry(17, 0, 0, 2)],
+        );
         assert_eq!(cell.entries, [entry(6, 1, 20, 1), entry(6, 21, 21, 2), entry(17, 0, 0, 2)]);
         assert_eq!(cell.validate(), Ok(()));
         let check = |protocol, port, rule: Option<u32>| assert_eq!(cell.verdict(protocol, port).rule, rule.map(RuleId));

@@ -125,7 +125,9 @@ fn marks(network: &Network, rules: &RuleTable) -> BTreeMap<IpNet, Mark> {
         let prefixes: BTreeSet<IpNet> = match selector {
             Selector::Any | Selector::Cidr(_) => continue,
             Selector::Prefix(prefix) => BTreeSet::from([*prefix]),
-            Selector::Node(id) => network.nodes().get(id).into_iter().flat_map(|node| node.addresses.iter()).map(IpNet::from).collect(),
+            Selector::Node(id) => {
+                network.nodes().get(id).into_iter().flat_map(|node| node.addresses.iter()).map(IpNet::from).collect()
+            }
             Selector::Group(id) => {
                 let members = network.groups().get(id).into_iter().flat_map(|group| &group.nodes);
                 let nodes = members.filter_map(|id| network.nodes().get(id));

@@ -82,7 +82,13 @@ impl Matrix {
 
     /// Everything that a node needs; none if it is not active. `network` is what the matrix was compiled from. Classes
     /// keep the ids that they have in `previous`, so that the difference is small.
-    pub fn slice(&self, network: &Network, revision: Revision, node: NodeId, previous: Option<&Slice>) -> Option<Slice> {
+    pub fn slice(
+        &self,
+        network: &Network,
+        revision: Revision,
+        node: NodeId,
+        previous: Option<&Slice>,
+    ) -> Option<Slice> {
         build::build(self, network, revision, node, previous)
     }
 

@@ -30,7 +30,8 @@ impl Matrix {
         let rules = &self.rules;
         let is_both = |rank: &&Rank| rules.rules[**rank as usize].both;
         let ranks = |by_selector: &[Vec<Rank>]| {
-            let mut ranks: Vec<Rank> = own.selected.iter().flat_map(|&used| &by_selector[used as usize]).copied().collect();
+            let mut ranks: Vec<Rank> =
+                own.selected.iter().flat_map(|&used| &by_selector[used as usize]).copied().collect();
             ranks.sort_unstable();
             ranks.dedup();
             ranks
@@ -62,14 +63,17 @@ impl Matrix {
         let mut line = Vec::new();
         for id in self.classes.ids() {
             let Some(other) = self.classes.get(id) else { continue };
-            let mut ranks: Vec<Rank> = other.selected.iter().flat_map(|&used| &by_selector[used as usize]).copied().collect();
+            let mut ranks: Vec<Rank> =
+                other.selected.iter().flat_map(|&used| &by_selector[used as usize]).copied().collect();
             ranks.sort_unstable();
             ranks.dedup();
             let default = self.default(own, other);
             if ranks.is_empty() && default == Verdict::NO_RULE {
                 continue;
             }
-            let cell = memo.entry((ranks, default)).or_insert_with_key(|(ranks, default)| Arc::new(self.rules.cell(ranks, *default)));
+            let cell = memo
+                .entry((ranks, default))
+                .or_insert_with_key(|(ranks, default)| Arc::new(self.rules.cell(ranks, *default)));
             if !cell.is_closed() {
                 line.push((id, Arc::clone(cell)));
             }

@@ -13,11 +13,27 @@ use crate::service::Service;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     SetDefault(DefaultPolicy),
-    AddCidr { name: CidrName, prefixes: Prefixes, isolated: bool, external: bool },
-    RenameCidr { from: CidrName, to: CidrName },
-    MoveCidr { name: CidrName, prefixes: Prefixes },
-    SetCidr { name: CidrName, isolated: bool },
-    DeleteCidr { name: CidrName },
+    AddCidr {
+        name: CidrName,
+        prefixes: Prefixes,
+        isolated: bool,
+        external: bool,
+    },
+    RenameCidr {
+        from: CidrName,
+        to: CidrName,
+    },
+    MoveCidr {
+        name: CidrName,
+        prefixes: Prefixes,
+    },
+    SetCidr {
+        name: CidrName,
+        isolated: bool,
+    },
+    DeleteCidr {
+        name: CidrName,
+    },
     /// In state `invited`. Without addresses it gets the lowest free ones of its cidr.
     AddNode {
         name: NodeName,
@@ -27,22 +43,58 @@ pub enum Change {
         gateway_for: Vec<CidrName>,
     },
     /// Also gives an active node that lost its key a new one.
-    ActivateNode { name: NodeName, public_key: PublicKey },
-    RenameNode { from: NodeName, to: NodeName },
-    DisableNode { name: NodeName },
+    ActivateNode {
+        name: NodeName,
+        public_key: PublicKey,
+    },
+    RenameNode {
+        from: NodeName,
+        to: NodeName,
+    },
+    DisableNode {
+        name: NodeName,
+    },
     /// Back to active, or to invited if it never joined.
-    EnableNode { name: NodeName },
-    DeleteNode { name: NodeName },
-    SetEndpoint { name: NodeName, endpoint: Option<Endpoint> },
-    AddGroup { name: GroupName, members: Vec<MemberSpec> },
-    RenameGroup { from: GroupName, to: GroupName },
-    DeleteGroup { name: GroupName },
-    AddMember { group: GroupName, member: MemberSpec },
-    RemoveMember { group: GroupName, member: MemberSpec },
+    EnableNode {
+        name: NodeName,
+    },
+    DeleteNode {
+        name: NodeName,
+    },
+    SetEndpoint {
+        name: NodeName,
+        endpoint: Option<Endpoint>,
+    },
+    AddGroup {
+        name: GroupName,
+        members: Vec<MemberSpec>,
+    },
+    RenameGroup {
+        from: GroupName,
+        to: GroupName,
+    },
+    DeleteGroup {
+        name: GroupName,
+    },
+    AddMember {
+        group: GroupName,
+        member: MemberSpec,
+    },
+    RemoveMember {
+        group: GroupName,
+        member: MemberSpec,
+    },
     AddRule(RuleSpec),
-    DeleteRule { name: RuleName },
-    AddService { name: ServiceName, services: Vec<Service> },
-    DeleteService { name: ServiceName },
+    DeleteRule {
+        name: RuleName,
+    },
+    AddService {
+        name: ServiceName,
+        services: Vec<Service>,
+    },
+    DeleteService {
+        name: ServiceName,
+    },
 }
 
 impl Network {
@@ -54,7 +106,9 @@ impl Network {
                 self.default = *default;
                 DONE
             }
-            Change::AddCidr { name, prefixes, isolated, external } => self.add_cidr(name, *prefixes, *isolated, *external),
+            Change::AddCidr { name, prefixes, isolated, external } => {
+                self.add_cidr(name, *prefixes, *isolated, *external)
+            }
             Change::RenameCidr { from, to } => self.rename_cidr(from, to).and(DONE),
             Change::MoveCidr { name, prefixes } => self.move_cidr(name, *prefixes),
             Change::SetCidr { name, isolated } => self.set_cidr(name, *isolated).and(DONE),

@@ -52,7 +52,8 @@ impl Network {
     pub(super) fn delete_cidr(&mut self, name: &CidrName) -> Result<(), ChangeError> {
         let id = self.find_cidr(name)?.id;
         let prefixes = self.cidrs[&id].prefixes;
-        let inside: BTreeSet<NodeId> = self.nodes_in(prefixes.iter()).into_iter().filter(|(_, cidr)| *cidr == id).map(|(node, _)| node).collect();
+        let inside: BTreeSet<NodeId> =
+            self.nodes_in(prefixes.iter()).into_iter().filter(|(_, cidr)| *cidr == id).map(|(node, _)| node).collect();
         let nodes = self.nodes.values().filter(|node| inside.contains(&node.id) || node.gateway_for.contains(&id));
         let groups = self.groups.values().filter(|group| group.cidrs.contains(&id));
         let mut users: Vec<Named> = nodes.map(|node| Named::new(Kind::Node, &node.name)).collect();
@@ -85,7 +86,8 @@ impl Network {
         let before = self.nodes_in(concerned.iter().copied());
         let old = self.put_cidr(id, new);
         let name = old.as_ref().or(self.cidrs.get(&id)).map(|cidr| cidr.name.clone());
-        let judged = self.check_trees_at(id, &concerned).and_then(|()| self.check_nodes_after(id, name.as_ref(), &before));
+        let judged =
+            self.check_trees_at(id, &concerned).and_then(|()| self.check_nodes_after(id, name.as_ref(), &before));
         if judged.is_err() {
             self.put_cidr(id, old);
         }
@@ -171,7 +173,8 @@ impl Network {
     ) -> Result<Vec<Warning>, ChangeError> {
         let inside = |address| self.cidr_of(address).is_some_and(|cidr| cidr.id == id);
         let members = before.iter().filter(|(_, cidr)| **cidr == id).map(|(node, _)| &self.nodes[node]);
-        let outside: Vec<_> = members.filter(|node| !node.addresses.iter().all(inside)).map(|node| node.name.clone()).collect();
+        let outside: Vec<_> =
+            members.filter(|node| !node.addresses.iter().all(inside)).map(|node| node.name.clone()).collect();
         if let (false, Some(name)) = (outside.is_empty(), name) {
             return Err(ChangeError::NodesOutside { cidr: name.clone(), nodes: outside });
         }

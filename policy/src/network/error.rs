@@ -66,11 +66,18 @@ pub enum ChangeError {
     // Cidrs.
     #[error(transparent)]
     Prefix(#[from] PrefixError),
-    #[error("`{prefix}` of cidr `{cidr}` is not inside the network's root `{root}`; choose a prefix inside it, or make the cidr external")]
+    #[error(
+        "`{prefix}` of cidr `{cidr}` is not inside the network's root `{root}`; choose a prefix inside it, or make the cidr external"
+    )]
     OutsideRoot { cidr: CidrName, prefix: IpNet, root: IpNet },
-    #[error("`{prefix}` of cidr `{cidr}` has no place: the network has no {} root; leave it out, or make the cidr external", family(prefix))]
+    #[error(
+        "`{prefix}` of cidr `{cidr}` has no place: the network has no {} root; leave it out, or make the cidr external",
+        family(prefix)
+    )]
     NoRoot { cidr: CidrName, prefix: IpNet },
-    #[error("`{prefix}` of external cidr `{cidr}` overlaps the network's root `{root}`; an external cidr lies outside the roots")]
+    #[error(
+        "`{prefix}` of external cidr `{cidr}` overlaps the network's root `{root}`; an external cidr lies outside the roots"
+    )]
     ExternalInside { cidr: CidrName, prefix: IpNet, root: IpNet },
     #[error("`{prefix}` is already that of cidr `{other}`; choose another prefix, or move or delete `{other}`")]
     SamePrefix { prefix: IpNet, other: CidrName },
@@ -81,10 +88,16 @@ pub enum ChangeError {
     ParentsDisagree { cidr: CidrName, v4: CidrName, v6: CidrName },
     #[error("cidrs {} would contain each other, in IPv4 one way and in IPv6 the other; choose prefixes that nest in one order", quoted(.0))]
     Cycle(Vec<CidrName>),
-    #[error("cidr `{cidr}` would no longer contain {}; move or delete {} first, or choose prefixes that contain {}",
-        nodes_text(nodes), them(nodes), them(nodes))]
+    #[error(
+        "cidr `{cidr}` would no longer contain {}; move or delete {} first, or choose prefixes that contain {}",
+        nodes_text(nodes),
+        them(nodes),
+        them(nodes)
+    )]
     NodesOutside { cidr: CidrName, nodes: Vec<NodeName> },
-    #[error("cidr `{0}` is external: nodes live in the network's own cidrs, and reach into an external one through a gateway")]
+    #[error(
+        "cidr `{0}` is external: nodes live in the network's own cidrs, and reach into an external one through a gateway"
+    )]
     NodeInExternal(CidrName),
 
     // Nodes.
@@ -92,7 +105,9 @@ pub enum ChangeError {
     Address(#[from] AddressError),
     #[error("address `{address}` of node `{node}` lies in no cidr; choose one inside a cidr of the network")]
     AddressNowhere { node: NodeName, address: IpAddr },
-    #[error("address `{address}` is not directly in cidr `{cidr}` but in `{actual}`; choose an address of `{cidr}`, or name `{actual}`")]
+    #[error(
+        "address `{address}` is not directly in cidr `{cidr}` but in `{actual}`; choose an address of `{cidr}`, or name `{actual}`"
+    )]
     AddressElsewhere { address: IpAddr, cidr: CidrName, actual: CidrName },
     #[error("address `{address}` lies outside cidr `{cidr}` ({prefixes}); choose one inside it")]
     AddressOutside { address: IpAddr, cidr: CidrName, prefixes: String },
@@ -102,7 +117,9 @@ pub enum ChangeError {
     AddressMissing { node: NodeName, cidr: CidrName, family: &'static str },
     #[error("address `{address}` is taken by node `{node}`; choose another, or leave it out to get a free one")]
     AddressTaken { address: IpAddr, node: NodeName },
-    #[error("cidr `{cidr}` has no free address left in `{prefix}`; move it to a larger prefix, or delete nodes that are gone")]
+    #[error(
+        "cidr `{cidr}` has no free address left in `{prefix}`; move it to a larger prefix, or delete nodes that are gone"
+    )]
     CidrFull { cidr: CidrName, prefix: IpNet },
     #[error("the public key is already that of node `{0}`; make a new key pair")]
     KeyTaken(NodeName),
@@ -118,7 +135,9 @@ pub enum ChangeError {
     MemberPresent { group: GroupName, member: MemberSpec },
     #[error("`{member}` is not a member of group `{group}`{hint}")]
     MemberAbsent { group: GroupName, member: MemberSpec, hint: Hint },
-    #[error("`{selector}` resolves to nothing, so deny rule `{rule}` would deny nothing; give the group a member, or delete the rule")]
+    #[error(
+        "`{selector}` resolves to nothing, so deny rule `{rule}` would deny nothing; give the group a member, or delete the rule"
+    )]
     EmptyDeny { rule: RuleName, selector: SelectorSpec },
     #[error("rule `{rule}` has nothing in `{side}`; name a cidr, node, group or prefix, or `any`")]
     NoSelector { rule: RuleName, side: &'static str },
@@ -157,7 +176,10 @@ impl fmt::Display for Warning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::EmptyAllow { rule, selector } => {
-                write!(f, "`{selector}` resolves to nothing, so rule `{rule}` allows nothing until the group has a member")
+                write!(
+                    f,
+                    "`{selector}` resolves to nothing, so rule `{rule}` allows nothing until the group has a member"
+                )
             }
             Self::NodeMoved { node, from, to } => write!(f, "node `{node}` is now in cidr `{to}`, before in `{from}`"),
         }

@@ -77,7 +77,11 @@ impl Network {
         Ok(())
     }
 
-    pub(super) fn remove_member(&mut self, group: &GroupName, member: &MemberSpec) -> Result<Vec<Warning>, ChangeError> {
+    pub(super) fn remove_member(
+        &mut self,
+        group: &GroupName,
+        member: &MemberSpec,
+    ) -> Result<Vec<Warning>, ChangeError> {
         let mut changed = self.find_group(group)?.clone();
         if !changed.remove(self.find_member(member)?) {
             let known: Vec<String> = self.member_specs(&changed).iter().map(ToString::to_string).collect();

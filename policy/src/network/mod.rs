@@ -11,7 +11,9 @@ use thiserror::Error;
 
 use crate::cidr::Cidr;
 use crate::group::Group;
-use crate::id::{CidrId, CidrName, GroupId, GroupName, NetworkName, NodeId, NodeName, RuleId, RuleName, ServiceId, ServiceName};
+use crate::id::{
+    CidrId, CidrName, GroupId, GroupName, NetworkName, NodeId, NodeName, RuleId, RuleName, ServiceId, ServiceName,
+};
 use crate::node::Node;
 use crate::prefix::{Prefixes, longest_above, longest_match, outermost_below};
 use crate::rule::Rule;
@@ -30,8 +32,8 @@ mod rules;
 mod tests;
 
 pub use change::Change;
-pub use error::{ChangeError, Kind, Warning};
 pub use error::Named;
+pub use error::{ChangeError, Kind, Warning};
 pub use parts::NetworkParts;
 
 use index::Index;
@@ -214,8 +216,10 @@ impl Network {
 
     /// The members of a group as their author would write them.
     pub fn member_specs(&self, group: &Group) -> Vec<MemberSpec> {
-        let nodes = group.nodes.iter().filter_map(|id| self.nodes.get(id)).map(|node| MemberSpec::Node(node.name.clone()));
-        let cidrs = group.cidrs.iter().filter_map(|id| self.cidrs.get(id)).map(|cidr| MemberSpec::Cidr(cidr.name.clone()));
+        let nodes =
+            group.nodes.iter().filter_map(|id| self.nodes.get(id)).map(|node| MemberSpec::Node(node.name.clone()));
+        let cidrs =
+            group.cidrs.iter().filter_map(|id| self.cidrs.get(id)).map(|cidr| MemberSpec::Cidr(cidr.name.clone()));
         nodes.chain(cidrs).collect()
     }
 

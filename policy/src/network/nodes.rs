@@ -34,8 +34,12 @@ impl Network {
             Some(addresses) => self.check_addresses_in(name, cidr, addresses)?,
             None => self.free_addresses(cidr)?,
         };
-        let gateway_for = gateway_for.iter().map(|name| Ok(self.find_cidr(name)?.id)).collect::<Result<_, ChangeError>>()?;
-        let groups = groups.iter().map(|name| Ok(self.find_group(name)?.id)).collect::<Result<BTreeSet<GroupId>, ChangeError>>()?;
+        let gateway_for =
+            gateway_for.iter().map(|name| Ok(self.find_cidr(name)?.id)).collect::<Result<_, ChangeError>>()?;
+        let groups = groups
+            .iter()
+            .map(|name| Ok(self.find_group(name)?.id))
+            .collect::<Result<BTreeSet<GroupId>, ChangeError>>()?;
         for group in &groups {
             let group = &self.groups[group];
             Bounded::Members.check(group.nodes.len() + group.cidrs.len() + 1, limit::MAX_MEMBERS)?;
@@ -150,7 +154,9 @@ impl Network {
                 return Err(ChangeError::AddressTaken { address, node: self.nodes[other].name.clone() });
             }
         }
-        if let Some(other) = node.public_key.and_then(|key| self.index.keys.get(&key)).filter(|&&other| other != node.id) {
+        if let Some(other) =
+            node.public_key.and_then(|key| self.index.keys.get(&key)).filter(|&&other| other != node.id)
+        {
             return Err(ChangeError::KeyTaken(self.nodes[other].name.clone()));
         }
         for id in &node.gateway_for {
@@ -183,7 +189,9 @@ impl Network {
             return Err(ChangeError::NodeInExternal(cidr.name.clone()));
         }
         let (has, needs) = (node.addresses, cidr.prefixes);
-        for (family, missing) in [("IPv4", needs.v4().is_some() && has.v4().is_none()), ("IPv6", needs.v6().is_some() && has.v6().is_none())] {
+        for (family, missing) in
+            [("IPv4", needs.v4().is_some() && has.v4().is_none()), ("IPv6", needs.v6().is_some() && has.v6().is_none())]
+        {
             if missing {
                 return Err(ChangeError::AddressMissing { node: node.name.clone(), cidr: cidr.name.clone(), family });
             }
@@ -220,7 +228,8 @@ impl Network {
     fn lowest_free(&self, prefix: IpNet) -> Option<IpAddr> {
         let below = outermost_below(&self.index.prefixes, prefix);
         let mut below = below.iter().map(|(child, _)| (number(child.network()), number(child.broadcast()))).peekable();
-        let mut taken = self.index.addresses.range(prefix.network()..=prefix.broadcast()).map(|(a, _)| number(*a)).peekable();
+        let mut taken =
+            self.index.addresses.range(prefix.network()..=prefix.broadcast()).map(|(a, _)| number(*a)).peekable();
         let (mut candidate, last) = hosts(prefix);
         while candidate <= last {
             while below.next_if(|&(_, end)| end < candidate).is_some() {}

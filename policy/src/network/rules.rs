@@ -19,7 +19,9 @@ impl Network {
         }
         Bounded::Rules.check(self.rules.len() + 1, limit::MAX_RULES)?;
         let (id, next_id) = self.fresh_id()?;
-        let side = |specs: &[SelectorSpec]| specs.iter().map(|spec| self.find_selector(spec)).collect::<Result<BTreeSet<_>, _>>();
+        let side = |specs: &[SelectorSpec]| {
+            specs.iter().map(|spec| self.find_selector(spec)).collect::<Result<BTreeSet<_>, _>>()
+        };
         let rule = Rule {
             id: RuleId(id),
             name: name.clone(),
@@ -184,7 +186,8 @@ impl Network {
     pub(super) fn fresh_id(&self) -> Result<(u32, u32), ChangeError> {
         let next = self.next_id.checked_add(1);
         let limit = u32::MAX as usize;
-        next.map(|next| (self.next_id, next)).ok_or(crate::limit::LimitError { what: Bounded::Ids, count: limit, limit }.into())
+        next.map(|next| (self.next_id, next))
+            .ok_or(crate::limit::LimitError { what: Bounded::Ids, count: limit, limit }.into())
     }
 
     pub(super) fn check_unused(object: Named, users: Vec<Named>) -> Result<(), ChangeError> {

@@ -183,7 +183,8 @@ fn peers(matrix: &Matrix, network: &Network, node: NodeId, crosses: &Crosses) ->
 
 fn rules(network: &Network, cells: &BTreeMap<(ClassId, ClassId), Cell>) -> BTreeMap<RuleId, SliceRule> {
     let distinct: BTreeSet<&Cell> = cells.values().collect();
-    let ids: BTreeSet<RuleId> = distinct.into_iter().flat_map(Cell::verdicts).filter_map(|verdict| verdict.rule).collect();
+    let ids: BTreeSet<RuleId> =
+        distinct.into_iter().flat_map(Cell::verdicts).filter_map(|verdict| verdict.rule).collect();
     let rule = |id| {
         let rule = network.rules().get(&id)?;
         Some((id, SliceRule { name: rule.name.clone(), action: rule.action, log: rule.log }))

@@ -38,7 +38,10 @@ pub struct Cells {
 }
 
 /// The entries of `new` that `old` lacks or has otherwise, and the keys that only `old` has.
-fn changes<K: Ord + Copy, V: Clone + PartialEq>(old: &BTreeMap<K, V>, new: &BTreeMap<K, V>) -> (BTreeMap<K, V>, BTreeSet<K>) {
+fn changes<K: Ord + Copy, V: Clone + PartialEq>(
+    old: &BTreeMap<K, V>,
+    new: &BTreeMap<K, V>,
+) -> (BTreeMap<K, V>, BTreeSet<K>) {
     let set = new.iter().filter(|&(key, value)| old.get(key) != Some(value));
     let removed = old.keys().filter(|key| !new.contains_key(key));
     (set.map(|(key, value)| (*key, value.clone())).collect(), removed.copied().collect())
@@ -112,6 +115,7 @@ fn rectangles(cells: &BTreeMap<(ClassId, ClassId), Cell>) -> Vec<Cells> {
     for ((cell, source), destinations) in rows {
         products.entry((cell, destinations)).or_default().push(source);
     }
-    let product = |((cell, destinations), sources): ((&Cell, _), _)| Cells { sources, destinations, cell: cell.clone() };
+    let product =
+        |((cell, destinations), sources): ((&Cell, _), _)| Cells { sources, destinations, cell: cell.clone() };
     products.into_iter().map(product).collect()
 }

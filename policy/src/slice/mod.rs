@@ -104,7 +104,8 @@ impl Slice {
 
 impl Local {
     fn is_gateway_of(&self, prefix: IpNet) -> bool {
-        let longest = |set: &BTreeSet<IpNet>| set.iter().filter(|net| net.contains(&prefix)).map(IpNet::prefix_len).max();
+        let longest =
+            |set: &BTreeSet<IpNet>| set.iter().filter(|net| net.contains(&prefix)).map(IpNet::prefix_len).max();
         let served = longest(&self.gateway_for);
         served.is_some() && served > longest(&self.external_routes)
     }

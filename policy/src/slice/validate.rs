@@ -262,9 +262,12 @@ impl Slice {
     }
 }
 
+/// Ports of one run of 256: the first and last of each part that is not as the rest, and the number of its verdict.
+type Run = Vec<(u8, u8, usize)>;
+
 /// How many distinct runs of 256 verdicts the cells have, counted without making them.
 fn port_runs(cells: &BTreeSet<&Cell>) -> usize {
-    let mut runs: BTreeSet<(Vec<(u8, u8, usize)>, usize)> = BTreeSet::new();
+    let mut runs: BTreeSet<(Run, usize)> = BTreeSet::new();
     let mut numbers: BTreeMap<_, usize> = BTreeMap::new();
     for cell in cells.iter().filter(|cell| !cell.entries.is_empty()) {
         let mut number = |verdict| {
@@ -272,7 +275,7 @@ fn port_runs(cells: &BTreeSet<&Cell>) -> usize {
             *numbers.entry(verdict).or_insert(next)
         };
         let otherwise = number(cell.otherwise);
-        let mut blocks: BTreeMap<(Option<u8>, u8), Vec<(u8, u8, usize)>> = BTreeMap::new();
+        let mut blocks: BTreeMap<(Option<u8>, u8), Run> = BTreeMap::new();
         for entry in &cell.entries {
             let (range, verdict) = (entry.range, number(entry.verdict));
             match range.protocol {
