@@ -10,8 +10,8 @@ use ipnet::IpNet;
 use policy::{Generation, PublicKey, Revision};
 
 use super::{
-    Attachment, Backend, Datapath, DatapathState, Device, DevicePeer, KernelError, Link, LinkKind, LinkState, PeerConfig,
-    WireGuard,
+    Attachment, Backend, Datapath, DatapathState, Device, DevicePeer, KernelError, Link, LinkKind, LinkState,
+    PeerConfig, WireGuard,
 };
 use crate::key::PrivateKey;
 use crate::lower::Tables;

@@ -109,7 +109,8 @@ impl Link for NetlinkLink {
 
     fn set_up(&mut self, up: bool) -> Result<(), KernelError> {
         let message = LinkUnspec::new_with_index(self.ours()?.index);
-        let (message, what) = if up { (message.up(), "bring the link up") } else { (message.down(), "take the link down") };
+        let (message, what) =
+            if up { (message.up(), "bring the link up") } else { (message.down(), "take the link down") };
         self.netlink.set_link(message.build()).map_err(|error| self.error(what, error))
     }
 

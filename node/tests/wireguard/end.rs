@@ -39,18 +39,27 @@ pub(crate) fn options(directory: PathBuf) -> Options {
 }
 
 impl End {
+    /// With userspace WireGuard.
     pub(crate) fn new(number: u8) -> Self {
+        Self::with(number, Preference::Userspace)
+    }
+
+    pub(crate) fn with(number: u8, preference: Preference) -> Self {
         let namespace = Namespace::new();
         let directory = tempfile::tempdir().unwrap();
         let options = options(directory.path().to_owned());
-        let wireguard = namespace.run(move || detect(INTERFACE, Preference::Userspace, options)).unwrap();
+        let wireguard = namespace.run(move || detect(INTERFACE, preference, options)).unwrap();
         let wireguard = Arc::new(Mutex::new(wireguard));
         Self { namespace, number, key: PrivateKey::generate().unwrap(), directory, wireguard }
     }
 
-    /// Two ends joined by an underlay and a tunnel over it.
+    /// Two ends joined by an underlay and a tunnel of userspace WireGuard over it.
     pub(crate) fn pair() -> (Self, Self) {
-        let (first, second) = (Self::new(1), Self::new(2));
+        Self::pair_with(Preference::Userspace)
+    }
+
+    pub(crate) fn pair_with(preference: Preference) -> (Self, Self) {
+        let (first, second) = (Self::with(1, preference), Self::with(2, preference));
         first.namespace.join(&second.namespace);
         for (end, other) in [(&first, &second), (&second, &first)] {
             end.start();

@@ -7,147 +7,28 @@
 //!   underlay  192.0.2.1  2001:db8::1  ----- veth -----   underlay  192.0.2.2  2001:db8::2
 //! ```
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixListener;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use node::kernel::Backend;
 use node::kernel::wireguard::{Preference, detect};
-use node::kernel::{Backend, PeerConfig};
-use node::key::PrivateKey;
 use tempfile::TempDir;
 
 use self::end::{Echo, End, INTERFACE, options, wait_until};
 use self::namespace::Namespace;
 
+mod either;
 mod end;
 mod namespace;
 
 /// Says to a copy of this test program which directory of sockets to serve, and nothing more.
 const AGENT: &str = "RAMPART_TEST_AGENT";
-
-/// A peer that exists nowhere, with prefixes in nobody's way.
-fn stranger(number: u16) -> PeerConfig {
-    let prefixes = [format!("10.42.{}.{}/32", 1 + number / 256, number % 256), format!("fd42:0:0:1::{number:x}/128")];
-    PeerConfig {
-        public_key: PrivateKey::generate().unwrap().public(),
-        endpoint: None,
-        allowed_ips: prefixes.iter().map(|prefix| prefix.parse().unwrap()).collect(),
-        persistent_keepalive: None,
-    }
-}
-
-#[test]
-fn traffic_passes_and_is_counted() {
-    let (first, second) = End::pair();
-    let peers = |end: &End| end.observe().unwrap().unwrap().peers;
-    let before = peers(&first)[&second.key.public()].clone();
-    assert_eq!((before.last_handshake, before.received_bytes), (None, 0));
-    for (from, to) in [("10.42.0.1", "10.42.0.2"), ("fd42::1", "fd42::2")] {
-        let mut echo = Echo::new(&first, from, &second, to);
-        echo.until_through();
-        (0..100).for_each(|_| echo.once());
-    }
-    for (end, other) in [(&first, &second), (&second, &first)] {
-        let device = end.observe().unwrap().unwrap();
-        assert_eq!((device.public_key, device.listen_port), (Some(end.key.public()), 51820));
-        assert_eq!(device.peers.len(), 1);
-        let peer = &device.peers[&other.key.public()];
-        assert_eq!(peer.endpoint, other.as_peer().endpoint);
-        assert_eq!(peer.allowed_ips, BTreeSet::from(other.prefixes()));
-        // 200 packets of 8 bytes under headers, and the handshake.
-        assert!(peer.received_bytes > 200 * 36 && peer.sent_bytes > 200 * 36, "{peer:?}");
-        let age = SystemTime::now().duration_since(peer.last_handshake.unwrap()).unwrap();
-        assert!(age < Duration::from_secs(120), "{age:?}");
-        assert_eq!(fs::metadata(end.socket()).unwrap().permissions().mode() & 0o777, 0o600);
-    }
-    let reading = || peers(&first)[&second.key.public()].last_handshake;
-    assert_eq!(reading(), reading());
-}
-
-#[test]
-fn edits_lose_no_packet() {
-    let (first, second) = End::pair();
-    let mut echoes =
-        [("10.42.0.1", "10.42.0.2"), ("fd42::1", "fd42::2")].map(|(from, to)| Echo::new(&first, from, &second, to));
-    echoes.iter_mut().for_each(Echo::until_through);
-    let done = AtomicBool::new(false);
-    let sent = std::thread::scope(|scope| {
-        let streams = echoes.each_mut().map(|echo| {
-            scope.spawn(|| {
-                while !done.load(Ordering::Relaxed) {
-                    echo.once();
-                }
-                echo.sent()
-            })
-        });
-        for round in 0..40 {
-            for (end, other) in [(&first, &second), (&second, &first)] {
-                edit(end, other, round);
-            }
-        }
-        done.store(true, Ordering::Relaxed);
-        streams.map(|stream| stream.join().unwrap())
-    });
-    assert!(sent.iter().all(|sent| *sent > 100), "the streams ran beside the edits: {sent:?}");
-}
-
-/// Every kind of edit that leaves the other end its addresses.
-fn edit(end: &End, other: &End, round: u16) {
-    let key = end.key.clone();
-    let mut peer = other.as_peer();
-    end.wireguard(move |wireguard| {
-        let (one, two) = (stranger(round), stranger(round));
-        wireguard.set_device(&key, 51820).unwrap();
-        wireguard.set_peer(&one).unwrap();
-        // The second takes the first one's prefixes.
-        wireguard.set_peer(&two).unwrap();
-        // Unchanged, with more prefixes, with another keepalive, and as it was.
-        wireguard.set_peer(&peer).unwrap();
-        peer.allowed_ips.extend(&one.allowed_ips);
-        wireguard.set_peer(&peer).unwrap();
-        peer.persistent_keepalive = Some(Duration::from_secs(25));
-        wireguard.set_peer(&peer).unwrap();
-        let device = wireguard.observe().unwrap().unwrap();
-        assert_eq!(device.peers[&peer.public_key].allowed_ips, peer.allowed_ips);
-        assert_eq!(device.peers[&peer.public_key].persistent_keepalive, peer.persistent_keepalive);
-        assert!(device.peers[&one.public_key].allowed_ips.is_empty());
-        assert!(device.peers[&two.public_key].allowed_ips.is_empty());
-        peer.allowed_ips = peer.allowed_ips.difference(&one.allowed_ips).copied().collect();
-        peer.persistent_keepalive = None;
-        wireguard.set_peer(&peer).unwrap();
-        wireguard.remove_peer(&one.public_key).unwrap();
-        wireguard.remove_peer(&two.public_key).unwrap();
-        let device = wireguard.observe().unwrap().unwrap();
-        assert_eq!(device.peers.keys().collect::<Vec<_>>(), [&peer.public_key]);
-    });
-}
-
-#[test]
-fn peer_that_lost_its_prefixes_or_itself_is_cut_off() {
-    let (first, second) = End::pair();
-    let mut echo = Echo::new(&first, "10.42.0.1", &second, "10.42.0.2");
-    echo.until_through();
-    let key = second.key.public();
-    let cut = Duration::from_millis(300);
-    let nothing = PeerConfig { allowed_ips: BTreeSet::new(), ..second.as_peer() };
-    first.wireguard(move |wireguard| wireguard.set_peer(&nothing)).unwrap();
-    assert!(!echo.try_once(cut));
-    let back = second.as_peer();
-    first.wireguard(move |wireguard| wireguard.set_peer(&back)).unwrap();
-    echo.once();
-    first.wireguard(move |wireguard| wireguard.remove_peer(&key)).unwrap();
-    assert!(!echo.try_once(cut));
-    let back = second.as_peer();
-    first.wireguard(move |wireguard| wireguard.set_peer(&back)).unwrap();
-    echo.until_through();
-}
 
 #[test]
 fn killing_the_agent_leaves_the_tunnel() {
@@ -221,7 +102,8 @@ fn dead_process_is_replaced_under_the_same_link() {
 #[test]
 fn process_goes_with_its_socket_and_with_its_link() {
     let end = End::new(1);
-    let alive = |process: i32| fs::read_to_string(format!("/proc/{process}/stat")).is_ok_and(|stat| !stat.contains(") Z "));
+    let alive =
+        |process: i32| fs::read_to_string(format!("/proc/{process}/stat")).is_ok_and(|stat| !stat.contains(") Z "));
     let serve = || end.wireguard(|wireguard| wireguard.create().and_then(|()| wireguard.serve()));
     serve().unwrap();
     let process = end.process();
@@ -268,26 +150,6 @@ fn destroy_leaves_nothing() {
 }
 
 #[test]
-fn foreign_link_is_refused_and_left() {
-    for (create, kind) in [("tuntap add rampart0 mode tun", "tun"), ("link add rampart0 type veth peer name x", "veth")] {
-        let end = End::new(1);
-        end.namespace.ip(create);
-        let before = end.namespace.ip("link show");
-        for refused in [
-            end.wireguard(|wireguard| wireguard.create()),
-            end.wireguard(|wireguard| wireguard.serve()),
-            end.wireguard(|wireguard| wireguard.destroy()),
-            end.wireguard(|wireguard| wireguard.set_peer(&stranger(1))),
-        ] {
-            let error = refused.unwrap_err().to_string();
-            assert!(error.contains(&format!("of kind `{kind}`")) && error.contains("noded run --interface"), "{error}");
-        }
-        assert_eq!(end.observe().unwrap(), None);
-        assert_eq!(end.namespace.ip("link show"), before);
-    }
-}
-
-#[test]
 fn foreign_socket_is_refused_and_left() {
     let (first, second) = (End::new(1), End::new(2));
     for end in [&first, &second] {
@@ -310,35 +172,18 @@ fn foreign_socket_is_refused_and_left() {
 }
 
 #[test]
+fn socket_is_for_root_alone() {
+    let end = End::new(1);
+    end.wireguard(|wireguard| wireguard.create().and_then(|()| wireguard.serve())).unwrap();
+    assert_eq!(fs::metadata(end.socket()).unwrap().permissions().mode() & 0o777, 0o600);
+}
+
+#[test]
 fn socket_that_nobody_serves_is_replaced() {
     let end = End::new(1);
     drop(UnixListener::bind(end.socket()).unwrap());
     end.wireguard(|wireguard| wireguard.create().and_then(|()| wireguard.serve())).unwrap();
     assert!(end.observe().unwrap().is_some());
-}
-
-#[test]
-fn port_that_is_taken_is_said_and_the_old_one_stays() {
-    let (first, second) = End::pair();
-    let mut echo = Echo::new(&first, "10.42.0.1", &second, "10.42.0.2");
-    echo.until_through();
-    let taken = first.namespace.run(|| std::net::UdpSocket::bind("0.0.0.0:51821")).unwrap();
-    let key = first.key.clone();
-    let error = first.wireguard(move |wireguard| wireguard.set_device(&key, 51821)).unwrap_err().to_string();
-    assert!(error.contains("port `51821`") && error.contains("choose another `listen-port`"), "{error}");
-    let before = first.observe().unwrap().unwrap();
-    assert_eq!(before.listen_port, 51820);
-    echo.once();
-    drop(taken);
-    let key = first.key.clone();
-    first.wireguard(move |wireguard| wireguard.set_device(&key, 51821)).unwrap();
-    let after = first.observe().unwrap().unwrap();
-    assert_eq!(after.listen_port, 51821);
-    echo.until_through();
-    // The peer is the same to who counts its bytes.
-    let (before, after) = (&before.peers[&second.key.public()], &after.peers[&second.key.public()]);
-    assert!(after.received_bytes >= before.received_bytes && after.last_handshake >= before.last_handshake);
-    assert_eq!((&after.allowed_ips, after.endpoint), (&before.allowed_ips, before.endpoint));
 }
 
 #[test]
@@ -397,4 +242,119 @@ fn namespace_without_wireguard_falls_back_to_userspace() {
         }
     }
     assert_eq!(links.lines().count(), 1, "choosing leaves only the loopback link: {links}");
+}
+
+/// With userspace WireGuard, on every kernel.
+mod userspace {
+    use node::kernel::wireguard::Preference;
+
+    use crate::either;
+
+    #[test]
+    fn traffic_passes_and_is_counted() {
+        either::traffic_passes_and_is_counted(Preference::Userspace);
+    }
+
+    #[test]
+    fn edits_lose_no_packet() {
+        either::edits_lose_no_packet(Preference::Userspace);
+    }
+
+    #[test]
+    fn peer_that_lost_its_prefixes_or_itself_is_cut_off() {
+        either::peer_that_lost_its_prefixes_or_itself_is_cut_off(Preference::Userspace);
+    }
+
+    #[test]
+    fn port_that_is_taken_is_said_and_the_old_one_stays() {
+        either::port_that_is_taken_is_said_and_the_old_one_stays(Preference::Userspace);
+    }
+
+    #[test]
+    fn foreign_link_is_refused_and_left() {
+        either::foreign_link_is_refused_and_left(Preference::Userspace);
+    }
+
+    #[test]
+    fn many_prefixes_are_set_and_read_back() {
+        either::many_prefixes_are_set_and_read_back(Preference::Userspace);
+    }
+}
+
+/// With the kernel's WireGuard: `cargo xtask vm 6.1 -- PATH-OF-THIS-PROGRAM --ignored`, where this kernel has none.
+mod kernel {
+    use node::kernel::Backend;
+    use node::kernel::wireguard::{Preference, detect};
+
+    use crate::either;
+    use crate::end::{End, INTERFACE, options};
+
+    #[test]
+    #[ignore = "needs a kernel with WireGuard"]
+    fn traffic_passes_and_is_counted() {
+        either::traffic_passes_and_is_counted(Preference::Kernel);
+    }
+
+    #[test]
+    #[ignore = "needs a kernel with WireGuard"]
+    fn edits_lose_no_packet() {
+        either::edits_lose_no_packet(Preference::Kernel);
+    }
+
+    #[test]
+    #[ignore = "needs a kernel with WireGuard"]
+    fn peer_that_lost_its_prefixes_or_itself_is_cut_off() {
+        either::peer_that_lost_its_prefixes_or_itself_is_cut_off(Preference::Kernel);
+    }
+
+    #[test]
+    #[ignore = "needs a kernel with WireGuard"]
+    fn port_that_is_taken_is_said_and_the_old_one_stays() {
+        either::port_that_is_taken_is_said_and_the_old_one_stays(Preference::Kernel);
+    }
+
+    #[test]
+    #[ignore = "needs a kernel with WireGuard"]
+    fn foreign_link_is_refused_and_left() {
+        either::foreign_link_is_refused_and_left(Preference::Kernel);
+    }
+
+    #[test]
+    #[ignore = "needs a kernel with WireGuard"]
+    fn many_prefixes_are_set_and_read_back() {
+        either::many_prefixes_are_set_and_read_back(Preference::Kernel);
+    }
+
+    #[test]
+    #[ignore = "needs a kernel with WireGuard"]
+    fn half_made_link_is_finished_and_a_used_one_is_foreign() {
+        let end = End::with(1, Preference::Kernel);
+        end.namespace.ip("link add rampart0 type wireguard");
+        end.namespace.ip("link set rampart0 up");
+        let error = end.wireguard(|wireguard| wireguard.create()).unwrap_err().to_string();
+        assert!(error.contains("of kind `wireguard`, and not Rampart's"), "{error}");
+        assert_eq!(end.observe().unwrap(), None);
+        // As an agent leaves it that was killed between making and marking it.
+        end.namespace.ip("link set rampart0 down");
+        end.wireguard(|wireguard| wireguard.create()).unwrap();
+        assert!(end.observe().unwrap().is_some());
+        assert!(end.namespace.ip("link show rampart0").contains(node::kernel::link::OWNER));
+    }
+
+    #[test]
+    #[ignore = "needs a kernel with WireGuard"]
+    fn kernel_is_the_first_choice_and_a_link_keeps_its_kind() {
+        let end = End::with(1, Preference::Auto);
+        assert_eq!(end.wireguard(|wireguard| wireguard.backend()), Backend::Kernel);
+        let userspace = End::new(2);
+        userspace.wireguard(|wireguard| wireguard.create()).unwrap();
+        let directory = userspace.socket().parent().unwrap().to_owned();
+        let backend = userspace.namespace.run(move || {
+            let choose = |preference| detect(INTERFACE, preference, options(directory.clone())).unwrap();
+            let error = choose(Preference::Kernel).create().unwrap_err().to_string();
+            assert!(error.contains("made for the other WireGuard backend"), "{error}");
+            choose(Preference::Auto).backend()
+        });
+        assert_eq!(backend, Backend::Userspace);
+    }
 }

@@ -74,8 +74,10 @@ fn kernel_adds_nothing_of_its_own() {
         link.add_route(net("10.42.0.0/16")).unwrap();
         link.add_route(net("fd42::/48")).unwrap();
         // No prefix route for an address, no link-local address, and our number on what is ours.
-        assert_eq!(ip("-4 route show table main").split_whitespace().collect::<Vec<_>>().join(" "),
-            "10.42.0.0/16 dev rampart0 proto 117 scope link linkdown");
+        assert_eq!(
+            ip("-4 route show table main").split_whitespace().collect::<Vec<_>>().join(" "),
+            "10.42.0.0/16 dev rampart0 proto 117 scope link linkdown"
+        );
         let v6 = ip("-6 addr show dev rampart0");
         assert!(!v6.contains("fe80") && v6.contains("nodad") && v6.contains("noprefixroute"), "{v6}");
         assert!(!v6.contains("tentative"), "{v6}");

@@ -9,6 +9,7 @@ use policy::PublicKey;
 use wireguard_control::{Backend as Control, DeviceUpdate, InterfaceName, Key, PeerConfigBuilder, PeerInfo};
 use zeroize::Zeroize as _;
 
+use super::port::check_free;
 use super::{foreign, other_backend};
 use crate::kernel::link::netlink::{FoundLink, Netlink, is};
 use crate::kernel::{Backend, Device, DevicePeer, KernelError, LinkKind, PeerConfig, WireGuard};
@@ -16,6 +17,9 @@ use crate::key::PrivateKey;
 
 /// Prefixes in one netlink message. A message holds 201 of IPv6, and `wireguard-control` does not split a peer's.
 const PREFIXES_PER_MESSAGE: usize = 150;
+
+/// What reading back does, for its errors.
+const READ: &str = "read WireGuard's state";
 
 /// [`WireGuard`] by the kernel.
 #[derive(Debug)]
@@ -75,7 +79,7 @@ impl KernelWireGuard {
         if link.kind != LinkKind::WireGuard || link.up {
             return Ok(false);
         }
-        let device = self.read().map_err(|error| self.error("read the state", error))?;
+        let device = self.read().map_err(|error| self.error(READ, error))?;
         Ok(device.is_some_and(|device| device.public_key.is_none() && device.peers.is_empty()))
     }
 }
@@ -90,10 +94,9 @@ impl WireGuard for KernelWireGuard {
             Some(link) if link.ours => return self.link().map(drop),
             Some(link) if !self.is_untouched(&link)? => return Err(foreign(&self.interface, &link.kind_name)),
             Some(_) => {}
-            None => self
-                .netlink
-                .create_wireguard(&self.interface)
-                .map_err(|error| KernelError::with(format!("failed to create interface `{}`", self.interface), error))?,
+            None => self.netlink.create_wireguard(&self.interface).map_err(|error| {
+                KernelError::with(format!("failed to create interface `{}`", self.interface), error)
+            })?,
         }
         self.netlink
             .adopt_link(&self.interface)
@@ -110,7 +113,7 @@ impl WireGuard for KernelWireGuard {
             Some(link) if link.ours && link.kind == LinkKind::WireGuard => {}
             _ => return Ok(None),
         }
-        let Some(found) = self.read().map_err(|error| self.error("read the state", error))? else { return Ok(None) };
+        let Some(found) = self.read().map_err(|error| self.error(READ, error))? else { return Ok(None) };
         let device = Device {
             public_key: found.public_key.as_ref().and_then(to_public),
             listen_port: found.listen_port.unwrap_or(0),
@@ -121,14 +124,20 @@ impl WireGuard for KernelWireGuard {
     }
 
     fn set_device(&mut self, key: &PrivateKey, listen_port: u16) -> Result<(), KernelError> {
-        let update = DeviceUpdate::new().set_private_key(Key(*key.as_bytes())).set_listen_port(listen_port);
-        match self.apply(update, format_args!("set key and port `{listen_port}`")) {
-            Err(mut error) if taken(&error) => {
-                error.what.push_str("; the port is taken, choose another `listen-port`");
-                Err(error)
-            }
-            other => other,
+        self.link()?;
+        let what = format!("set key and port `{listen_port}`");
+        let found = self.read().map_err(|error| self.error(READ, error))?;
+        if found.and_then(|device| device.listen_port) != Some(listen_port) {
+            // The kernel keeps its old socket where it cannot open the new one, and says that it has the new port.
+            check_free(listen_port).map_err(|error| {
+                let name = &self.interface;
+                KernelError::with(
+                    format!("failed to {what} of `{name}`; the port is taken, choose another `listen-port`"),
+                    error,
+                )
+            })?;
         }
+        self.apply(DeviceUpdate::new().set_private_key(Key(*key.as_bytes())).set_listen_port(listen_port), what)
     }
 
     fn set_peer(&mut self, peer: &PeerConfig) -> Result<(), KernelError> {
@@ -169,10 +178,7 @@ impl WireGuard for KernelWireGuard {
 ///
 /// The kernel's "replace" empties the peer's prefixes first, and packets in between are lost. So prefixes are added, and
 /// those that must go are moved, which is one step, to a peer that is made for it and removed with them.
-fn updates_of(
-    peer: &PeerConfig,
-    known: Option<&BTreeSet<IpNet>>,
-) -> Result<Vec<DeviceUpdate>, crate::key::KeyError> {
+fn updates_of(peer: &PeerConfig, known: Option<&BTreeSet<IpNet>>) -> Result<Vec<DeviceUpdate>, crate::key::KeyError> {
     let none = BTreeSet::new();
     let known_prefixes = known.unwrap_or(&none);
     let added: Vec<_> = peer.allowed_ips.difference(known_prefixes).copied().collect();
@@ -241,11 +247,6 @@ fn to_key(key: &PublicKey) -> Key {
 /// `None` for zeros, which stand for no key.
 fn to_public(key: &Key) -> Option<PublicKey> {
     PublicKey::try_from(key.0.as_slice()).ok()
-}
-
-fn taken(error: &KernelError) -> bool {
-    let source = error.source.as_ref().and_then(|source| source.downcast_ref::<io::Error>());
-    source.is_some_and(|error| is(error, &[libc::EADDRINUSE]))
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use super::link::netlink::{Netlink, RefusedKind};
 use super::{Backend, KernelError, LinkKind, WireGuard};
 
 mod kernel;
+mod port;
 mod process;
 mod server;
 mod tun;
@@ -51,11 +52,7 @@ impl Default for Options {
 }
 
 /// Chooses the backend for `interface`. Creates nothing that stays.
-pub fn detect(
-    interface: &str,
-    preference: Preference,
-    options: Options,
-) -> Result<Box<dyn WireGuard>, KernelError> {
+pub fn detect(interface: &str, preference: Preference, options: Options) -> Result<Box<dyn WireGuard>, KernelError> {
     super::link::check_name(interface)?;
     match choose(interface, preference)? {
         Backend::Kernel => Ok(Box::new(kernel::KernelWireGuard::new(interface)?)),

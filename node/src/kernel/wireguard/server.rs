@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 
 use gotatun::device::configure::{DeviceWrite, PeerMut, PeerStats};
@@ -17,6 +17,7 @@ use gotatun::x25519;
 use ipnet::IpNet;
 use policy::PublicKey;
 
+use super::port::check_free;
 use super::uapi::{Answer, AnswerPeer, Set, SetPeer, SharedKey};
 use crate::key::{KEY_LENGTH, PrivateKey};
 
@@ -46,14 +47,7 @@ type Transports = (UdpSocketFactory, Tun, Tun);
 
 impl Server {
     pub(super) fn new(tun: TunDevice) -> Self {
-        Self {
-            tun: Tun(tun),
-            device: None,
-            port: 0,
-            fwmark: 0,
-            model: Model::default(),
-            handshakes: BTreeMap::new(),
-        }
+        Self { tun: Tun(tun), device: None, port: 0, fwmark: 0, model: Model::default(), handshakes: BTreeMap::new() }
     }
 
     /// Returns when gotatun cannot go on.
@@ -106,6 +100,7 @@ impl Server {
         };
         let port = set.listen_port.filter(|port| ![self.port, old_port].contains(port));
         if let Some(port) = port {
+            // Before anything stops: gotatun would be left without a socket.
             check_free(port).map_err(|error| error.raw_os_error().unwrap_or(libc::EADDRINUSE))?;
             self.port = port;
         }
@@ -114,9 +109,7 @@ impl Server {
         let edits = self.model.plan(&set);
         self.handshakes.retain(|key, _| self.model.peers.contains_key(key));
         let changed = match &self.device {
-            Some((device, _)) if port.is_none() && old_key == Some(key.clone()) => {
-                edit(device, edits, mark).await
-            }
+            Some((device, _)) if port.is_none() && old_key == Some(key.clone()) => edit(device, edits, mark).await,
             _ => self.restart(key).await,
         };
         changed.map_err(|error| errno_of(&error))
@@ -364,7 +357,9 @@ impl IpSend for Tun {
         match self.0.send(packet).await {
             // The link is down, the packet is none, or there is no memory for it: the packet is lost, and gotatun, which
             // stops at any error, goes on.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::ENOBUFS | libc::ENOMEM)) => {
+            Err(error)
+                if matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::ENOBUFS | libc::ENOMEM)) =>
+            {
                 Ok(())
             }
             other => other,
@@ -429,16 +424,6 @@ fn remember(
         }
     }
     handshakes.get(&key).copied()
-}
-
-/// Whether gotatun could open the port: it closes the old socket first and has none if it cannot.
-fn check_free(port: u16) -> io::Result<()> {
-    match UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)) {
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) => {
-            UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).map(drop)
-        }
-        other => other.map(drop),
-    }
 }
 
 fn errno_of(error: &Error) -> i32 {

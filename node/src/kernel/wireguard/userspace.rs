@@ -130,7 +130,8 @@ impl UserspaceWireGuard {
             None => Err(KernelError::new(format!("{}; no process serves it", failed()))),
             Some(Ok(_)) => Ok(()),
             Some(Err(errno)) => {
-                let remedy = if errno == libc::EADDRINUSE { "; the port is taken, choose another `listen-port`" } else { "" };
+                let remedy =
+                    if errno == libc::EADDRINUSE { "; the port is taken, choose another `listen-port`" } else { "" };
                 Err(KernelError::with(format!("{}{remedy}", failed()), io::Error::from_raw_os_error(errno)))
             }
         }
@@ -345,7 +346,8 @@ fn device(answer: Answer) -> Device {
         } = peer;
         let persistent_keepalive = Some(persistent_keepalive).filter(|seconds| *seconds != 0);
         let persistent_keepalive = persistent_keepalive.map(|seconds| Duration::from_secs(seconds.into()));
-        let peer = DevicePeer { endpoint, allowed_ips, persistent_keepalive, last_handshake, received_bytes, sent_bytes };
+        let peer =
+            DevicePeer { endpoint, allowed_ips, persistent_keepalive, last_handshake, received_bytes, sent_bytes };
         (public_key, peer)
     });
     Device { public_key: private_key.map(|key| key.public()), listen_port, peers: peers.collect() }

@@ -28,7 +28,8 @@ fn run(updates: &[DeviceUpdate], mut owners: BTreeMap<IpNet, Key>) -> BTreeMap<I
         };
         let (_, list) = text.split_once("allowed_ips: [").unwrap();
         let (list, _) = list.split_once(']').unwrap();
-        let given: Vec<IpNet> = list.split(", ").filter(|text| !text.is_empty()).map(|text| text.parse().unwrap()).collect();
+        let given: Vec<IpNet> =
+            list.split(", ").filter(|text| !text.is_empty()).map(|text| text.parse().unwrap()).collect();
         assert!(given.len() <= PREFIXES_PER_MESSAGE, "{} prefixes in one message", given.len());
         let (_, public) = text.split_once("public_key: Key(\"").unwrap();
         let public = Key::from_base64(public.split('"').next().unwrap()).unwrap();
