@@ -10,8 +10,9 @@ use super::{FEWER_RULES, LowerError, within};
 /// Rule to counter slot, stable for as long as the rule is in the node's slice and longer.
 ///
 /// The slot of a rule that went is *retired*: the running tables may still count in it, and it holds the old rule's
-/// figures. It is given out again only after [`RuleSlots::release`], which the caller does once tables without the rule
-/// are in force and the slot's counter was reset. A rule that returns before that finds its slot again.
+/// figures. It is given out again after [`RuleSlots::release`], which the caller does once tables without the rule are in
+/// force and the slot's counter was reset. A rule that returns before that finds its slot again. Only where more rules
+/// come at once than there are other slots is a retired one given out as it is; it stays among those to be reset.
 ///
 /// The counters are pinned and outlive the agent, so the slots must too: keep [`RuleSlots::pairs`] with the node's state,
 /// and where that is lost reset all rule counters before [`RuleSlots::new`] is used.
@@ -19,6 +20,8 @@ use super::{FEWER_RULES, LowerError, within};
 pub struct RuleSlots {
     active: BTreeMap<RuleId, u32>,
     retired: BTreeMap<RuleId, u32>,
+    /// Given out with another rule's figures in them.
+    stained: BTreeSet<u32>,
 }
 
 impl RuleSlots {
@@ -31,7 +34,7 @@ impl RuleSlots {
     pub fn from_pairs(pairs: impl IntoIterator<Item = (RuleId, u32)>) -> Self {
         let mut taken = BTreeSet::new();
         let retired = pairs.into_iter().filter(|(_, slot)| *slot < limit::RULES && taken.insert(*slot)).collect();
-        Self { active: BTreeMap::new(), retired }
+        Self { active: BTreeMap::new(), retired, stained: BTreeSet::new() }
     }
 
     /// Every rule that has a slot, retired ones included.
@@ -49,32 +52,41 @@ impl RuleSlots {
         self.active.iter().chain(&self.retired).find(|(_, taken)| **taken == slot).map(|(rule, _)| *rule)
     }
 
-    /// Slots of rules that went: reset their counters after the next successful switch, then release them.
+    /// Slots with the figures of rules that went: reset their counters after the next successful switch, then release
+    /// them.
     pub fn retired(&self) -> Vec<u32> {
-        self.retired.values().copied().collect()
+        self.retired.values().chain(&self.stained).copied().collect()
     }
 
-    /// Makes retired slots free again.
+    /// Makes slots that were reset free again.
     pub fn release(&mut self, slots: &[u32]) {
+        let slots: BTreeSet<&u32> = slots.iter().collect();
         self.retired.retain(|_, slot| !slots.contains(slot));
+        self.stained.retain(|slot| !slots.contains(slot));
     }
 
     /// As it will be when exactly these rules are in the slice.
     pub(super) fn assigned(&self, rules: impl IntoIterator<Item = RuleId>) -> Result<Self, LowerError> {
         let rules: BTreeSet<RuleId> = rules.into_iter().collect();
-        let known = self.pairs();
-        within("rules (with those whose counters are not reset yet)", rules.union(&known.keys().copied().collect()).count(), limit::RULES, FEWER_RULES)?;
-        let (mut active, retired): (BTreeMap<_, _>, BTreeMap<_, _>) =
-            known.into_iter().partition(|(rule, _)| rules.contains(rule));
+        within("rules", rules.len(), limit::RULES, FEWER_RULES)?;
+        let (mut active, mut retired): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            self.pairs().into_iter().partition(|(rule, _)| rules.contains(rule));
+        let mut stained = self.stained.clone();
         let taken: BTreeSet<u32> = active.values().chain(retired.values()).copied().collect();
         let mut free = (0..limit::RULES).filter(|slot| !taken.contains(slot));
         for rule in rules {
-            if let std::collections::btree_map::Entry::Vacant(vacant) = active.entry(rule) {
-                // There is one: counted above.
-                vacant.insert(free.next().unwrap_or(0));
+            if active.contains_key(&rule) {
+                continue;
             }
+            let slot = free.next().or_else(|| {
+                let (_, slot) = retired.pop_first()?;
+                stained.insert(slot);
+                Some(slot)
+            });
+            // There is one: no more rules than slots.
+            active.insert(rule, slot.ok_or(LowerError::UnknownRule(rule))?);
         }
-        Ok(Self { active, retired })
+        Ok(Self { active, retired, stained })
     }
 }
 
@@ -108,6 +120,18 @@ mod tests {
         assert_eq!(restored.retired(), [0]);
         let broken = RuleSlots::from_pairs([(RuleId(1), 5), (RuleId(2), 5), (RuleId(3), limit::RULES)]);
         assert_eq!(broken.pairs(), BTreeMap::from([(RuleId(1), 5)]));
+    }
+
+    #[test]
+    fn a_whole_new_policy_fits_and_its_borrowed_slots_are_reset() {
+        let most = limit::RULES;
+        let old = RuleSlots::new().assigned((1..=most).map(RuleId)).expect("as many as fit");
+        let mut new = old.assigned((most..2 * most).map(RuleId)).expect("as many as fit");
+        assert_eq!(new.slot(RuleId(most)), old.slot(RuleId(most)));
+        assert_eq!(new.active.values().collect::<BTreeSet<_>>().len(), most as usize);
+        assert_eq!(new.retired().len(), most as usize - 1);
+        new.release(&new.retired());
+        assert!(new.retired().is_empty());
     }
 
     #[test]

@@ -1,1 +1,295 @@
+//! Lowered tables against the slice, and the slice against the interpreter.
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ebpf_common::table::{Address, CHILD, LOCAL, NO_BLOCK, PLAIN, UNIFORM};
+use ebpf_common::{EGRESS, INGRESS, reason};
+use policy::{
+    Action, Change, Flow, Matrix, Network, NodeId, Revision, Slice, arbitrary, interpret, parse_flow_service,
+};
+use proptest::prelude::*;
+
+use super::{LowerError, RuleSlots, Tables, lower};
+
+fn slice_of(network: &Network, node: NodeId, previous: Option<&Slice>) -> Slice {
+    let matrix = Matrix::compile(network).expect("within limits");
+    matrix.slice(network, Revision(7), node, previous).expect("an active node")
+}
+
+fn lowered(slice: &Slice) -> Tables {
+    let tables = lower(slice, &mut RuleSlots::new()).expect("within limits");
+    tables.check().expect("whole");
+    tables
+}
+
+/// A network with flows that an active node has an end of.
+fn network_and_flows() -> impl Strategy<Value = (Network, Vec<(NodeId, Flow)>)> {
+    arbitrary::network().prop_flat_map(|network| {
+        let flows = match arbitrary::flow_at(&network) {
+            Some(flow) => prop::collection::vec(flow, 1..60).boxed(),
+            None => Just(Vec::new()).boxed(),
+        };
+        (Just(network), flows)
+    })
+}
+
+fn reversed(flow: &Flow) -> Flow {
+    Flow { source: flow.destination, destination: flow.source, ..*flow }
+}
+
+/// What each direction must say of a flow.
+fn check_flow(network: &Network, slice: &Slice, tables: &Tables, flow: &Flow) -> Result<(), TestCaseError> {
+    let expected = interpret(network, flow);
+    for (direction, own) in [(EGRESS, flow.source), (INGRESS, flow.destination)] {
+        let outcome = tables.verdict(flow, direction);
+        if outcome.reason == reason::SCOPE {
+            continue;
+        }
+        prop_assert_eq!(outcome.reason != reason::NOT_LOCAL, slice.stands_for(own), "locality of {} in {}", own, flow);
+        if outcome.reason == reason::NOT_LOCAL {
+            continue;
+        }
+        prop_assert_eq!(slice.verdict(flow), expected, "slice on {}", flow);
+        prop_assert_eq!(tables.in_policy(&outcome), Some(expected), "tables on {}: {:?}", flow, outcome);
+        let rule = expected.rule.and_then(|rule| slice.rules.get(&rule));
+        prop_assert_eq!(outcome.log, rule.is_some_and(|rule| rule.log));
+        if outcome.passes && !outcome.record {
+            prop_assert_eq!(interpret(network, &reversed(flow)).action, Action::Allow, "{} has no record", flow);
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn tables_say_what_the_interpreter_says((network, flows) in network_and_flows()) {
+        for (node, flow) in flows {
+            let slice = slice_of(&network, node, None);
+            let tables = lowered(&slice);
+            check_flow(&network, &slice, &tables, &flow)?;
+            check_flow(&network, &slice, &tables, &reversed(&flow))?;
+        }
+    }
+
+    #[test]
+    fn an_address_is_in_the_tables_what_it_is_in_the_slice((network, flows) in network_and_flows()) {
+        for (node, flow) in flows {
+            let slice = slice_of(&network, node, None);
+            let tables = lowered(&slice);
+            let ends = slice.prefixes.keys().flat_map(|net| [net.network(), net.broadcast()]);
+            for address in ends.chain([flow.source, flow.destination]) {
+                let leaf = tables.leaf(address).expect("whole");
+                let cidr = slice.lookup(address).map_or(0, |(_, cidr)| cidr.0);
+                prop_assert_eq!((leaf.cidr, leaf.flags & LOCAL != 0), (cidr, slice.stands_for(address)), "{}", address);
+                if let Some((class, _)) = slice.lookup(address) {
+                    let own = slice.own_classes().contains(&class);
+                    prop_assert_eq!(own, (1..=tables.header.own).contains(&leaf.class), "{} is own", address);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn counters_stay_with_their_rules_while_the_policy_changes((mut network, changes) in arbitrary::history(12)) {
+        let mut slots = RuleSlots::new();
+        let mut previous: Option<Slice> = None;
+        for change in changes {
+            let _refused = network.apply(&change);
+            let Some(node) = network.nodes().values().find(|node| node.state == policy::NodeState::Active) else { continue };
+            let same = previous.as_ref().filter(|slice| slice.local.node == node.id);
+            let slice = slice_of(&network, node.id, same);
+            let before = slots.pairs();
+            let tables = lower(&slice, &mut slots).expect("within limits");
+            tables.check().expect("whole");
+            prop_assert_eq!(tables.rule_slots.keys().collect::<Vec<_>>(), slice.rules.keys().collect::<Vec<_>>());
+            for (rule, slot) in &before {
+                prop_assert_eq!(slots.pairs().get(rule).copied(), Some(*slot), "no slot moves");
+            }
+            let distinct: BTreeSet<u32> = slots.pairs().into_values().collect();
+            prop_assert_eq!(distinct.len(), slots.pairs().len(), "no slot is shared");
+            previous = Some(slice);
+        }
+    }
+
+    #[test]
+    fn a_cell_reads_back_as_it_was_lowered((network, flows) in network_and_flows()) {
+        let Some((node, _)) = flows.first() else { return Ok(()) };
+        let slice = slice_of(&network, *node, None);
+        let tables = lowered(&slice);
+        let class = |leaf: Option<ebpf_common::table::Leaf>| leaf.map(|leaf| leaf.class).expect("whole");
+        for flow in flows.iter().map(|(_, flow)| flow).take(3) {
+            let (source, destination) = (class(tables.leaf(flow.source)), class(tables.leaf(flow.destination)));
+            if source == 0 || destination == 0 || source > tables.header.own {
+                continue;
+            }
+            let cell = tables.cell(EGRESS, source, destination).expect("known classes");
+            let entry = cell.entries.iter().find(|(range, _)| {
+                range.protocol == flow.protocol && (range.low..=range.high).contains(&flow.port)
+            });
+            let decision = entry.map_or(cell.otherwise, |(_, decision)| *decision);
+            let verdict = interpret(&network, flow);
+            prop_assert_eq!(decision.verdict == 1, verdict.action == Action::Allow);
+            prop_assert_eq!(tables.rule_of(decision.rule), verdict.rule);
+            prop_assert!(cell.entries.is_sorted_by_key(|(range, _)| (range.protocol, range.low)));
+        }
+    }
+}
+
+/// A network whose node `n0` is at 10.42.1.1 and fd42:0:0:1::1.
+fn small() -> Network {
+    let roots = ["10.42.0.0/16", "fd42::/48"].map(|net| net.parse().expect("a prefix"));
+    let roots = policy::Prefixes::from_nets(roots).expect("one of each");
+    let mut network =
+        Network::new("corp".parse().expect("a name"), roots, policy::DefaultPolicy::Deny).expect("no objects");
+    for (name, prefixes) in [("web", ["10.42.1.0/24", "fd42:0:0:1::/64"]), ("db", ["10.42.2.0/24", "fd42:0:0:2::/64"])] {
+        apply(&mut network, Change::AddCidr {
+            name: name.parse().expect("a name"),
+            prefixes: policy::Prefixes::from_nets(prefixes.map(|net| net.parse().expect("a prefix"))).expect("both"),
+            isolated: false,
+            external: false,
+        });
+    }
+    apply(&mut network, Change::AddNode {
+        name: "n0".parse().expect("a name"),
+        cidr: "web".parse().expect("a name"),
+        addresses: None,
+        groups: Vec::new(),
+        gateway_for: Vec::new(),
+    });
+    apply(&mut network, Change::ActivateNode {
+        name: "n0".parse().expect("a name"),
+        public_key: policy::PublicKey::try_from([7; 32].as_slice()).expect("a key"),
+    });
+    network
+}
+
+fn apply(network: &mut Network, change: Change) {
+    network.apply(&change).expect("a valid change");
+}
+
+fn allow(name: &str, from: &str, to: &str, service: &str) -> Change {
+    Change::AddRule(policy::RuleSpec {
+        name: name.parse().expect("a name"),
+        action: Action::Allow,
+        from: vec![from.parse().expect("a selector")],
+        to: vec![to.parse().expect("a selector")],
+        services: vec![service.parse().expect("a service")],
+        priority: 0,
+        both: false,
+        log: false,
+        comment: String::new(),
+    })
+}
+
+fn node(network: &Network) -> NodeId {
+    *network.nodes().keys().next().expect("one node")
+}
+
+#[test]
+fn an_empty_policy_denies_and_has_no_pages() {
+    let network = small();
+    let tables = lowered(&slice_of(&network, node(&network), None));
+    assert!(tables.pages.is_empty() && tables.ports.is_empty());
+    assert_eq!(tables.decisions.len(), 1);
+    assert!(tables.matrix.iter().all(|cell| *cell == UNIFORM));
+}
+
+#[test]
+fn equal_sets_of_services_share_a_page_and_runs_of_ports() {
+    let mut network = small();
+    apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
+    let tables = lowered(&slice_of(&network, node(&network), None));
+    assert_eq!(tables.pages.len(), 1, "one for the pair, whatever the direction");
+    assert_eq!(tables.ports.len(), 2, "all denied, and the run of port 443");
+    assert_eq!(tables.decisions.len(), 2);
+    let flow = |service: &str, source: &str, destination: &str| {
+        let (protocol, port) = parse_flow_service(service).expect("a service");
+        let address = |text: &str| text.parse::<IpAddr>().expect("an address");
+        Flow { source: address(source), destination: address(destination), protocol, port }
+    };
+    for (service, passes) in [("tcp/443", true), ("tcp/442", false), ("tcp/444", false), ("tcp/699", false), ("udp/443", false)] {
+        for (source, destination) in [("10.42.1.1", "10.42.2.9"), ("fd42:0:0:1::1", "fd42:0:0:2::9")] {
+            let outcome = tables.verdict(&flow(service, source, destination), EGRESS);
+            assert_eq!(outcome.passes, passes, "{service}");
+            assert_eq!(outcome.record, passes, "replies need a record");
+        }
+    }
+    let foreign = tables.verdict(&flow("tcp/443", "10.42.1.2", "10.42.2.9"), EGRESS);
+    assert_eq!(foreign.reason, reason::NOT_LOCAL, "another node of the same class is not this node");
+}
+
+#[test]
+fn a_sparse_address_costs_one_block_below_its_root() {
+    let network = small();
+    let tables = lowered(&slice_of(&network, node(&network), None));
+    let root = tables.header.roots_v6[0];
+    assert_ne!(root.block, NO_BLOCK);
+    // fd42:0:0:1::/64 and the node's own /128 in it: where they differ, and where the /128 ends.
+    let first = &tables.blocks[root.block as usize];
+    assert_eq!(first.position, 7, "byte 6 is skipped");
+    let child = first.entries[1];
+    assert_ne!(child & CHILD, 0);
+    let second = &tables.blocks[(child & !CHILD) as usize];
+    assert_eq!((second.position & !PLAIN, second.position & PLAIN), (15, 0));
+    let path = Address::from_bytes("fd42:0:0:1::1".parse::<std::net::Ipv6Addr>().expect("an address").octets());
+    assert_eq!(second.path.0[1] & second.mask.0[1], path.0[1] & second.mask.0[1]);
+}
+
+#[test]
+fn tables_that_contradict_themselves_are_found() {
+    let mut network = small();
+    apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
+    let whole = lowered(&slice_of(&network, node(&network), None));
+    type Break = fn(&mut Tables);
+    let breaks: [(&str, Break); 12] = [
+        ("HEADER", |tables| tables.header.roots_v4[0].block = tables.blocks.len() as u32),
+        ("HEADER", |tables| tables.header.own = tables.header.classes),
+        ("HEADER", |tables| tables.header.revision += 1),
+        ("BLOCKS", |tables| tables.blocks[0].entries[9] = tables.leaves.len() as u32),
+        ("BLOCKS", |tables| tables.blocks[0].entries[9] = CHILD),
+        ("BLOCKS", |tables| tables.blocks[0].otherwise = 99),
+        ("BLOCKS", |tables| tables.blocks[0].position = 16),
+        ("LEAVES", |tables| tables.leaves[1].class = tables.header.classes),
+        ("MATRIX", |tables| tables.matrix[0] = 7),
+        ("MATRIX", |tables| tables.matrix.push(UNIFORM)),
+        ("PAGES", |tables| tables.pages[0].udp[255] = 2),
+        ("DECISIONS", |tables| tables.decisions[1].rule = ebpf_common::limit::RULES),
+    ];
+    for (table, break_it) in breaks {
+        let mut broken = whole.clone();
+        break_it(&mut broken);
+        assert_eq!(broken.check().expect_err(table).table, table);
+        assert!(!whole.differences(&broken).is_empty(), "{table}");
+    }
+    assert!(whole.differences(&whole).is_empty());
+}
+
+#[test]
+fn a_rule_that_the_slice_does_not_carry_is_refused_and_no_slot_taken() {
+    let mut network = small();
+    apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
+    let mut slice = slice_of(&network, node(&network), None);
+    let rule = *slice.rules.keys().next().expect("one rule");
+    slice.rules.clear();
+    let mut slots = RuleSlots::new();
+    assert_eq!(lower(&slice, &mut slots), Err(LowerError::UnknownRule(rule)));
+    assert_eq!(slots, RuleSlots::new());
+}
+
+#[test]
+fn limits_of_the_policy_fit_the_tables() {
+    use ebpf_common::limit;
+    use policy::limit::*;
+    let fits = [
+        ("leaves", MAX_SLICE_LEAVES, limit::LEAVES),
+        ("cells in two directions", MAX_SLICE_CELLS, limit::CELLS),
+        ("rules", MAX_SLICE_RULES, limit::RULES),
+        ("decisions", MAX_SLICE_DECISIONS, limit::DECISIONS),
+        ("pages", MAX_SLICE_PAGES, limit::PAGES),
+        ("runs of ports", MAX_SLICE_PORTS, limit::PORTS),
+    ];
+    for (what, policy, tables) in fits {
+        assert!(policy <= tables as usize, "{what}: {policy} > {tables}");
+    }
+}
