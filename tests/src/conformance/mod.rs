@@ -131,7 +131,7 @@ impl Drop for Lab {
 #[derive(Debug)]
 pub struct Judge {
     pub probe: Probe,
-    slots: Vec<u32>,
+    pub slots: Vec<u32>,
 }
 
 impl Judge {
