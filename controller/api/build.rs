@@ -6,12 +6,8 @@ use std::{env, error, fs};
 use prost::Message as _;
 
 const ROOT: &str = "proto";
-const FILES: [&str; 4] = [
-    "rampart/v1/network.proto",
-    "rampart/v1/admin.proto",
-    "rampart/v1/enrol.proto",
-    "rampart/v1/sync.proto",
-];
+const FILES: [&str; 4] =
+    ["rampart/v1/network.proto", "rampart/v1/admin.proto", "rampart/v1/enrol.proto", "rampart/v1/sync.proto"];
 
 fn main() -> Result<(), Box<dyn error::Error>> {
     println!("cargo::rerun-if-changed={ROOT}");

@@ -29,7 +29,9 @@ pub enum ConnectError {
     NoEndpoint,
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
-    #[error("controller cannot be reached: {attempts}; check that `controllerd serve` runs there and that TCP reaches it")]
+    #[error(
+        "controller cannot be reached: {attempts}; check that `controllerd serve` runs there and that TCP reaches it"
+    )]
     Unreachable {
         /// Each endpoint with its reason.
         attempts: String,
@@ -103,7 +105,9 @@ pub async fn connect_unix(path: impl AsRef<Path>) -> Result<Channel, ConnectErro
     let first = UnixStream::connect(&path).await.map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied => ConnectError::SocketDenied { path: path.clone() },
         io::ErrorKind::NotFound => ConnectError::Socket { path: path.clone(), reason: "it does not exist".to_owned() },
-        io::ErrorKind::ConnectionRefused => ConnectError::Socket { path: path.clone(), reason: "nobody listens".to_owned() },
+        io::ErrorKind::ConnectionRefused => {
+            ConnectError::Socket { path: path.clone(), reason: "nobody listens".to_owned() }
+        }
         _ => ConnectError::Socket { path: path.clone(), reason: plain(&error) },
     })?;
     let first = Arc::new(Mutex::new(Some(first)));

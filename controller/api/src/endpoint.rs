@@ -15,7 +15,9 @@ pub struct ControllerEndpoint {
 
 /// A text that is no endpoint.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("endpoint `{value}` {reason}; write `HOST:PORT`, as `controller.example:7443`, `192.0.2.1:7443` or `[2001:db8::1]:7443`")]
+#[error(
+    "endpoint `{value}` {reason}; write `HOST:PORT`, as `controller.example:7443`, `192.0.2.1:7443` or `[2001:db8::1]:7443`"
+)]
 pub struct EndpointError {
     value: String,
     reason: &'static str,
@@ -138,8 +140,21 @@ mod tests {
     #[test]
     fn what_is_no_endpoint_is_refused() {
         for text in [
-            "", ":7443", "host:", "host:0", "host:65536", "host:x", "https://host:7443", "host/path", "[host]:1", "[::1",
-            "[::1]x", "192.0.2.256:80", "a b:1", "-a:1", "a..b:1",
+            "",
+            ":7443",
+            "host:",
+            "host:0",
+            "host:65536",
+            "host:x",
+            "https://host:7443",
+            "host/path",
+            "[host]:1",
+            "[::1",
+            "[::1]x",
+            "192.0.2.256:80",
+            "a b:1",
+            "-a:1",
+            "a..b:1",
         ] {
             let error = text.parse::<ControllerEndpoint>().expect_err(text).to_string();
             assert!(error.contains(&format!("`{text}`")) && error.contains("HOST:PORT"), "{error}");

@@ -45,9 +45,7 @@ impl Identity {
         let network: NetworkName = network.parse().map_err(|_| error("has no valid network"))?;
         let identity = match subject.split_once('/') {
             None if subject == "controller" => Self::Controller,
-            Some(("node", id)) => {
-                Self::Node(NodeId(canonical_id(id).ok_or_else(|| error("has no valid node id"))?))
-            }
+            Some(("node", id)) => Self::Node(NodeId(canonical_id(id).ok_or_else(|| error("has no valid node id"))?)),
             Some(("admin", name)) if is_admin_name(name) => Self::Admin(name.to_owned()),
             Some(("admin", _)) => return Err(error("has no valid admin name")),
             _ => return Err(error("names neither a node, an admin nor the controller")),
@@ -121,10 +119,24 @@ mod tests {
     #[test]
     fn nothing_looser_names_anybody() {
         for uri in [
-            "", "rampart://", "rampart://corp", "rampart://corp/", "rampart://corp/node", "rampart://corp/node/",
-            "rampart://corp/node/0", "rampart://corp/node/07", "rampart://corp/node/+7", "rampart://corp/node/7/x",
-            "rampart://corp/node/4294967296", "rampart://corp/admin/", "rampart://corp/admin/A", "rampart://corp/admin/a/b",
-            "rampart://corp/controller/", "rampart://CORP/controller", "https://corp/controller", "rampart:///controller",
+            "",
+            "rampart://",
+            "rampart://corp",
+            "rampart://corp/",
+            "rampart://corp/node",
+            "rampart://corp/node/",
+            "rampart://corp/node/0",
+            "rampart://corp/node/07",
+            "rampart://corp/node/+7",
+            "rampart://corp/node/7/x",
+            "rampart://corp/node/4294967296",
+            "rampart://corp/admin/",
+            "rampart://corp/admin/A",
+            "rampart://corp/admin/a/b",
+            "rampart://corp/controller/",
+            "rampart://CORP/controller",
+            "https://corp/controller",
+            "rampart:///controller",
         ] {
             assert!(Identity::from_uri(uri).is_err(), "{uri}");
         }

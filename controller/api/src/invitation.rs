@@ -117,11 +117,15 @@ pub enum InvitationError {
          `meshctl admin invite` printed"
     )]
     OtherPrefix { found: String },
-    #[error("invitation has version {found}, and this program knows version 1; upgrade this machine's Rampart to the controller's")]
+    #[error(
+        "invitation has version {found}, and this program knows version 1; upgrade this machine's Rampart to the controller's"
+    )]
     NewerVersion { found: u32 },
     #[error("invitation is cut off; paste the whole line, from `rampart1:` to its end")]
     Truncated,
-    #[error("invitation was changed on its way: {reason}; paste the line again, or make a new one with `meshctl node invite`")]
+    #[error(
+        "invitation was changed on its way: {reason}; paste the line again, or make a new one with `meshctl node invite`"
+    )]
     Tampered { reason: &'static str },
     #[error("invitation has a wrong `{field}`: {reason}; make a new one with `meshctl node invite`")]
     Malformed { field: &'static str, reason: String },
@@ -211,7 +215,9 @@ fn body(line: &str) -> Result<&str, InvitationError> {
     let version = head.strip_prefix(PREFIX).ok_or_else(other)?;
     match version.parse::<u32>() {
         Ok(VERSION) if version == "1" => Ok(body),
-        Ok(found) if found > VERSION && !version.starts_with(['0', '+']) => Err(InvitationError::NewerVersion { found }),
+        Ok(found) if found > VERSION && !version.starts_with(['0', '+']) => {
+            Err(InvitationError::NewerVersion { found })
+        }
         _ => Err(other()),
     }
 }
@@ -275,9 +281,10 @@ fn from_wire(wire: &Wire) -> Result<Invitation, InvitationError> {
             None => return Err(malformed("subject", "it is missing".to_owned())),
         },
         endpoints: endpoints.clone(),
-        fingerprint: fingerprint.as_slice().try_into().map_err(|_| {
-            malformed("fingerprint", format!("it has {} bytes, not 32", fingerprint.len()))
-        })?,
+        fingerprint: fingerprint
+            .as_slice()
+            .try_into()
+            .map_err(|_| malformed("fingerprint", format!("it has {} bytes, not 32", fingerprint.len())))?,
         secret: Secret::try_from(secret.as_slice())?,
         expires_at: *expires_at,
     })
@@ -361,9 +368,15 @@ mod tests {
     fn a_well_sealed_line_is_checked_all_the_same() {
         let mut bad = node();
         bad.endpoints = vec!["https://controller".to_owned()];
-        assert!(matches!(bad.to_string().parse::<Invitation>(), Err(InvitationError::Malformed { field: "endpoints", .. })));
+        assert!(matches!(
+            bad.to_string().parse::<Invitation>(),
+            Err(InvitationError::Malformed { field: "endpoints", .. })
+        ));
         bad.endpoints.clear();
-        assert!(matches!(bad.to_string().parse::<Invitation>(), Err(InvitationError::Malformed { field: "endpoints", .. })));
+        assert!(matches!(
+            bad.to_string().parse::<Invitation>(),
+            Err(InvitationError::Malformed { field: "endpoints", .. })
+        ));
         assert!(bad.is_expired(1_800_000_000) && !bad.is_expired(1_799_999_999));
     }
 }

@@ -14,7 +14,8 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig,
+    SignatureScheme,
 };
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroize as _;
@@ -101,10 +102,7 @@ impl Clone for Credentials {
 
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credentials")
-            .field("certificates", &self.chain.len())
-            .field("key", &"redacted")
-            .finish()
+        f.debug_struct("Credentials").field("certificates", &self.chain.len()).field("key", &"redacted").finish()
     }
 }
 
@@ -207,7 +205,10 @@ fn roots(authority: &CertificateDer<'_>) -> Result<RootCertStore, TlsError> {
     Ok(roots)
 }
 
-fn pinned(authority: &CertificateDer<'_>, provider: &Arc<CryptoProvider>) -> Result<Arc<WebPkiServerVerifier>, TlsError> {
+fn pinned(
+    authority: &CertificateDer<'_>,
+    provider: &Arc<CryptoProvider>,
+) -> Result<Arc<WebPkiServerVerifier>, TlsError> {
     WebPkiServerVerifier::builder_with_provider(Arc::new(roots(authority)?), Arc::clone(provider))
         .build()
         .map_err(TlsError::Verifier)

@@ -3,9 +3,9 @@
 use controller_api::{ConvertError, v1};
 use ipnet::IpNet;
 use policy::{
-    Action, Addresses, Cell, CellEntry, Cells, Change, CidrId, ClassId, DefaultPolicy, Endpoint, Local, Matrix, Mode, Network,
-    NetworkParts, NodeId, Peer, Prefixes, PublicKey, Reason, Revision, Rule, RuleId, RuleSpec, Selector, ServiceRange,
-    SliceDelta, SliceRule, Verdict,
+    Action, Addresses, Cell, CellEntry, Cells, Change, CidrId, ClassId, DefaultPolicy, Endpoint, Local, Matrix, Mode,
+    Network, NetworkParts, NodeId, Peer, Prefixes, PublicKey, Reason, Revision, Rule, RuleId, RuleSpec, Selector,
+    ServiceRange, SliceDelta, SliceRule, Verdict,
 };
 use prost::Message;
 
@@ -42,10 +42,25 @@ fn changes() -> Vec<Change> {
     };
     vec![
         Change::SetDefault(DefaultPolicy::Lineage),
-        Change::AddCidr { name: text("web"), prefixes: prefixes(&["10.42.1.0/24", "fd42:0:0:1::/64"]), isolated: true, external: false },
-        Change::AddCidr { name: text("app"), prefixes: prefixes(&["10.42.2.0/24", "fd42:0:0:2::/64"]), isolated: false, external: false },
+        Change::AddCidr {
+            name: text("web"),
+            prefixes: prefixes(&["10.42.1.0/24", "fd42:0:0:1::/64"]),
+            isolated: true,
+            external: false,
+        },
+        Change::AddCidr {
+            name: text("app"),
+            prefixes: prefixes(&["10.42.2.0/24", "fd42:0:0:2::/64"]),
+            isolated: false,
+            external: false,
+        },
         Change::AddCidr { name: text("old"), prefixes: prefixes(&["10.42.9.0/24"]), isolated: false, external: false },
-        Change::AddCidr { name: text("office"), prefixes: prefixes(&["192.168.7.0/24"]), isolated: false, external: true },
+        Change::AddCidr {
+            name: text("office"),
+            prefixes: prefixes(&["192.168.7.0/24"]),
+            isolated: false,
+            external: true,
+        },
         Change::MoveCidr { name: text("old"), prefixes: prefixes(&["10.42.8.0/24"]) },
         Change::SetCidr { name: text("old"), isolated: true },
         Change::RenameCidr { from: text("old"), to: text("older") },
@@ -58,7 +73,13 @@ fn changes() -> Vec<Change> {
             groups: vec![text("front")],
             gateway_for: vec![text("office")],
         },
-        Change::AddNode { name: text("app0"), cidr: text("app"), addresses: None, groups: Vec::new(), gateway_for: Vec::new() },
+        Change::AddNode {
+            name: text("app0"),
+            cidr: text("app"),
+            addresses: None,
+            groups: Vec::new(),
+            gateway_for: Vec::new(),
+        },
         Change::RenameNode { from: text("app0"), to: text("app1") },
         Change::DisableNode { name: text("app1") },
         Change::EnableNode { name: text("app1") },
@@ -80,7 +101,13 @@ fn changes() -> Vec<Change> {
         Change::DeleteService { name: text("gone") },
         Change::AddGroup { name: text("gone"), members: Vec::new() },
         Change::DeleteGroup { name: text("gone") },
-        Change::AddNode { name: text("gone"), cidr: text("app"), addresses: None, groups: Vec::new(), gateway_for: Vec::new() },
+        Change::AddNode {
+            name: text("gone"),
+            cidr: text("app"),
+            addresses: None,
+            groups: Vec::new(),
+            gateway_for: Vec::new(),
+        },
         Change::DeleteNode { name: text("gone") },
     ]
 }
@@ -88,7 +115,8 @@ fn changes() -> Vec<Change> {
 fn network() -> Network {
     let roots = prefixes(&["10.42.0.0/16", "fd42::/48"]);
     let mut network = Network::new(text("corp"), roots, DefaultPolicy::Deny).expect("a network");
-    let joined = [("web1", 1), ("app1", 2)].map(|(name, byte)| Change::ActivateNode { name: text(name), public_key: key(byte) });
+    let joined =
+        [("web1", 1), ("app1", 2)].map(|(name, byte)| Change::ActivateNode { name: text(name), public_key: key(byte) });
     for change in changes().iter().chain(&joined) {
         network.apply(change).unwrap_or_else(|error| panic!("{change:?}: {error}"));
     }
@@ -187,7 +215,10 @@ fn delta() -> SliceDelta {
         cells: vec![Cells {
             sources: vec![ClassId(1)],
             destinations: vec![ClassId(1), ClassId(2)],
-            cell: Cell { otherwise: Verdict::LINEAGE, entries: vec![entry(6, 0, 65535, verdict), entry(17, 53, 53, Verdict::NO_RULE)] },
+            cell: Cell {
+                otherwise: Verdict::LINEAGE,
+                entries: vec![entry(6, 0, 65535, verdict), entry(17, 53, 53, Verdict::NO_RULE)],
+            },
         }],
         removed_classes: vec![ClassId(9)],
     }

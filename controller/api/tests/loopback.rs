@@ -151,7 +151,9 @@ async fn a_node_cannot_pose_as_the_controller() {
 async fn a_refused_certificate_is_an_error_of_connecting() {
     let (ours, theirs) = (Authority::new(), Authority::new());
     let endpoint = ours.serve().await;
-    for (identity, reason) in [(theirs.client(false), "not of this controller's network"), (ours.client(true), "has expired")] {
+    for (identity, reason) in
+        [(theirs.client(false), "not of this controller's network"), (ours.client(true), "has expired")]
+    {
         let error = connect(&endpoint, &ours.trust(), Some(&identity)).await.expect_err("refused");
         assert!(matches!(error, ConnectError::Refused { .. }), "{error:?}");
         assert!(error.to_string().contains(reason), "{error}");

@@ -106,7 +106,10 @@ impl Invite {
             endpoints: endpoints.iter().map(ControllerEndpoint::to_string).collect(),
         };
         let v1::InviteResponse { invitation, expires_at } = session.invite(request).await?;
-        say(format!("invitation of admin `{name}`, good until {}; on that machine: meshctl admin join '…'", timestamp(expires_at)));
+        say(format!(
+            "invitation of admin `{name}`, good until {}; on that machine: meshctl admin join '…'",
+            timestamp(expires_at)
+        ));
         output::line(&invitation)
     }
 }
@@ -118,7 +121,9 @@ pub(crate) async fn join(join: Join, connection: &ConnectionArgs) -> Result<(), 
     let name = match &invitation.subject {
         Subject::Admin(name) => name.clone(),
         Subject::Node(node) => {
-            return Err(Failure::usage(format!("this is the invitation of node `{node}`; use it there with `noded join`")));
+            return Err(Failure::usage(format!(
+                "this is the invitation of node `{node}`; use it there with `noded join`"
+            )));
         }
     };
     if invitation.is_expired(time::now()) {
@@ -148,8 +153,11 @@ pub(crate) async fn join(join: Join, connection: &ConnectionArgs) -> Result<(), 
     };
     let answer = EnrolClient::new(channel).redeem(timed(request)).await?.into_inner();
     let v1::RedeemResponse { certificate, authority, network, name: named, node: _ } = answer;
-    if tls::fingerprint(&authority) != invitation.fingerprint || named != name || network != invitation.network.as_ref() {
-        return Err(Failure::failed("controller answered for another network or name than it was asked; ask for a new invitation"));
+    if tls::fingerprint(&authority) != invitation.fingerprint || named != name || network != invitation.network.as_ref()
+    {
+        return Err(Failure::failed(
+            "controller answered for another network or name than it was asked; ask for a new invitation",
+        ));
     }
     let profile = Profile { network, name: named, endpoints };
     identity::store(&dir, &profile, &certificate, &authority)?;

@@ -1,5 +1,7 @@
 //! `meshctl cidr …`
 
+use std::collections::BTreeMap;
+
 use clap::{ArgAction, Subcommand};
 use ipnet::IpNet;
 use policy::{Change, Cidr, CidrId, CidrName, Network, Prefixes, parse_prefix};
@@ -133,8 +135,17 @@ impl Row for CidrRow {
     }
 }
 
+/// How many nodes each cidr has, of those whose deepest cidr it is.
+fn populations(network: &Network) -> BTreeMap<CidrId, usize> {
+    let mut nodes = BTreeMap::new();
+    for cidr in network.nodes().keys().filter_map(|node| network.cidr_of_node(*node)) {
+        *nodes.entry(cidr.id).or_default() += 1;
+    }
+    nodes
+}
+
 impl CidrRow {
-    fn of(network: &Network, cidr: &Cidr) -> Self {
+    fn of(network: &Network, nodes: &BTreeMap<CidrId, usize>, cidr: &Cidr) -> Self {
         let Cidr { id, name, prefixes, isolated, external } = cidr;
         let parent = network.parent_of(*id).and_then(|parent| network.cidrs().get(&parent));
         Self {
@@ -142,7 +153,7 @@ impl CidrRow {
             name: name.to_string(),
             prefixes: prefixes.iter().map(|prefix| prefix.to_string()).collect(),
             parent: parent.map(|parent| parent.name.to_string()),
-            nodes: network.nodes().keys().filter(|node| network.cidr_of_node(**node).is_some_and(|of| of.id == *id)).count(),
+            nodes: nodes.get(id).copied().unwrap_or(0),
             isolated: *isolated,
             external: *external,
         }
@@ -151,13 +162,17 @@ impl CidrRow {
 
 /// In the order of their addresses.
 fn rows(network: &Network) -> Vec<CidrRow> {
-    in_order(network, network.cidrs().keys().copied()).into_iter().map(|cidr| CidrRow::of(network, cidr)).collect()
+    let nodes = populations(network);
+    let cidrs = in_order(network, network.cidrs().keys().copied());
+    cidrs.into_iter().map(|cidr| CidrRow::of(network, &nodes, cidr)).collect()
 }
 
 /// Cidrs by their first prefix: the order in which people think of addresses.
 pub(crate) fn in_order(network: &Network, ids: impl IntoIterator<Item = CidrId>) -> Vec<&Cidr> {
     let mut cidrs: Vec<&Cidr> = ids.into_iter().filter_map(|id| network.cidrs().get(&id)).collect();
-    cidrs.sort_by_key(|cidr| (cidr.external, cidr.prefixes.iter().next().map(|prefix| (prefix.addr(), prefix.prefix_len()))));
+    cidrs.sort_by_key(|cidr| {
+        (cidr.external, cidr.prefixes.iter().next().map(|prefix| (prefix.addr(), prefix.prefix_len())))
+    });
     cidrs
 }
 
@@ -178,12 +193,13 @@ struct Branch {
 
 impl Tree {
     fn of(network: &Network) -> Self {
+        let nodes = populations(network);
         let tops = network.cidrs().keys().copied().filter(|id| network.parent_of(*id).is_none());
         Self {
             network: network.name().to_string(),
             roots: network.roots().iter().map(|root| root.to_string()).collect(),
             default: network.default().to_string(),
-            cidrs: in_order(network, tops).into_iter().map(|cidr| Branch::of(network, cidr)).collect(),
+            cidrs: in_order(network, tops).into_iter().map(|cidr| Branch::of(network, &nodes, cidr)).collect(),
         }
     }
 
@@ -195,11 +211,11 @@ impl Tree {
 }
 
 impl Branch {
-    fn of(network: &Network, cidr: &Cidr) -> Self {
+    fn of(network: &Network, nodes: &BTreeMap<CidrId, usize>, cidr: &Cidr) -> Self {
         let children = in_order(network, network.children_of(cidr.id));
         Self {
-            row: CidrRow::of(network, cidr),
-            children: children.into_iter().map(|child| Self::of(network, child)).collect(),
+            row: CidrRow::of(network, nodes, cidr),
+            children: children.into_iter().map(|child| Self::of(network, nodes, child)).collect(),
         }
     }
 }

@@ -3,7 +3,8 @@
 use policy::{Action, Addresses, Change, DefaultPolicy, Network, Prefixes, PublicKey, RuleSpec};
 
 pub(crate) fn network() -> Network {
-    let mut network = Network::new(name("corp"), prefixes(&["10.42.0.0/16", "fd42::/48"]), DefaultPolicy::Deny).expect("a network");
+    let mut network =
+        Network::new(name("corp"), prefixes(&["10.42.0.0/16", "fd42::/48"]), DefaultPolicy::Deny).expect("a network");
     for change in changes() {
         network.apply(&change).expect("a valid change");
     }

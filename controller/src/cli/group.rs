@@ -117,7 +117,8 @@ struct GroupRow {
 
 impl GroupRow {
     fn of(network: &Network, group: &Group) -> Self {
-        let names = |rule: &&Rule| rule.from.iter().chain(&rule.to).any(|selector| *selector == Selector::Group(group.id));
+        let names =
+            |rule: &&Rule| rule.from.iter().chain(&rule.to).any(|selector| *selector == Selector::Group(group.id));
         Self {
             id: group.id.0,
             name: group.name.to_string(),

@@ -72,8 +72,10 @@ impl AdminIdentity {
             Failure::failed(format!("`{}` is damaged: {}; join again", dir.join(PROFILE).display(), error.message()))
         })?;
         let key = Zeroizing::new(read(&dir.join(KEY))?);
-        let credentials = ClientIdentity::from_pem(&read(&dir.join(CERTIFICATE))?, &key).map_err(|error| broken(dir, &error))?;
-        let authority = tls::certificates_from_pem(&read(&dir.join(AUTHORITY))?).map_err(|error| broken(dir, &error))?;
+        let credentials =
+            ClientIdentity::from_pem(&read(&dir.join(CERTIFICATE))?, &key).map_err(|error| broken(dir, &error))?;
+        let authority =
+            tls::certificates_from_pem(&read(&dir.join(AUTHORITY))?).map_err(|error| broken(dir, &error))?;
         let authority = authority.first().map(|certificate| certificate.to_vec()).unwrap_or_default();
         Ok(Self { name: profile.name, endpoints: profile.endpoints, credentials, authority })
     }

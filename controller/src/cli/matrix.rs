@@ -1,6 +1,6 @@
 //! The compiled matrix, cidr by cidr.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use comfy_table::presets;
@@ -84,7 +84,13 @@ impl fmt::Display for VerdictText {
 
 impl Table {
     /// Of the cidrs named; all where none is.
-    pub(crate) fn of(network: &Network, matrix: &Matrix, revision: Revision, from: &[CidrName], to: &[CidrName]) -> Self {
+    pub(crate) fn of(
+        network: &Network,
+        matrix: &Matrix,
+        revision: Revision,
+        from: &[CidrName],
+        to: &[CidrName],
+    ) -> Self {
         let named = |names: &[CidrName]| -> Vec<(CidrId, String)> {
             in_order(network, network.cidrs().keys().copied())
                 .into_iter()
@@ -122,8 +128,11 @@ impl Table {
         let mut table = comfy_table::Table::new();
         table.load_style(presets::UTF8_FULL_CONDENSED);
         table.set_header(std::iter::once("from \\ to").chain(self.to.iter().map(String::as_str)));
+        let summaries: BTreeMap<_, _> =
+            self.pairs.iter().map(|pair| ((&pair.from, &pair.to), pair.summary.as_str())).collect();
         for from in &self.from {
-            let cells = self.to.iter().map(|to| self.summary(from, to).replace(' ', "\n"));
+            let summary = |to| summaries.get(&(from, to)).copied().unwrap_or(NOTHING);
+            let cells = self.to.iter().map(|to| summary(to).replace(' ', "\n"));
             table.add_row(std::iter::once(from.clone()).chain(cells));
         }
         table.to_string()
@@ -131,11 +140,10 @@ impl Table {
 
     fn list(&self) -> String {
         let rows = self.pairs.iter().filter(|pair| pair.summary != NOTHING);
-        output::table(&["FROM", "TO", "SERVICES"], rows.map(|pair| vec![pair.from.clone(), pair.to.clone(), pair.summary.clone()]))
-    }
-
-    fn summary(&self, from: &str, to: &str) -> &str {
-        self.pairs.iter().find(|pair| pair.from == from && pair.to == to).map_or(NOTHING, |pair| &pair.summary)
+        output::table(
+            &["FROM", "TO", "SERVICES"],
+            rows.map(|pair| vec![pair.from.clone(), pair.to.clone(), pair.summary.clone()]),
+        )
     }
 
     /// What the marks that occur mean.
@@ -148,7 +156,9 @@ impl Table {
             ("*", "for some addresses only: `meshctl policy explain` tells for two of them"),
         ];
         let occurs = |mark: &str| match mark {
-            NOTHING => self.pairs.iter().filter(|pair| pair.summary != NOTHING).count() < self.from.len() * self.to.len(),
+            NOTHING => {
+                self.pairs.iter().filter(|pair| pair.summary != NOTHING).count() < self.from.len() * self.to.len()
+            }
             mark => self.pairs.iter().any(|pair| pair.summary.split(' ').any(|word| word == mark)),
         };
         let lines: Vec<String> = marks
@@ -189,7 +199,10 @@ impl CellText {
         Self {
             services: entries
                 .iter()
-                .map(|entry| ServiceText { service: entry.range.to_string(), verdict: VerdictText::of(network, &entry.verdict) })
+                .map(|entry| ServiceText {
+                    service: entry.range.to_string(),
+                    verdict: VerdictText::of(network, &entry.verdict),
+                })
                 .collect(),
             otherwise: VerdictText::of(network, otherwise),
         }

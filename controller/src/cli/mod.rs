@@ -161,7 +161,9 @@ impl From<ConnectError> for Failure {
             ConnectError::Unreachable { .. } | ConnectError::Socket { .. } => Self::Unreachable(text),
             ConnectError::SocketDenied { .. } | ConnectError::Refused { .. } => Self::Denied(text),
             ConnectError::NoEndpoint | ConnectError::Endpoint(_) => Self::Usage(text),
-            ConnectError::OtherAuthority { .. } | ConnectError::Untrusted { .. } | ConnectError::Tls(_) => Self::Failed(text),
+            ConnectError::OtherAuthority { .. } | ConnectError::Untrusted { .. } | ConnectError::Tls(_) => {
+                Self::Failed(text)
+            }
         }
     }
 }
@@ -316,7 +318,9 @@ mod tests {
     /// It holds a secret, which a refused argument would put on the screen and into logs.
     #[tokio::test]
     async fn a_refused_invitation_is_not_echoed() {
-        for (line, expected) in [("rampart2:secret", "version 2"), ("hello-secret", "rampart1:"), ("rampart1:secret", "cut off")] {
+        for (line, expected) in
+            [("rampart2:secret", "version 2"), ("hello-secret", "rampart1:"), ("rampart1:secret", "cut off")]
+        {
             let cli = Cli::try_parse_from(["meshctl", "admin", "join", line]).expect("a line");
             assert!(!format!("{cli:?}").contains("secret"));
             let failure = cli.command.run(&cli.connection).await.expect_err(line);

@@ -160,7 +160,11 @@ impl Invite {
             endpoints: self.endpoints.iter().map(ControllerEndpoint::to_string).collect(),
         };
         let v1::InviteResponse { invitation, expires_at } = session.invite(request).await?;
-        say(format!("invitation of node `{}`, good until {}; on that machine: noded join '…'", self.name, timestamp(expires_at)));
+        say(format!(
+            "invitation of node `{}`, good until {}; on that machine: noded join '…'",
+            self.name,
+            timestamp(expires_at)
+        ));
         output::line(&invitation)
     }
 
@@ -249,7 +253,11 @@ impl NodeRow {
             addresses: addresses.iter().map(|address| address.to_string()).collect(),
             cidr: network.cidr_of_node(*id).map(|cidr| cidr.name.to_string()).unwrap_or_default(),
             groups: groups.map(|group| group.name.to_string()).collect(),
-            gateway_for: gateway_for.iter().filter_map(|id| network.cidrs().get(id)).map(|cidr| cidr.name.to_string()).collect(),
+            gateway_for: gateway_for
+                .iter()
+                .filter_map(|id| network.cidrs().get(id))
+                .map(|cidr| cidr.name.to_string())
+                .collect(),
             endpoint: endpoint.map(|endpoint| endpoint.address.to_string()),
             endpoint_fixed: endpoint.is_some_and(|endpoint| endpoint.fixed),
             public_key: public_key.map(|key| key.to_string()),

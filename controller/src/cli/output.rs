@@ -140,7 +140,10 @@ mod tests {
         assert_eq!(text, "NAME    NOTE\na       1\nlonger  -");
         let json = render(&rows, Format::Json, String::new).expect("JSON");
         assert_eq!(serde_json::from_str::<serde_json::Value>(&json).expect("JSON")[1]["note"], serde_json::Value::Null);
-        assert_eq!(render(&rows, Format::Yaml, String::new).expect("YAML"), "- name: a\n  note: 1\n- name: longer\n  note: null\n");
+        assert_eq!(
+            render(&rows, Format::Yaml, String::new).expect("YAML"),
+            "- name: a\n  note: 1\n- name: longer\n  note: null\n"
+        );
     }
 
     #[test]

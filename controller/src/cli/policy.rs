@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::str::FromStr;
 
 use clap::{Args, Subcommand};
-use policy::{Change, CidrName, DefaultPolicy, Flow, Matrix, Network, NodeName, Revision, interpret, parse_flow_service, protocol};
+use policy::{
+    Change, CidrName, DefaultPolicy, Flow, Matrix, Network, NodeName, Revision, interpret, parse_flow_service, protocol,
+};
 use serde::Serialize;
 
 use super::matrix::{Table, VerdictText};

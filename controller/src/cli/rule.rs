@@ -125,7 +125,8 @@ struct RuleRow {
 
 impl RuleRow {
     fn of(network: &Network, rule: &Rule) -> Self {
-        let Rule { id, name, action, from, to, services, priority, both, mode, log, expires_at, schedule, comment } = rule;
+        let Rule { id, name, action, from, to, services, priority, both, mode, log, expires_at, schedule, comment } =
+            rule;
         let selector = |selector: &Selector| network.selector_spec(selector).map(|spec| spec.to_string());
         Self {
             id: id.0,
@@ -133,7 +134,11 @@ impl RuleRow {
             action: action.to_string(),
             from: from.iter().filter_map(selector).collect(),
             to: to.iter().filter_map(selector).collect(),
-            services: services.iter().filter_map(|service| network.service_spec(service)).map(|spec| spec.to_string()).collect(),
+            services: services
+                .iter()
+                .filter_map(|service| network.service_spec(service))
+                .map(|spec| spec.to_string())
+                .collect(),
             priority: *priority,
             both: *both,
             audit: *mode == Mode::Audit,

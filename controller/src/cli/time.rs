@@ -10,7 +10,9 @@ pub(crate) struct Lifetime(pub(crate) Duration);
 
 /// A text that is no span.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{value}` is not a span of time: {reason}; write numbers with `s`, `m`, `h`, `d` or `w`, as `90s`, `1h` or `7d`")]
+#[error(
+    "`{value}` is not a span of time: {reason}; write numbers with `s`, `m`, `h`, `d` or `w`, as `90s`, `1h` or `7d`"
+)]
 pub(crate) struct LifetimeError {
     value: String,
     reason: &'static str,
@@ -31,10 +33,12 @@ impl FromStr for Lifetime {
         }
         let (mut seconds, mut last, mut rest) = (0u64, u64::MAX, text);
         while !rest.is_empty() {
-            let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(|| error("its last number has no unit"))?;
+            let digits =
+                rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(|| error("its last number has no unit"))?;
             let number: u64 = rest[..digits].parse().map_err(|_| error("a unit has no number"))?;
             let unit = rest[digits..].chars().next().unwrap_or_default();
-            let (_, size) = UNITS.into_iter().find(|(name, _)| *name == unit).ok_or_else(|| error("it has an unknown unit"))?;
+            let (_, size) =
+                UNITS.into_iter().find(|(name, _)| *name == unit).ok_or_else(|| error("it has an unknown unit"))?;
             if size >= last {
                 return Err(error("its units are not in order, the largest first"));
             }
@@ -100,7 +104,9 @@ mod tests {
 
     #[test]
     fn spans_parse_as_they_print() {
-        for (text, seconds) in [("90s", 90), ("1h", 3_600), ("7d", 604_800), ("2w", 1_209_600), ("1d12h", 129_600), ("30m", 1_800)] {
+        for (text, seconds) in
+            [("90s", 90), ("1h", 3_600), ("7d", 604_800), ("2w", 1_209_600), ("1d12h", 129_600), ("30m", 1_800)]
+        {
             let span: Lifetime = text.parse().expect(text);
             assert_eq!(span.0.as_secs(), seconds);
             assert_eq!(span.to_string().parse(), Ok(span));

@@ -15,9 +15,7 @@ impl TryFrom<&Change> for v1::Change {
     fn try_from(change: &Change) -> Result<Self, Self::Error> {
         let rename = |from: String, to: String| v1::Rename { from, to };
         let kind = match change {
-            Change::SetDefault(default) => {
-                Kind::SetDefault(v1::Default::from(*default).into())
-            }
+            Change::SetDefault(default) => Kind::SetDefault(v1::Default::from(*default).into()),
             Change::AddCidr { name, prefixes, isolated, external } => Kind::AddCidr(v1::AddCidr {
                 name: name.to_string(),
                 prefixes: Some(prefixes.into()),
@@ -56,7 +54,11 @@ impl TryFrom<&Change> for v1::Change {
                     None => String::new(),
                     Some(Endpoint { address, fixed: true }) => address.to_string(),
                     Some(Endpoint { address, fixed: false }) => {
-                        return Err(ConvertError::invalid("change.set_endpoint", address, "only the controller observes"));
+                        return Err(ConvertError::invalid(
+                            "change.set_endpoint",
+                            address,
+                            "only the controller observes",
+                        ));
                     }
                 },
             }),
@@ -129,9 +131,10 @@ impl TryFrom<v1::Change> for Change {
                 Self::RenameGroup { from: parse("rename_group.from", &from)?, to: parse("rename_group.to", &to)? }
             }
             Kind::DeleteGroup(name) => Self::DeleteGroup { name: parse("delete_group", &name)? },
-            Kind::AddMember(v1::Member { group, member }) => {
-                Self::AddMember { group: parse("add_member.group", &group)?, member: parse("add_member.member", &member)? }
-            }
+            Kind::AddMember(v1::Member { group, member }) => Self::AddMember {
+                group: parse("add_member.group", &group)?,
+                member: parse("add_member.member", &member)?,
+            },
             Kind::RemoveMember(v1::Member { group, member }) => Self::RemoveMember {
                 group: parse("remove_member.group", &group)?,
                 member: parse("remove_member.member", &member)?,

@@ -152,7 +152,11 @@ impl TryFrom<v1::Prefix> for IpNet {
         let net = IpNet::new(address, narrow("prefix.length", length)?)
             .map_err(|error| ConvertError::invalid("prefix.length", &printed, error))?;
         if net.trunc() != net {
-            return Err(ConvertError::invalid("prefix", &printed, format!("host bits are set; write `{}`", net.trunc())));
+            return Err(ConvertError::invalid(
+                "prefix",
+                &printed,
+                format!("host bits are set; write `{}`", net.trunc()),
+            ));
         }
         Ok(net)
     }
@@ -187,7 +191,8 @@ impl TryFrom<v1::Prefixes> for Prefixes {
             Some(other) => return Err(ConvertError::invalid("prefixes.v6", other, "it is not IPv6")),
         };
         Self::new(v4, v6).map_err(|error| {
-            let printed: Vec<_> = [v4.map(IpNet::V4), v6.map(IpNet::V6)].iter().flatten().map(IpNet::to_string).collect();
+            let printed: Vec<_> =
+                [v4.map(IpNet::V4), v6.map(IpNet::V6)].iter().flatten().map(IpNet::to_string).collect();
             ConvertError::invalid("prefixes", printed.join(" "), error)
         })
     }
@@ -210,7 +215,8 @@ impl TryFrom<v1::Addresses> for Addresses {
         let v4 = (!v4.is_empty()).then(|| ipv4("addresses.v4", &v4)).transpose()?;
         let v6 = (!v6.is_empty()).then(|| ipv6("addresses.v6", &v6)).transpose()?;
         Self::new(v4, v6).map_err(|error| {
-            let printed: Vec<_> = [v4.map(IpAddr::V4), v6.map(IpAddr::V6)].iter().flatten().map(IpAddr::to_string).collect();
+            let printed: Vec<_> =
+                [v4.map(IpAddr::V4), v6.map(IpAddr::V6)].iter().flatten().map(IpAddr::to_string).collect();
             ConvertError::invalid("addresses", printed.join(" "), error)
         })
     }

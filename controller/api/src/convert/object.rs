@@ -4,11 +4,14 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 use policy::{
-    Cidr, CidrId, Endpoint, Group, GroupId, Mode, NamedService, Network, NetworkParts, Node, NodeId, Rule, RuleId, Selector,
-    ServiceId,
+    Cidr, CidrId, Endpoint, Group, GroupId, Mode, NamedService, Network, NetworkParts, Node, NodeId, Rule, RuleId,
+    Selector, ServiceId,
 };
 
-use super::{ConvertError, action, default_policy, id, ids, node_state, nonzero, parse, parse_all, print_all, public_key, required};
+use super::{
+    ConvertError, action, default_policy, id, ids, node_state, nonzero, parse, parse_all, print_all, public_key,
+    required,
+};
 use crate::v1;
 
 impl From<&Cidr> for v1::Cidr {
@@ -157,7 +160,9 @@ impl TryFrom<v1::Selector> for Selector {
         let v1::Selector { kind } = selector;
         Ok(match required("selector.kind", kind)? {
             Kind::Any(true) => Self::Any,
-            Kind::Any(false) => return Err(ConvertError::invalid("selector.any", "false", "only `true` means anything")),
+            Kind::Any(false) => {
+                return Err(ConvertError::invalid("selector.any", "false", "only `true` means anything"));
+            }
             Kind::Cidr(number) => Self::Cidr(id("selector.cidr", number, CidrId)?),
             Kind::Node(number) => Self::Node(id("selector.node", number, NodeId)?),
             Kind::Group(number) => Self::Group(id("selector.group", number, GroupId)?),
@@ -172,7 +177,8 @@ fn selectors(selectors: Vec<v1::Selector>) -> Result<BTreeSet<Selector>, Convert
 
 impl From<&Rule> for v1::Rule {
     fn from(rule: &Rule) -> Self {
-        let Rule { id, name, action, from, to, services, priority, both, mode, log, expires_at, schedule, comment } = rule;
+        let Rule { id, name, action, from, to, services, priority, both, mode, log, expires_at, schedule, comment } =
+            rule;
         Self {
             id: id.0,
             name: name.to_string(),

@@ -6,8 +6,8 @@ use std::fmt::Display;
 
 use ipnet::IpNet;
 use policy::{
-    Cell, CellEntry, Cells, CidrId, CidrName, ClassId, Local, NodeId, Peer, Reason, Revision, RuleId, ServiceRange, SliceDelta,
-    SliceRule, Verdict,
+    Cell, CellEntry, Cells, CidrId, CidrName, ClassId, Local, NodeId, Peer, Reason, Revision, RuleId, ServiceRange,
+    SliceDelta, SliceRule, Verdict,
 };
 
 use super::{ConvertError, action, id, narrow, parse, prefixes_to_nets, public_key, required};
@@ -119,7 +119,11 @@ fn prefix_from_wire(prefix: v1::SlicePrefix) -> Result<(IpNet, (ClassId, CidrId)
     Ok((prefix, (id("prefix.class", class, ClassId)?, id("prefix.cidr", cidr, CidrId)?)))
 }
 
-fn list<T, C: FromIterator<T>>(field: &'static str, values: Vec<u32>, make: impl Fn(u32) -> T) -> Result<C, ConvertError> {
+fn list<T, C: FromIterator<T>>(
+    field: &'static str,
+    values: Vec<u32>,
+    make: impl Fn(u32) -> T,
+) -> Result<C, ConvertError> {
     values.into_iter().map(|value| id(field, value, &make)).collect()
 }
 
@@ -241,7 +245,11 @@ impl TryFrom<v1::CellEntry> for CellEntry {
             high: narrow("entry.high", high)?,
         };
         if range.low > range.high {
-            return Err(ConvertError::invalid("entry.high", range.high, format!("it is below the low end, {}", range.low)));
+            return Err(ConvertError::invalid(
+                "entry.high",
+                range.high,
+                format!("it is below the low end, {}", range.low),
+            ));
         }
         Ok(Self { range, verdict: required("entry.verdict", verdict)?.try_into()? })
     }
