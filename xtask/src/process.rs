@@ -23,6 +23,11 @@ const POLL: Duration = Duration::from_millis(20);
 /// What a command gets to clean up in after a signal, before it is killed. The demo takes down a mesh in it.
 const GRACE: Duration = Duration::from_secs(30);
 
+/// What orphans get to end by themselves in, as those do that die with their parent.
+const ORPHAN_GRACE: Duration = Duration::from_secs(2);
+/// When to give up on orphans that do not die.
+const ORPHAN_LIMIT: Duration = Duration::from_secs(10);
+
 static SIGNALS: AtomicUsize = AtomicUsize::new(0);
 static LAST_SIGNAL: AtomicI32 = AtomicI32::new(0);
 static REAPER: AtomicBool = AtomicBool::new(false);
@@ -210,21 +215,25 @@ impl fmt::Display for Orphan {
 /// Kills what ended commands left running and says what that was. To be called while no command runs: every child
 /// that is there is an orphan then.
 pub(crate) fn kill_orphans() -> Vec<Orphan> {
-    let mut killed = Vec::new();
-    // Each round reparents the children of the killed to us; no tree of ours is deeper than this.
-    for _round in 0..16 {
+    let started = Instant::now();
+    let mut killed: Vec<Orphan> = Vec::new();
+    loop {
+        // The first process of a pid namespace is not gone before the others are reaped, so nothing here may block.
         while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(status) if status.pid().is_some()) {}
         let orphans = orphans();
-        if orphans.is_empty() {
-            break;
+        if orphans.is_empty() || started.elapsed() > ORPHAN_GRACE + ORPHAN_LIMIT {
+            return killed;
         }
-        for orphan in orphans {
-            let _gone = kill(orphan.pid, Signal::SIGKILL);
-            let _reaped = waitpid(orphan.pid, None);
-            killed.push(orphan);
+        if started.elapsed() > ORPHAN_GRACE {
+            for orphan in orphans {
+                let _gone = kill(orphan.pid, Signal::SIGKILL);
+                if killed.iter().all(|known| known.pid != orphan.pid) {
+                    killed.push(orphan);
+                }
+            }
         }
+        thread::sleep(POLL);
     }
-    killed
 }
 
 fn orphans() -> Vec<Orphan> {

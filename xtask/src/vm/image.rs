@@ -168,7 +168,8 @@ fn overlay(run: &RunDirectory, program: &Path, job: &Job) -> Result<PathBuf> {
     let passed_on = std::env::vars()
         .filter(|(name, _)| PASSED_ON.iter().any(|prefix| name.starts_with(prefix)) && !name.contains("RUSTUP"))
         .map(|(name, value)| format!("{name}={value}"));
-    let environment: Vec<String> = passed_on.chain(job.environment.iter().cloned()).collect();
+    let path = format!("PATH={}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/opt/busybox", debug.display());
+    let environment: Vec<String> = passed_on.chain([path]).chain(job.environment.iter().cloned()).collect();
     let etc = tree.join("etc/vm");
     write(&etc.join("argv"), zero_terminated(&job.argv))?;
     write(&etc.join("environment"), zero_terminated(&environment))?;
