@@ -1,6 +1,6 @@
 //! The daemon: joins the enforcer, the controller and those who ask, and ends in good order.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +31,8 @@ use crate::report::{self, Explanation, Interpreted, Question};
 use crate::startup;
 use crate::state::{self, State};
 
+/// In the state directory: what the userspace WireGuard last said.
+pub const WIREGUARD_LOG: &str = "wireguard.log";
 /// How long the controller's interpreter may take.
 const INTERPRETER: Duration = Duration::from_secs(5);
 /// How long a change may be on its way from the controller to this node's kernel.
@@ -60,7 +62,7 @@ impl Machine {
     pub fn prepare(settings: &Settings) -> anyhow::Result<Self> {
         startup::check_rights()?;
         let interface = settings.interface.as_str();
-        let options = Options { log: Some(settings.state_dir.join("wireguard.log")), ..Options::default() };
+        let options = Options { log: Some(settings.state_dir.join(WIREGUARD_LOG)), ..Options::default() };
         let wireguard = wireguard::detect(interface, settings.wireguard, options)?;
         startup::check(settings, wireguard.backend())?;
         let link = Box::new(NetlinkLink::new(interface)?);
@@ -109,12 +111,13 @@ async fn serve(
 ) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let socket = control::bind(&settings.socket)
-        .with_context(|| format!("failed to serve `nodectl` at `{}`", settings.socket.display()))?;
     let scrapes = match settings.metrics {
         Metrics::Off => None,
         Metrics::At(address) => Some(metrics::bind(address).await?),
     };
+    let socket = control::bind(&settings.socket)
+        .with_context(|| format!("failed to serve `nodectl` at `{}`", settings.socket.display()))?;
+    let _socket_file = SocketFile(settings.socket.clone());
 
     let held = state.as_ref().map(|state| Arc::new(state.slice.clone()));
     let enforcer = enforcer::start(setup(&settings, keys, machine, state, trace_datapath));
@@ -122,7 +125,6 @@ async fn serve(
         enforcer.enforce(Arc::clone(slice))?;
     }
     if let Some(error) = enforcer.ask(|enforcer| unattached(enforcer)).await? {
-        let _ = std::fs::remove_file(&settings.socket);
         bail!(error);
     }
     let controller = controller::start(&settings, held, enforcer.enforced.clone());
@@ -137,10 +139,18 @@ async fn serve(
     }
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     tracing::info!("stopping; what is enforced stays enforced");
-    let _ = std::fs::remove_file(&agent.settings.socket);
     // What was begun is finished.
     let _ = tokio::time::timeout(FAREWELL, agent.enforcer.ask(|_| ())).await;
     Ok(())
+}
+
+/// Goes with the daemon.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 fn setup(settings: &Settings, keys: Keys, machine: Machine, state: Option<State>, trace_datapath: bool) -> Setup {

@@ -123,11 +123,11 @@ pub fn policy(enforcer: &mut Enforcer, context: &Context) -> Result<Policy, Stri
     let seen = enforcer.datapath.read_tables().map_err(text)?;
     let counters = enforcer.datapath.counters(&[]).map_err(text)?;
     let observed = enforcer.observe().map_err(text)?;
-    let Some(intent) = &enforcer.intent else {
-        let differences = vec!["there is no policy that the kernel's tables could be held against".to_owned()];
-        return Ok(Policy { status, differences, entries: Vec::new() });
+    let intent = enforcer.intent.as_ref();
+    let differences = match intent {
+        Some(intent) => differences(intent, &seen, &observed),
+        None => vec!["this is an earlier daemon's policy; there is none to hold it against until the controller answers".to_owned()],
     };
-    let differences = differences(intent, &seen, &observed);
     let entries = Entries::new(intent, &seen, counters.pairs).collect();
     Ok(Policy { status, differences, entries })
 }
@@ -165,7 +165,8 @@ fn differences(intent: &Intent, seen: &Tables, observed: &Observed) -> Vec<Strin
 
 /// The tables in words.
 struct Entries<'a> {
-    intent: &'a Intent,
+    /// `None`: numbers have no names.
+    intent: Option<&'a Intent>,
     seen: &'a Tables,
     pairs: BTreeMap<PairKey, Counter>,
     /// Pairs' counters that an entry shows.
@@ -177,8 +178,8 @@ struct Entries<'a> {
 }
 
 impl<'a> Entries<'a> {
-    fn new(intent: &'a Intent, seen: &'a Tables, pairs: BTreeMap<PairKey, Counter>) -> Self {
-        let labels = labels(&intent.slice, seen);
+    fn new(intent: Option<&'a Intent>, seen: &'a Tables, pairs: BTreeMap<PairKey, Counter>) -> Self {
+        let labels = intent.map(|intent| labels(&intent.slice, seen)).unwrap_or_default();
         Self { intent, seen, pairs, shown: BTreeSet::new(), cells: BTreeMap::new(), labels, entries: Vec::new() }
     }
 
@@ -276,7 +277,7 @@ impl<'a> Entries<'a> {
     }
 
     fn rule(&self, slot: u32) -> String {
-        let rule = self.intent.tables.rule_of(slot).and_then(|rule| self.intent.slice.rules.get(&rule));
+        let rule = self.intent.and_then(|intent| intent.slice.rules.get(&intent.tables.rule_of(slot)?));
         rule.map_or_else(|| format!("rule in slot {slot}"), |rule| rule.name.to_string())
     }
 
@@ -285,7 +286,7 @@ impl<'a> Entries<'a> {
     }
 
     fn cidr(&self, id: u32) -> String {
-        match (id, self.intent.slice.cidrs.get(&CidrId(id))) {
+        match (id, self.intent.and_then(|intent| intent.slice.cidrs.get(&CidrId(id)))) {
             (0, _) => "-".to_owned(),
             (_, Some(name)) => name.to_string(),
             (_, None) => format!("cidr {id}"),

@@ -189,9 +189,13 @@ impl Follower {
             tokio::select! {
                 update = next(&mut updates) => {
                     let slice = Arc::new(receive(held.as_deref(), update?, identity.node)?);
+                    tracing::debug!(revision = %slice.revision, "update received");
                     self.keep_name(identity, &slice);
-                    held = Some(Arc::clone(&slice));
-                    self.received.send_replace(Some(slice));
+                    // A controller that has forgotten what this node holds sends it again.
+                    if held.as_ref() != Some(&slice) {
+                        held = Some(Arc::clone(&slice));
+                        self.received.send_replace(Some(slice));
+                    }
                 }
                 changed = self.enforced.changed() => {
                     changed.map_err(|_| SessionError::Ended)?;
@@ -338,6 +342,7 @@ pub fn now() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fixture;
 
     #[test]
     fn waits_grow_are_bounded_and_spread() {
@@ -358,6 +363,25 @@ mod tests {
     fn a_certificate_is_renewed_at_two_thirds_of_its_life() {
         assert_eq!(renew_at(1_000, 1_000 + 86_400), 1_000 + 86_400 * 66 / 100);
         assert_eq!(renew_at(5, 1), 5);
+    }
+
+    #[test]
+    fn a_change_gives_the_slice_that_the_controller_meant_or_nothing() {
+        let mut network = fixture::network();
+        let before = fixture::slice(&network, "app1", 3, None);
+        fixture::allow(&mut network, "db-to-app", "cidr:db", "cidr:app", "udp/53");
+        let after = fixture::slice(&network, "app1", 4, Some(&before));
+        let node = before.local.node;
+        let change = v1::Update::from(&before.diff(&after));
+        assert_eq!(receive(Some(&before), change.clone(), node).unwrap(), *after);
+        assert_eq!(receive(None, v1::Update::from(&after.to_delta()), node).unwrap(), *after);
+        let gap = receive(Some(&after), change.clone(), node).unwrap_err();
+        assert!(matches!(gap, UpdateError::Gap { from: Revision(3), held: Revision(4) }), "{gap}");
+        assert!(matches!(receive(Some(&before), change.clone(), NodeId(99)), Err(UpdateError::OtherNode(_))));
+        let unnamed = v1::Update { rules: Vec::new(), ..change.clone() };
+        assert!(receive(Some(&before), unnamed, node).is_err(), "a cell names a rule that nobody knows");
+        let garbled = v1::Update { removed_peers: vec![0], ..change };
+        assert!(matches!(receive(Some(&before), garbled, node), Err(UpdateError::Convert(_))));
     }
 
     #[test]

@@ -93,6 +93,22 @@ pub fn set_aside(path: &Path, word: &str) -> Result<PathBuf, DiskError> {
     }
 }
 
+/// Removes every file that [`set_aside`] made of this one.
+pub fn remove_aside(path: &Path) -> Result<(), DiskError> {
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else { return Ok(()) };
+    let Ok(entries) = fs::read_dir(directory) else { return Ok(()) };
+    for entry in entries.flatten() {
+        let aside = entry.file_name().to_str().is_some_and(|other| {
+            let number = other.strip_prefix(name).and_then(|rest| rest.strip_prefix('.')).and_then(|rest| rest.rsplit_once('-'));
+            number.is_some_and(|(_, number)| number.parse::<u32>().is_ok())
+        });
+        if aside {
+            remove(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 fn temporary(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".new");

@@ -368,7 +368,12 @@ impl Enforcer {
             error = error.or(Some(failed));
         }
         if let Some(error) = error.as_ref().filter(|error| self.error.as_ref() != Some(error)) {
-            tracing::warn!(error, "not everything could be done; trying again");
+            if self.attached {
+                tracing::warn!(error, "not everything could be done; trying again");
+            } else {
+                // At the start it is for the agent to say, and to end.
+                tracing::debug!(error, "nothing is attached yet");
+            }
         } else if error.is_none() && self.error.is_some() {
             tracing::info!("everything is done now");
         }
@@ -472,3 +477,6 @@ fn fresh_endpoints(old: Option<&Slice>, new: &Slice) -> BTreeSet<PublicKey> {
         .map(|peer| peer.public_key)
         .collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,7 +8,8 @@ use tonic::Code;
 
 use crate::config::Settings;
 use crate::controller::sync_client;
-use crate::disk::DiskError;
+use crate::agent::WIREGUARD_LOG;
+use crate::disk::{self, DiskError};
 use crate::identity::{self, Identity, IdentityError, Keys};
 use crate::kernel::{Datapath, KernelError, Link, WireGuard};
 use crate::state;
@@ -78,6 +79,9 @@ pub fn remove(
     }
     datapath.detach().map_err(LeaveError::Kernel)?;
     state::remove(&settings.state_dir)?;
+    disk::remove(&settings.state_dir.join(WIREGUARD_LOG))?;
     identity::remove(&settings.state_dir)?;
+    // If something else is in it, it stays.
+    let _ = std::fs::remove_dir(&settings.state_dir);
     Ok(())
 }

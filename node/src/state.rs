@@ -100,7 +100,9 @@ pub fn store(state_dir: &Path, state: &State) -> Result<(), DiskError> {
     disk::write_private(&state_dir.join(FILE), &encode(state))
 }
 
+/// Removes the state, and what was set aside of earlier ones.
 pub fn remove(state_dir: &Path) -> Result<(), DiskError> {
+    disk::remove_aside(&state_dir.join(FILE))?;
     disk::remove(&state_dir.join(FILE))
 }
 
@@ -216,5 +218,7 @@ mod tests {
         }
         assert!(directory.path().join("state.corrupt-4").exists());
         assert!(directory.path().join("state.other-version-1").exists());
+        remove(directory.path()).unwrap();
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 }

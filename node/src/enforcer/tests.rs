@@ -1,0 +1,212 @@
+//! The enforcer on a kernel in memory.
+
+use policy::Change;
+
+use super::*;
+use crate::fixture;
+use crate::kernel::Backend;
+use crate::kernel::fake::FakeKernel;
+
+struct Node {
+    kernel: FakeKernel,
+    enforcer: Enforcer,
+    enforced: watch::Receiver<Enforced>,
+    state_dir: tempfile::TempDir,
+}
+
+fn enforcer(kernel: &FakeKernel, state_dir: PathBuf, state: Option<State>) -> (Enforcer, watch::Receiver<Enforced>) {
+    let (enforced, enforced_rx) = watch::channel(Enforced::default());
+    let setup = Setup {
+        wireguard: Box::new(kernel.wireguard()),
+        link: Box::new(kernel.link()),
+        datapath: Box::new(kernel.datapath()),
+        key: fixture::key("web1"),
+        state_dir,
+        listen_port: 51_820,
+        mtu: 1_420,
+        persistent_keepalive: None,
+        reconcile_interval: Duration::from_secs(2),
+        slots: state.as_ref().map(|state| state.slots.clone()),
+        holders: state.map(|state| state.holders).unwrap_or_default(),
+        time: 0,
+    };
+    (Enforcer::new(setup, enforced, watch::channel(Arc::default()).0), enforced_rx)
+}
+
+impl Node {
+    fn new() -> Self {
+        let (kernel, state_dir) = (FakeKernel::new(Backend::Kernel), tempfile::tempdir().unwrap());
+        let (mut enforcer, enforced) = enforcer(&kernel, state_dir.path().to_owned(), None);
+        enforcer.round();
+        Self { kernel, enforcer, enforced, state_dir }
+    }
+
+    /// The daemon is killed and another one started.
+    fn restart(self) -> Self {
+        let Self { kernel, enforcer: former, state_dir, .. } = self;
+        let slice = former.intent.as_ref().map(|intent| Arc::clone(&intent.slice));
+        drop(former);
+        let node = slice.as_ref().map(|slice| slice.local.node);
+        let state = node.and_then(|node| state::load(state_dir.path(), node).unwrap());
+        let slice = state.as_ref().map(|state| Arc::new(state.slice.clone()));
+        let (mut enforcer, enforced) = enforcer(&kernel, state_dir.path().to_owned(), state);
+        enforcer.round();
+        if let Some(slice) = slice {
+            enforcer.enforce(slice);
+        }
+        Self { kernel, enforcer, enforced, state_dir }
+    }
+
+    fn state(&self) -> Option<Slice> {
+        let node = self.enforcer.intent.as_ref()?.slice.local.node;
+        state::load(self.state_dir.path(), node).unwrap().map(|state| state.slice)
+    }
+}
+
+#[test]
+fn before_the_first_policy_the_link_is_there_closed_and_down() {
+    let node = Node::new();
+    let world = node.kernel.world();
+    assert!(!world.link.as_ref().unwrap().up);
+    assert!(world.datapath.as_ref().unwrap().egress && world.datapath.as_ref().unwrap().ingress);
+    assert_eq!(*node.enforced.borrow(), Enforced::default());
+}
+
+#[test]
+fn what_is_acknowledged_is_in_force_and_on_disk() {
+    let mut node = Node::new();
+    let slice = fixture::slice(&fixture::network(), "web1", 5, None);
+    node.enforcer.enforce(Arc::clone(&slice));
+    let enforced = node.enforced.borrow().clone();
+    assert_eq!((enforced.revision, enforced.generation, enforced.error), (Revision(5), Generation(1), None));
+    assert_eq!(node.kernel.world().datapath.as_ref().unwrap().revision, Revision(5));
+    assert_eq!(node.state().as_ref(), Some(&*slice));
+    assert!(node.enforcer.repairs.is_empty(), "a change is no drift");
+}
+
+#[test]
+fn drift_is_repaired_and_counted_and_a_quiet_round_does_nothing() {
+    let mut node = Node::new();
+    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5, None));
+    node.enforcer.round();
+    assert!(node.enforcer.repairs.is_empty());
+    node.kernel.world().device.as_mut().unwrap().peers.clear();
+    node.kernel.world().datapath.as_mut().unwrap().egress = false;
+    node.kernel.world().datapath.as_mut().unwrap().generation = Generation(9);
+    node.enforcer.round();
+    assert_eq!(node.enforcer.repairs, [("attachment", 1), ("peer", 1), ("tables", 1)].into());
+    assert_eq!(node.enforced.borrow().generation, Generation(10));
+    node.kernel.take_steps();
+    node.enforcer.round();
+    assert_eq!(node.kernel.take_steps(), [""; 0]);
+}
+
+#[test]
+fn a_refused_step_is_reported_and_the_next_round_reports_that_it_is_done() {
+    let mut node = Node::new();
+    let network = fixture::network();
+    node.enforcer.enforce(fixture::slice(&network, "web1", 5, None));
+    node.kernel.fail_after(0);
+    node.enforcer.enforce(fixture::slice(&network, "web1", 6, None));
+    let enforced = node.enforced.borrow().clone();
+    assert_eq!(enforced.revision, Revision(6));
+    assert!(enforced.error.unwrap().contains("switch the tables to revision 6"));
+    assert_eq!(node.state().unwrap().revision, Revision(5), "what is not in force is not kept");
+    assert_eq!(node.enforcer.pause(Duration::from_secs(2)), RETRY);
+    node.kernel.world().fail_at = None;
+    node.enforcer.round();
+    assert_eq!(*node.enforced.borrow(), Enforced { revision: Revision(6), generation: Generation(2), error: None });
+    assert_eq!(node.state().unwrap().revision, Revision(6));
+    assert!(node.enforcer.repairs.is_empty(), "trying again is no drift");
+}
+
+#[test]
+fn a_slice_that_cannot_become_tables_leaves_the_policy_in_force() {
+    let mut node = Node::new();
+    let slice = fixture::slice(&fixture::network(), "web1", 5, None);
+    node.enforcer.enforce(Arc::clone(&slice));
+    let mut broken = (*slice).clone();
+    broken.revision = Revision(6);
+    broken.rules.clear();
+    node.enforcer.enforce(Arc::new(broken));
+    let enforced = node.enforced.borrow().clone();
+    assert_eq!((enforced.revision, enforced.generation), (Revision(6), Generation(1)));
+    assert!(enforced.error.unwrap().contains("revision 6 cannot be put in force"));
+    assert_eq!(node.kernel.world().datapath.as_ref().unwrap().revision, Revision(5));
+    node.enforcer.round();
+    assert_eq!(node.kernel.world().datapath.as_ref().unwrap().revision, Revision(5));
+}
+
+#[test]
+fn a_state_that_cannot_be_written_is_said_and_does_not_keep_the_policy_out() {
+    let mut node = Node::new();
+    node.enforcer.state_dir = node.state_dir.path().join("not there");
+    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5, None));
+    assert_eq!(node.kernel.world().datapath.as_ref().unwrap().revision, Revision(5));
+    assert!(node.enforced.borrow().error.as_ref().unwrap().contains("last good state"));
+}
+
+#[test]
+fn a_restarted_daemon_takes_over_and_cuts_nothing() {
+    let mut node = Node::new();
+    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5, None));
+    let flow = ("10.42.1.1".parse().unwrap(), "10.42.2.1".parse().unwrap());
+    node.kernel.world().flows.push(flow);
+    node.kernel.take_steps();
+    let node = node.restart();
+    assert_eq!(node.kernel.take_steps(), ["attach", "switch 5"]);
+    assert_eq!(node.kernel.world().flows, [flow]);
+    assert_eq!(node.kernel.world().violations, [""; 0]);
+}
+
+#[test]
+fn flows_die_when_their_address_changes_hands_also_over_a_gap_and_a_restart() {
+    let mut network = fixture::network();
+    let mut node = Node::new();
+    node.enforcer.enforce(fixture::slice(&network, "web1", 5, None));
+    let flow = ("10.42.1.1".parse().unwrap(), "10.42.2.1".parse().unwrap());
+    node.kernel.world().flows.push(flow);
+    let change = |network: &mut policy::Network, change: Change| drop(network.apply(&change).unwrap());
+    change(&mut network, Change::DeleteNode { name: "app1".parse().unwrap() });
+    node.enforcer.enforce(fixture::slice(&network, "web1", 6, None));
+    assert_eq!(node.kernel.world().flows, [flow], "nobody has the address");
+    let mut node = node.restart();
+    change(&mut network, Change::AddNode {
+        name: "app2".parse().unwrap(),
+        cidr: "app".parse().unwrap(),
+        addresses: None,
+        groups: Vec::new(),
+        gateway_for: Vec::new(),
+    });
+    change(&mut network, Change::ActivateNode { name: "app2".parse().unwrap(), public_key: fixture::public_key("app2") });
+    node.kernel.take_steps();
+    node.enforcer.enforce(fixture::slice(&network, "web1", 7, None));
+    assert_eq!(node.kernel.world().flows, []);
+    let steps = node.kernel.take_steps();
+    let at = |word: &str| steps.iter().position(|step| step.starts_with(word)).unwrap_or_else(|| panic!("{word}: {steps:?}"));
+    assert!(at("switch") < at("forget") && at("forget") < at("set peer"), "{steps:?}");
+}
+
+#[tokio::test]
+async fn the_thread_answers_between_its_rounds_and_ends_with_its_last_handle() {
+    let (kernel, state_dir) = (FakeKernel::new(Backend::Userspace), tempfile::tempdir().unwrap());
+    let setup = Setup {
+        wireguard: Box::new(kernel.wireguard()),
+        link: Box::new(kernel.link()),
+        datapath: Box::new(kernel.datapath()),
+        key: fixture::key("web1"),
+        state_dir: state_dir.path().to_owned(),
+        listen_port: 1,
+        mtu: 1_420,
+        persistent_keepalive: None,
+        reconcile_interval: Duration::from_secs(2),
+        slots: None,
+        holders: Holders::new(),
+        time: 0,
+    };
+    let handle = start(setup);
+    handle.enforce(fixture::slice(&fixture::network(), "web1", 5, None)).unwrap();
+    let revision = handle.ask(|enforcer| enforcer.intent.as_ref().map(|intent| intent.slice.revision)).await.unwrap();
+    assert_eq!(revision, Some(Revision(5)));
+    assert_eq!(handle.enforced.borrow().revision, Revision(5));
+}
