@@ -81,10 +81,24 @@ fn reserved(prefix: IpNet) -> Option<&'static str> {
         (Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8, "multicast"),
         (Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0), 96, "IPv4-mapped"),
     ];
-    let inside = |address: IpAddr, length: u8| IpNet::new(address, length).is_ok_and(|range| range.contains(&prefix));
-    let v4 = V4.iter().map(|&(address, length, what)| (IpAddr::V4(address), length, what));
-    let v6 = V6.iter().map(|&(address, length, what)| (IpAddr::V6(address), length, what));
-    v4.chain(v6).find(|&(address, length, _)| inside(address, length)).map(|(.., what)| what)
+    // A longer prefix that shares the range's bits.
+    let found = match prefix {
+        IpNet::V4(own) => V4
+            .iter()
+            .find(|(range, length, _)| {
+                let differs = u32::from(own.addr()) ^ u32::from(*range);
+                own.prefix_len() >= *length && differs.leading_zeros() >= u32::from(*length)
+            })
+            .map(|(.., what)| what),
+        IpNet::V6(own) => V6
+            .iter()
+            .find(|(range, length, _)| {
+                let differs = u128::from(own.addr()) ^ u128::from(*range);
+                own.prefix_len() >= *length && differs.leading_zeros() >= u32::from(*length)
+            })
+            .map(|(.., what)| what),
+    };
+    found.copied()
 }
 
 /// At most one prefix of each family, at least one; canonical and usable.
@@ -263,6 +277,8 @@ mod tests {
         check("10.42.1.0/24", "10.42.1.0/24");
         check("FD42:0:0:1::/64", "fd42:0:0:1::/64");
         check("0.0.0.0/0", "0.0.0.0/0");
+        check("126.0.0.0/7", "126.0.0.0/7");
+        check("192.0.0.0/2", "192.0.0.0/2");
         check("::/0", "::/0");
         check("10.42.1.5/24", "write `10.42.1.0/24`");
         check("fd42::1/64", "write `fd42::/64`");

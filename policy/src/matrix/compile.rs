@@ -62,7 +62,7 @@ pub(super) fn partition(network: &Network, rules: &RuleTable) -> Result<Classes,
         around.push(Region { prefix, cidr, selected });
     }
     Bounded::Classes.check(classes.len(), limit::MAX_CLASSES)?;
-    classes.lineages = lineages.paths;
+    classes.seal(lineages.paths, rules.selectors.len());
     Ok(classes)
 }
 

@@ -3,8 +3,10 @@
 //! Classes are made when the matrix is compiled, cells when they are asked for: there are as many as pairs of classes,
 //! and a node needs those of its own classes only.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
+
+use ipnet::IpNet;
 
 use crate::id::{CidrId, ClassId, NodeId, Revision};
 use crate::limit::LimitError;
@@ -21,6 +23,8 @@ mod table;
 
 pub use cell::{Cell, CellEntry, CellError};
 pub(crate) use row::Cross;
+
+pub(crate) use classes::Place;
 
 use classes::{Class, Classes};
 use table::{Rank, RuleTable};
@@ -92,9 +96,14 @@ impl Matrix {
         build::build(self, network, revision, node, previous)
     }
 
-    /// What every prefix of interest is, each with its class and cidr.
-    pub(crate) fn prefixes(&self) -> &BTreeMap<ipnet::IpNet, (ClassId, CidrId)> {
-        &self.classes.prefixes
+    /// Every class as far as it is met in one cidr, sorted.
+    pub(crate) fn places(&self) -> &[Place] {
+        self.classes.places()
+    }
+
+    /// The prefixes of interest in order, each with the index of its place.
+    pub(crate) fn placed(&self) -> &[(IpNet, usize)] {
+        self.classes.placed()
     }
 
     /// The ranks of the rules that match from one class to the other, not exchanged.

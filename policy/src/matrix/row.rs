@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::classes::Class;
+use super::compile::Used;
 use super::table::Rank;
 use super::{Cell, Matrix};
 use crate::id::ClassId;
@@ -18,6 +19,9 @@ pub(crate) struct Cross {
     pub(crate) column: BTreeMap<ClassId, Arc<Cell>>,
 }
 
+/// Ranks of rules by a selector, in their order.
+type Wanted = BTreeMap<Used, Vec<Rank>>;
+
 /// Cells by the rules that they come from.
 type Memo = HashMap<(Vec<Rank>, Verdict), Arc<Cell>>;
 
@@ -28,7 +32,6 @@ impl Matrix {
             return Cross::default();
         };
         let rules = &self.rules;
-        let is_both = |rank: &&Rank| rules.rules[**rank as usize].both;
         let ranks = |by_selector: &[Vec<Rank>]| {
             let mut ranks: Vec<Rank> =
                 own.selected.iter().flat_map(|&used| &by_selector[used as usize]).copied().collect();
@@ -38,46 +41,48 @@ impl Matrix {
         };
         let (from, to) = (ranks(&rules.from), ranks(&rules.to));
         // The rules that would match, by the selector that the other class must have.
-        let mut row = vec![Vec::new(); rules.selectors.len()];
-        let mut column = row.clone();
+        let (mut row, mut column) = (Wanted::new(), Wanted::new());
         for &rank in &from {
             let rule = &rules.rules[rank as usize];
-            rule.to.iter().for_each(|&used| row[used as usize].push(rank));
+            rule.to.iter().for_each(|&used| row.entry(used).or_default().push(rank));
             if rule.both {
-                rule.to.iter().for_each(|&used| column[used as usize].push(rank));
+                rule.to.iter().for_each(|&used| column.entry(used).or_default().push(rank));
             }
         }
-        for rank in &to {
-            let rule = &rules.rules[*rank as usize];
-            rule.from.iter().for_each(|&used| column[used as usize].push(*rank));
-        }
-        for rank in to.iter().filter(is_both) {
-            rules.rules[*rank as usize].from.iter().for_each(|&used| row[used as usize].push(*rank));
+        for &rank in &to {
+            let rule = &rules.rules[rank as usize];
+            rule.from.iter().for_each(|&used| column.entry(used).or_default().push(rank));
+            if rule.both {
+                rule.from.iter().for_each(|&used| row.entry(used).or_default().push(rank));
+            }
         }
         let mut memo = Memo::new();
         Cross { row: self.line(own, &row, &mut memo), column: self.line(own, &column, &mut memo) }
     }
 
-    /// The cells with every other class, given the rules by the selector that the other must have.
-    fn line(&self, own: &Class, by_selector: &[Vec<Rank>], memo: &mut Memo) -> BTreeMap<ClassId, Arc<Cell>> {
-        let mut line = Vec::new();
-        for id in self.classes.ids() {
+    /// The cells with the other classes. Only those that a rule or the default could speak of are looked at.
+    fn line(&self, own: &Class, wanted: &Wanted, memo: &mut Memo) -> BTreeMap<ClassId, Arc<Cell>> {
+        let mut touched: BTreeMap<ClassId, Vec<Rank>> = BTreeMap::new();
+        for (&used, ranks) in wanted {
+            for &class in self.classes.selected_by(used) {
+                touched.entry(class).or_default().extend(ranks);
+            }
+        }
+        for class in self.classes.related_to(own) {
+            touched.entry(class).or_default();
+        }
+        let mut line = BTreeMap::new();
+        for (id, mut ranks) in touched {
             let Some(other) = self.classes.get(id) else { continue };
-            let mut ranks: Vec<Rank> =
-                other.selected.iter().flat_map(|&used| &by_selector[used as usize]).copied().collect();
             ranks.sort_unstable();
             ranks.dedup();
             let default = self.default(own, other);
-            if ranks.is_empty() && default == Verdict::NO_RULE {
-                continue;
-            }
-            let cell = memo
-                .entry((ranks, default))
-                .or_insert_with_key(|(ranks, default)| Arc::new(self.rules.cell(ranks, *default)));
+            let make = |(ranks, default): &(Vec<Rank>, Verdict)| Arc::new(self.rules.cell(ranks, *default));
+            let cell = memo.entry((ranks, default)).or_insert_with_key(make);
             if !cell.is_closed() {
-                line.push((id, Arc::clone(cell)));
+                line.insert(id, Arc::clone(cell));
             }
         }
-        line.into_iter().collect()
+        line
     }
 }

@@ -1,20 +1,14 @@
 //! From the matrix to one node's slice.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use ipnet::IpNet;
 
 use super::{Local, Peer, Slice, SliceRule};
 use crate::id::{CidrId, ClassId, NodeId, Revision, RuleId};
-use crate::matrix::{Cell, Cross, Matrix};
+use crate::matrix::{Cell, Cross, Matrix, Place};
 use crate::network::Network;
 use crate::node::{Node, NodeState};
-
-/// A class of the matrix as far as it is met in one cidr. A class of the slice never spans two cidrs, although two may
-/// look alike from here: else the first rule that tells them apart would move all their prefixes to other classes, and
-/// the node would hear of each.
-type Place = (ClassId, CidrId);
 
 /// Index of a class of the slice that has no id yet.
 type Draft = usize;
@@ -36,28 +30,32 @@ pub(crate) fn build(
     let drafts = merge(matrix, &own, &crosses);
     let prefixes = outermost(matrix, &drafts);
     let ids = number(&prefixes, previous);
-    let cells = cells(&own, &crosses, &drafts, &ids);
+    let cells = cells(matrix, &own, &crosses, |place| ids[drafts[place]]);
+    let cidrs: BTreeSet<CidrId> = prefixes.iter().map(|&(_, _, cidr)| cidr).collect();
     let named = |cidr: CidrId| Some((cidr, network.cidrs().get(&cidr)?.name.clone()));
     Some(Slice {
         revision,
         local: local(matrix, network, node),
         peers: peers(matrix, network, node.id, &crosses),
-        cidrs: prefixes.values().filter_map(|&(_, cidr)| named(cidr)).collect(),
+        cidrs: cidrs.into_iter().filter_map(named).collect(),
         rules: rules(network, &cells),
-        prefixes: prefixes.into_iter().map(|(prefix, (draft, cidr))| (prefix, (ids[draft], cidr))).collect(),
+        prefixes: prefixes.into_iter().map(|(prefix, draft, cidr)| (prefix, (ids[draft], cidr))).collect(),
         cells,
     })
 }
 
-/// Merges the classes that no cell of the node tells apart: each place with its class of the slice.
-fn merge(matrix: &Matrix, own: &BTreeSet<Place>, crosses: &Crosses) -> BTreeMap<Place, Draft> {
+/// Merges the classes that no cell of the node tells apart: the class of the slice for each place of the matrix.
+///
+/// A class of the slice never spans two cidrs, although two may look alike from here: else the first rule that tells them
+/// apart would move all their prefixes to other classes, and the node would hear of each.
+fn merge(matrix: &Matrix, own: &BTreeSet<Place>, crosses: &Crosses) -> Vec<Draft> {
     /// What must be equal for two places in one cidr to share a class.
-    #[derive(PartialEq, Eq, Hash)]
-    enum Key {
+    #[derive(PartialEq, Eq, PartialOrd, Ord)]
+    enum Key<'a> {
         /// The number of a distinct cross.
         Own(usize),
         /// (own class, whether it is the source, number of a distinct cell).
-        Other(Vec<(ClassId, bool, usize)>),
+        Other(&'a [(ClassId, bool, usize)]),
     }
     let mut numbers: HashMap<&Cell, usize> = HashMap::new();
     let mut seen: BTreeMap<ClassId, Vec<(ClassId, bool, usize)>> = BTreeMap::new();
@@ -71,54 +69,53 @@ fn merge(matrix: &Matrix, own: &BTreeSet<Place>, crosses: &Crosses) -> BTreeMap<
         }
     }
     let alike = |class: ClassId| crosses.values().position(|cross| Some(cross) == crosses.get(&class));
-    let places: BTreeSet<Place> = matrix.prefixes().values().copied().collect();
-    let mut known: HashMap<(CidrId, Key), Draft> = HashMap::new();
-    let mut drafts = BTreeMap::new();
-    for place @ (class, cidr) in places {
-        let key = match alike(class).filter(|_| own.contains(&place)) {
+    let mut known: BTreeMap<(CidrId, Key<'_>), Draft> = BTreeMap::new();
+    let mut draft = |place: &Place| {
+        let (class, cidr) = *place;
+        let key = match own.contains(place).then(|| alike(class)).flatten() {
             Some(cross) => Key::Own(cross),
-            None => Key::Other(seen.get(&class).cloned().unwrap_or_default()),
+            None => Key::Other(seen.get(&class).map_or(&[], Vec::as_slice)),
         };
         let next = known.len();
-        drafts.insert(place, *known.entry((cidr, key)).or_insert(next));
-    }
-    drafts
+        *known.entry((cidr, key)).or_insert(next)
+    };
+    matrix.places().iter().map(&mut draft).collect()
 }
 
-/// The prefixes that say something else than the one around them.
-fn outermost(matrix: &Matrix, drafts: &BTreeMap<Place, Draft>) -> BTreeMap<IpNet, (Draft, CidrId)> {
-    let mut kept: Vec<(IpNet, (Draft, CidrId))> = Vec::new();
-    let mut around: Vec<(IpNet, (Draft, CidrId))> = Vec::new();
-    for (&prefix, place) in matrix.prefixes() {
-        let Some(&draft) = drafts.get(place) else { continue };
+/// The prefixes that say something else than the one around them, in order.
+fn outermost(matrix: &Matrix, drafts: &[Draft]) -> Vec<(IpNet, Draft, CidrId)> {
+    let mut kept: Vec<(IpNet, Draft, CidrId)> = Vec::new();
+    let mut around: Vec<(IpNet, Draft)> = Vec::new();
+    for &(prefix, place) in matrix.placed() {
+        let (draft, (_, cidr)) = (drafts[place], matrix.places()[place]);
         while around.last().is_some_and(|(outer, _)| !outer.contains(&prefix)) {
             around.pop();
         }
-        let entry = (prefix, (draft, place.1));
-        if around.last().is_none_or(|(_, found)| *found != entry.1) {
-            kept.push(entry);
-            around.push(entry);
+        // Equal classes are of equal cidrs.
+        if around.last().is_none_or(|&(_, outer)| outer != draft) {
+            kept.push((prefix, draft, cidr));
+            around.push((prefix, draft));
         }
     }
-    kept.into_iter().collect()
+    kept
 }
 
 /// Gives each class an id: that of the class which had most of its prefixes before, or one that was in no use.
-fn number(prefixes: &BTreeMap<IpNet, (Draft, CidrId)>, previous: Option<&Slice>) -> Vec<ClassId> {
-    let drafts = prefixes.values().map(|&(draft, _)| draft + 1).max().unwrap_or(0);
+fn number(prefixes: &[(IpNet, Draft, CidrId)], previous: Option<&Slice>) -> Vec<ClassId> {
+    let drafts = prefixes.iter().map(|&(_, draft, _)| draft + 1).max().unwrap_or(0);
     let mut ids: Vec<Option<ClassId>> = vec![None; drafts];
     let mut used: BTreeSet<ClassId> = BTreeSet::new();
     if let Some(previous) = previous {
         used = previous.classes();
-        let mut shared: BTreeMap<(Draft, ClassId), usize> = BTreeMap::new();
-        for (prefix, &(draft, _)) in prefixes {
+        let mut shared: HashMap<(Draft, ClassId), usize> = HashMap::new();
+        for (prefix, draft, _) in prefixes {
             if let Some(&(class, _)) = previous.prefixes.get(prefix) {
-                *shared.entry((draft, class)).or_default() += 1;
+                *shared.entry((*draft, class)).or_default() += 1;
             }
         }
         let mut claims: Vec<_> = shared.into_iter().collect();
-        claims.sort_by_key(|&((draft, class), count)| (std::cmp::Reverse(count), draft, class));
-        let mut given = BTreeSet::new();
+        claims.sort_unstable_by_key(|&((draft, class), count)| (std::cmp::Reverse(count), draft, class));
+        let mut given = HashSet::new();
         for ((draft, class), _) in claims {
             if ids[draft].is_none() && given.insert(class) {
                 ids[draft] = Some(class);
@@ -129,32 +126,30 @@ fn number(prefixes: &BTreeMap<IpNet, (Draft, CidrId)>, previous: Option<&Slice>)
     ids.into_iter().map(|id| id.or_else(|| fresh.next()).unwrap_or_default()).collect()
 }
 
+/// The cells of the slice; `id` gives the class of the slice for the index of a place.
 fn cells(
+    matrix: &Matrix,
     own: &BTreeSet<Place>,
     crosses: &Crosses,
-    drafts: &BTreeMap<Place, Draft>,
-    ids: &[ClassId],
+    id: impl Fn(usize) -> ClassId,
 ) -> BTreeMap<(ClassId, ClassId), Cell> {
-    let mut of_class: BTreeMap<ClassId, BTreeSet<ClassId>> = BTreeMap::new();
-    for ((class, _), draft) in drafts {
-        of_class.entry(*class).or_default().insert(ids[*draft]);
-    }
-    let others = |line: &BTreeMap<ClassId, Arc<Cell>>| -> Vec<(ClassId, Arc<Cell>)> {
-        let of_class = &of_class;
-        let spread = |(class, cell): (&ClassId, &Arc<Cell>)| {
-            let cell = Arc::clone(cell);
-            of_class.get(class).into_iter().flatten().map(move |id| (*id, Arc::clone(&cell))).collect::<Vec<_>>()
-        };
-        line.iter().flat_map(spread).collect()
+    let places = matrix.places();
+    let ids_of = |class: ClassId| {
+        let first = places.partition_point(|place| place.0 < class);
+        let last = places.partition_point(|place| place.0 <= class);
+        (first..last).map(&id).collect::<BTreeSet<_>>()
     };
     let mut cells = BTreeMap::new();
     for place in own {
-        let (Some(cross), Some(&draft)) = (crosses.get(&place.0), drafts.get(place)) else { continue };
-        for (other, cell) in others(&cross.row) {
-            cells.entry((ids[draft], other)).or_insert_with(|| cell.as_ref().clone());
-        }
-        for (other, cell) in others(&cross.column) {
-            cells.entry((other, ids[draft])).or_insert_with(|| cell.as_ref().clone());
+        let (Some(cross), Ok(index)) = (crosses.get(&place.0), places.binary_search(place)) else { continue };
+        let own = id(index);
+        for (line, is_source) in [(&cross.row, true), (&cross.column, false)] {
+            for (&class, cell) in line {
+                for other in ids_of(class) {
+                    let pair = if is_source { (own, other) } else { (other, own) };
+                    cells.entry(pair).or_insert_with(|| cell.as_ref().clone());
+                }
+            }
         }
     }
     cells

@@ -160,9 +160,10 @@ impl Slice {
         let classes = self.classes();
         self.validate_ids(&classes)?;
         self.validate_prefixes()?;
-        self.validate_cells(&classes)?;
+        let own = self.own_classes();
+        self.validate_cells(&classes, &own)?;
         self.validate_peers()?;
-        self.check_limits(&classes)?;
+        self.check_limits(&classes, own.len())?;
         Ok(())
     }
 
@@ -194,8 +195,7 @@ impl Slice {
         Ok(())
     }
 
-    fn validate_cells(&self, classes: &BTreeSet<ClassId>) -> Result<(), DeltaError> {
-        let own = self.own_classes();
+    fn validate_cells(&self, classes: &BTreeSet<ClassId>, own: &BTreeSet<ClassId>) -> Result<(), DeltaError> {
         // Equal cells are many and checked once.
         let mut checked: BTreeSet<&Cell> = BTreeSet::new();
         for (&(source, destination), cell) in &self.cells {
@@ -245,8 +245,7 @@ impl Slice {
         Ok(())
     }
 
-    fn check_limits(&self, classes: &BTreeSet<ClassId>) -> Result<(), LimitError> {
-        let own = self.own_classes().len();
+    fn check_limits(&self, classes: &BTreeSet<ClassId>, own: usize) -> Result<(), LimitError> {
         let leaves: BTreeSet<_> = self.prefixes.values().collect();
         let distinct: BTreeSet<&Cell> = self.cells.values().collect();
         let verdicts: BTreeSet<_> = distinct.iter().flat_map(|cell| cell.verdicts()).collect();
