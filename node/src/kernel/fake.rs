@@ -1,5 +1,5 @@
-//! A kernel in memory: the three traits over one shared world, with steps that fail on demand. For tests of what is
-//! above this module.
+//! A kernel in memory: the traits of this module over one shared world, with steps that fail on demand. For tests of
+//! what is above.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -7,8 +7,9 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use ipnet::IpNet;
-use policy::{Generation, PublicKey, Revision};
+use policy::{Flow, Generation, PublicKey, Revision};
 
+use super::inspect::{Counters, Inspect, Probed};
 use super::{
     Attachment, Backend, Datapath, DatapathState, Device, DevicePeer, KernelError, Link, LinkKind, LinkState,
     PeerConfig, WireGuard,
@@ -32,6 +33,10 @@ pub struct World {
     pub device: Option<Device>,
     /// `None`: nothing is attached or pinned.
     pub datapath: Option<DatapathState>,
+    /// The tables in force.
+    pub tables: Option<Tables>,
+    /// What a reader of counters gets; those of rules that were reset are gone.
+    pub counters: Counters,
     /// Records of flows, by both ends.
     pub flows: Vec<(IpAddr, IpAddr)>,
     /// Each change that was asked for, in order, failed ones too.
@@ -52,6 +57,8 @@ impl FakeKernel {
             link: None,
             device: None,
             datapath: None,
+            tables: None,
+            counters: Counters::default(),
             flows: Vec::new(),
             steps: Vec::new(),
             violations: Vec::new(),
@@ -233,6 +240,7 @@ impl WireGuard for FakeWireGuard {
             world.link = None;
             world.device = None;
             world.datapath = None;
+            world.tables = None;
             Ok(())
         })
     }
@@ -329,7 +337,9 @@ impl Datapath for FakeDatapath {
             let datapath = world.datapath()?;
             datapath.generation.0 += 1;
             datapath.revision = revision;
-            Ok(datapath.generation)
+            let generation = datapath.generation;
+            world.tables = Some(tables.clone());
+            Ok(generation)
         })
     }
 
@@ -349,6 +359,35 @@ impl Datapath for FakeDatapath {
     fn detach(&mut self) -> Result<(), KernelError> {
         self.0.change("detach", |world| {
             world.datapath = None;
+            world.tables = None;
+            Ok(())
+        })
+    }
+}
+
+impl Inspect for FakeDatapath {
+    fn counters(&mut self, slots: &[u32]) -> Result<Counters, KernelError> {
+        let mut counters = self.0.observe(|world| world.counters.clone())?;
+        counters.rules.retain(|slot, _| slots.contains(slot));
+        Ok(counters)
+    }
+
+    fn read_tables(&mut self) -> Result<Tables, KernelError> {
+        self.0.observe(|world| world.tables.clone())?.ok_or_else(|| KernelError::new("no policy is loaded"))
+    }
+
+    fn probe(&mut self, flow: &Flow, direction: u32) -> Result<Probed, KernelError> {
+        let outcome = self.read_tables()?.verdict(flow, direction);
+        Ok(Probed { passes: outcome.passes, reason: outcome.reason, rule: outcome.rule })
+    }
+
+    fn flow_records(&mut self) -> Result<usize, KernelError> {
+        self.0.observe(|world| world.flows.len())
+    }
+
+    fn reset_rules(&mut self, slots: &[u32]) -> Result<(), KernelError> {
+        self.0.change(format_args!("reset rules {slots:?}"), |world| {
+            world.counters.rules.retain(|slot, _| !slots.contains(slot));
             Ok(())
         })
     }

@@ -14,10 +14,12 @@ use std::os::unix::net::UnixListener;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use nix::mount::{MsFlags, mount};
+use nix::sched::CloneFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use node::kernel::Backend;
-use node::kernel::wireguard::{Preference, detect};
+use node::kernel::wireguard::{Options, Preference, detect};
 use tempfile::TempDir;
 
 use self::end::{Echo, End, INTERFACE, options, wait_until};
@@ -187,6 +189,19 @@ fn socket_that_nobody_serves_is_replaced() {
 }
 
 #[test]
+fn machine_without_tun_is_told_what_to_do() {
+    let namespace = Namespace::new();
+    let error = namespace.run(|| {
+        let none = None::<&str>;
+        nix::sched::unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        mount(none, "/dev/net", Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        detect(INTERFACE, Preference::Userspace, Options::default()).map(|_| ()).unwrap_err().to_string()
+    });
+    assert!(error.contains("`/dev/net/tun`") && error.contains("mknod /dev/net/tun c 10 200"), "{error}");
+}
+
+#[test]
 fn process_that_cannot_start_says_why() {
     let end = End::new(1);
     end.wireguard(|wireguard| wireguard.create()).unwrap();
@@ -224,15 +239,14 @@ impl Drop for Holder {
 }
 
 #[test]
-fn namespace_without_wireguard_falls_back_to_userspace() {
+fn choice_is_the_kernels_wireguard_where_there_is_one() {
     let namespace = Namespace::new();
     let directory = tempfile::tempdir().unwrap();
     let options = options(directory.path().to_owned());
-    let (auto, kernel, links) = namespace.run(move || {
+    let before = namespace.ip("-o link");
+    let (auto, kernel) = namespace.run(move || {
         let auto = detect(INTERFACE, Preference::Auto, options.clone()).unwrap().backend();
-        let kernel = detect(INTERFACE, Preference::Kernel, options).map(|wireguard| wireguard.backend());
-        let links = Command::new("ip").args(["-o", "link"]).output().unwrap().stdout;
-        (auto, kernel, String::from_utf8(links).unwrap())
+        (auto, detect(INTERFACE, Preference::Kernel, options).map(|wireguard| wireguard.backend()))
     });
     match auto {
         Backend::Kernel => assert_eq!(kernel.unwrap(), Backend::Kernel),
@@ -241,7 +255,7 @@ fn namespace_without_wireguard_falls_back_to_userspace() {
             assert!(error.contains("modprobe wireguard"), "{error}");
         }
     }
-    assert_eq!(links.lines().count(), 1, "choosing leaves only the loopback link: {links}");
+    assert_eq!(namespace.ip("-o link"), before, "choosing leaves nothing");
 }
 
 /// With userspace WireGuard, on every kernel.

@@ -35,8 +35,12 @@ const DEVICE_PATIENCE: Duration = Duration::from_secs(3);
 /// How often to look whether socket and device are still there.
 const CHECK: Duration = Duration::from_secs(1);
 
-/// What is said when nobody asks otherwise by `RUST_LOG`. gotatun says some things once per packet.
+/// What is said when nobody asks otherwise. gotatun says some things once per packet.
 const LOG_FILTER: &str = "info,gotatun=off";
+
+/// The variable that asks otherwise. Not the agent's `RUST_LOG`: what is meant for a look at the agent would fill this
+/// process's log for as long as it lives.
+const LOG_VARIABLE: &str = "RAMPART_WIREGUARD_LOG";
 
 /// Arguments of `noded wireguard`, a verb that only `noded` itself calls.
 #[derive(Clone, Debug, clap::Args)]
@@ -54,7 +58,7 @@ pub struct UserspaceArgs {
 pub fn run_userspace(args: &UserspaceArgs) -> Result<(), KernelError> {
     // Who is the leader of a process group already stays in its session.
     let _ = nix::unistd::setsid();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOG_FILTER));
+    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new(LOG_FILTER));
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).try_init();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| KernelError::with("failed to start a runtime", error))?;

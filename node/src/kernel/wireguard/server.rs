@@ -107,7 +107,11 @@ impl Server {
         let mark = set.fwmark.filter(|mark| *mark != self.fwmark);
         self.fwmark = mark.unwrap_or(self.fwmark);
         let edits = self.model.plan(&set);
-        self.handshakes.retain(|key, _| self.model.peers.contains_key(key));
+        for edit in &edits {
+            if let Edit::Remove(key) = edit {
+                self.handshakes.remove(key);
+            }
+        }
         let changed = match &self.device {
             Some((device, _)) if port.is_none() && old_key == Some(key.clone()) => edit(device, edits, mark).await,
             _ => self.restart(key).await,
