@@ -429,3 +429,6 @@ fn kernel_agrees(kernel: &Answer, policy: &Answer) -> bool {
     let own_reasons = [reason::name(reason::SCOPE), reason::name(reason::MALFORMED), reason::name(reason::NOT_LOCAL)];
     kernel == policy || own_reasons.contains(&kernel.reason.as_str()) && !kernel.allowed
 }
+
+#[cfg(test)]
+mod tests;

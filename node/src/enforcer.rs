@@ -479,4 +479,4 @@ fn fresh_endpoints(old: Option<&Slice>, new: &Slice) -> BTreeSet<PublicKey> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -7,9 +7,9 @@ use crate::fixture;
 use crate::kernel::Backend;
 use crate::kernel::fake::FakeKernel;
 
-struct Node {
-    kernel: FakeKernel,
-    enforcer: Enforcer,
+pub(crate) struct Node {
+    pub(crate) kernel: FakeKernel,
+    pub(crate) enforcer: Enforcer,
     enforced: watch::Receiver<Enforced>,
     state_dir: tempfile::TempDir,
 }
@@ -34,7 +34,7 @@ fn enforcer(kernel: &FakeKernel, state_dir: PathBuf, state: Option<State>) -> (E
 }
 
 impl Node {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let (kernel, state_dir) = (FakeKernel::new(Backend::Kernel), tempfile::tempdir().unwrap());
         let (mut enforcer, enforced) = enforcer(&kernel, state_dir.path().to_owned(), None);
         enforcer.round();
