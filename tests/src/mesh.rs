@@ -84,8 +84,14 @@ impl Mesh {
         let mut mesh = Self { programs, underlay, lifetime, controller, nodes: BTreeMap::new() };
         let endpoint = format!("{underlay_v4}:{CONTROLLER_PORT}");
         let mut init = mesh.program("controllerd");
-        init.args(["init", "--network", "corp", "--root", "10.42.0.0/16", "--root", "fd42::/48"])
-            .args(["--default", default, "--endpoint", &endpoint, "--state-dir", CONTROLLER_STATE]);
+        init.args(["init", "--network", "corp", "--root", "10.42.0.0/16", "--root", "fd42::/48"]).args([
+            "--default",
+            default,
+            "--endpoint",
+            &endpoint,
+            "--state-dir",
+            CONTROLLER_STATE,
+        ]);
         succeed(mesh.controller.namespace.output(&mut init)?, "controllerd init")?;
         mesh.start_controller()?;
         Ok(mesh)
@@ -264,9 +270,14 @@ impl Host {
     }
 
     fn log(&self, path: &'static str) -> String {
-        let text = self.namespace.enter(|| Ok(std::fs::read_to_string(path)?)).unwrap_or_else(|error| error.to_string());
+        let text =
+            self.namespace.enter(|| Ok(std::fs::read_to_string(path)?)).unwrap_or_else(|error| error.to_string());
         let lines: Vec<_> = text.lines().collect();
-        format!("the end of {path} on `{}`:\n{}", self.namespace.name(), lines[lines.len().saturating_sub(30)..].join("\n"))
+        format!(
+            "the end of {path} on `{}`:\n{}",
+            self.namespace.name(),
+            lines[lines.len().saturating_sub(30)..].join("\n")
+        )
     }
 }
 
@@ -324,4 +335,3 @@ pub fn kernel_has_wireguard(host: &Namespace) -> Result<bool> {
     }
     Ok(made)
 }
-

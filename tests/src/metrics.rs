@@ -37,7 +37,9 @@ impl Page {
         self.samples
             .iter()
             .filter(|sample| sample.name == name)
-            .filter(|sample| labels.iter().all(|(key, value)| sample.labels.get(*key).is_some_and(|seen| seen == value)))
+            .filter(|sample| {
+                labels.iter().all(|(key, value)| sample.labels.get(*key).is_some_and(|seen| seen == value))
+            })
             .map(|sample| sample.value)
             .sum()
     }

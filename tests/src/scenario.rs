@@ -32,7 +32,11 @@ pub struct Line {
 pub enum Expected {
     Answered,
     /// Silence, and this counter of this node moved.
-    Dropped { at: &'static str, direction: &'static str, reason: &'static str },
+    Dropped {
+        at: &'static str,
+        direction: &'static str,
+        reason: &'static str,
+    },
 }
 
 /// What became of it.
@@ -134,9 +138,9 @@ pub fn lines() -> Vec<Line> {
         ("db1", "app1", Traffic::Tcp(8080), egress("db1")),
     ];
     let both = [Family::V4, Family::V6];
-    let lines = attempts.into_iter().flat_map(|(from, to, traffic, expected)| {
-        both.map(|family| Line { from, to, family, traffic, expected })
-    });
+    let lines = attempts
+        .into_iter()
+        .flat_map(|(from, to, traffic, expected)| both.map(|family| Line { from, to, family, traffic, expected }));
     lines.collect()
 }
 
@@ -177,7 +181,8 @@ pub fn attempt(mesh: &Mesh, line: &Line) -> Result<Outcome> {
 fn dropped(mesh: &Mesh, line: &Line) -> Result<f64> {
     let Expected::Dropped { at, direction, reason } = line.expected else { return Ok(0.0) };
     let cidr = |node: &'static str| node.trim_end_matches('1');
-    let labels = [("direction", direction), ("reason", reason), ("source", cidr(line.from)), ("destination", cidr(line.to))];
+    let labels =
+        [("direction", direction), ("reason", reason), ("source", cidr(line.from)), ("destination", cidr(line.to))];
     Ok(mesh.scrape_node(at)?.sum("rampart_packets_total", &labels))
 }
 

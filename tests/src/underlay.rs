@@ -45,8 +45,25 @@ impl Underlay {
         let port = format!("port{n}");
         let pid = host.holder().to_string();
         // From outside: the holder's id means nothing to an `ip` inside the router's process namespace.
-        run("nsenter", &["--target", &self.router.holder().to_string(), "--net", "ip", "link", "add", &port, "type",
-            "veth", "peer", "name", "eth0", "netns", &pid])?;
+        run(
+            "nsenter",
+            &[
+                "--target",
+                &self.router.holder().to_string(),
+                "--net",
+                "ip",
+                "link",
+                "add",
+                &port,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                &pid,
+            ],
+        )?;
         let router4 = format!("172.31.{n}.1");
         let router6 = format!("fd31:0:0:{n:x}::1");
         self.router.run("ip", &["address", "add", &format!("{router4}/24"), "dev", &port])?;
@@ -66,6 +83,11 @@ fn run(program: &str, args: &[&str]) -> Result<()> {
         .args(args)
         .output()
         .with_context(|| format!("failed to start `{program}`"))?;
-    anyhow::ensure!(output.status.success(), "`{program} {}`: {}", args.join(" "), String::from_utf8_lossy(&output.stderr));
+    anyhow::ensure!(
+        output.status.success(),
+        "`{program} {}`: {}",
+        args.join(" "),
+        String::from_utf8_lossy(&output.stderr)
+    );
     Ok(())
 }

@@ -15,7 +15,11 @@ struct Case {
 }
 
 const MESHCTL: &[Case] = &[
-    Case { args: &["cidr", "add", "x", "10.42.9.1/24"], code: 2, words: &["10.42.9.1/24", "host bits", "10.42.9.0/24"] },
+    Case {
+        args: &["cidr", "add", "x", "10.42.9.1/24"],
+        code: 2,
+        words: &["10.42.9.1/24", "host bits", "10.42.9.0/24"],
+    },
     Case { args: &["cidr", "add", "x", "10.42.9.0/33"], code: 2, words: &["10.42.9.0/33"] },
     Case { args: &["cidr", "add", "x", "10.42.1.0/24"], code: 1, words: &["10.42.1.0/24", "web"] },
     Case { args: &["cidr", "add", "x", "10.99.0.0/24"], code: 1, words: &["10.99.0.0/24", "10.42.0.0/16"] },
@@ -25,14 +29,42 @@ const MESHCTL: &[Case] = &[
     Case { args: &["cidr", "delete", "web"], code: 1, words: &["web", "web1", "web-to-app"] },
     Case { args: &["cidr", "delete", "wbe"], code: 1, words: &["wbe", "web"] },
     Case { args: &["cidr", "move", "web", "10.42.77.0/24"], code: 1, words: &["web1"] },
-    Case { args: &["node", "invite", "n", "--cidr", "web", "--address", "10.42.2.9"], code: 1, words: &["10.42.2.9", "web"] },
+    Case {
+        args: &["node", "invite", "n", "--cidr", "web", "--address", "10.42.2.9"],
+        code: 1,
+        words: &["10.42.2.9", "web"],
+    },
     Case { args: &["node", "invite", "n", "--cidr", "nope"], code: 1, words: &["nope"] },
-    Case { args: &["rule", "add", "r", "--from", "cidr:wbe", "--to", "cidr:app", "--service", "tcp/1"], code: 1, words: &["wbe", "web"] },
-    Case { args: &["rule", "add", "r", "--from", "zone:web", "--to", "cidr:app", "--service", "tcp/1"], code: 2, words: &["zone:web", "cidr:"] },
-    Case { args: &["rule", "add", "r", "--from", "cidr:web", "--to", "cidr:app", "--service", "tcp/65536"], code: 2, words: &["65536", "65535"] },
-    Case { args: &["rule", "add", "r", "--from", "cidr:web", "--to", "cidr:app", "--service", "udp/20-10"], code: 2, words: &["20-10"] },
-    Case { args: &["rule", "add", "r", "--from", "cidr:web", "--to", "cidr:app", "--service", "tpc/1"], code: 2, words: &["tpc/1", "tcp"] },
-    Case { args: &["rule", "add", "web-to-app", "--from", "any", "--to", "any", "--service", "any"], code: 1, words: &["web-to-app", "taken"] },
+    Case {
+        args: &["rule", "add", "r", "--from", "cidr:wbe", "--to", "cidr:app", "--service", "tcp/1"],
+        code: 1,
+        words: &["wbe", "web"],
+    },
+    Case {
+        args: &["rule", "add", "r", "--from", "zone:web", "--to", "cidr:app", "--service", "tcp/1"],
+        code: 2,
+        words: &["zone:web", "cidr:"],
+    },
+    Case {
+        args: &["rule", "add", "r", "--from", "cidr:web", "--to", "cidr:app", "--service", "tcp/65536"],
+        code: 2,
+        words: &["65536", "65535"],
+    },
+    Case {
+        args: &["rule", "add", "r", "--from", "cidr:web", "--to", "cidr:app", "--service", "udp/20-10"],
+        code: 2,
+        words: &["20-10"],
+    },
+    Case {
+        args: &["rule", "add", "r", "--from", "cidr:web", "--to", "cidr:app", "--service", "tpc/1"],
+        code: 2,
+        words: &["tpc/1", "tcp"],
+    },
+    Case {
+        args: &["rule", "add", "web-to-app", "--from", "any", "--to", "any", "--service", "any"],
+        code: 1,
+        words: &["web-to-app", "taken"],
+    },
     Case { args: &["rule", "delete", "web-to-ap"], code: 1, words: &["web-to-ap", "web-to-app"] },
     Case { args: &["node", "invite", "n", "--cidr", "web", "--expires", "soon"], code: 2, words: &["soon", "1h"] },
     Case { args: &["--controller", "127.0.0.1:1", "status"], code: 4, words: &["identity"] },
@@ -44,9 +76,13 @@ fn meshctl_refuses_and_changes_nothing() -> Result<()> {
     let mut mesh = Mesh::new(Lifetime::Bound, "deny")?;
     scenario::build(&mut mesh, |_| ())?;
     scenario::allow(&mesh)?;
-    let network = || mesh.meshctl_ok(&["cidr", "list", "-o", "json"]).and_then(|cidrs| {
-        Ok(cidrs + &mesh.meshctl_ok(&["rule", "list", "-o", "json"])? + &mesh.meshctl_ok(&["node", "list", "-o", "json"])?)
-    });
+    let network = || {
+        mesh.meshctl_ok(&["cidr", "list", "-o", "json"]).and_then(|cidrs| {
+            Ok(cidrs
+                + &mesh.meshctl_ok(&["rule", "list", "-o", "json"])?
+                + &mesh.meshctl_ok(&["node", "list", "-o", "json"])?)
+        })
+    };
     let before = network()?;
     let mut wrong = Vec::new();
     for case in MESHCTL {
@@ -119,7 +155,8 @@ fn the_daemons_refuse_what_they_cannot_do() -> Result<()> {
     contains(&again, &["/run/rampart-controller"])?;
     // A link of somebody else.
     web.run("ip", &["link", "add", "taken0", "type", "veth", "peer", "name", "taken1"])?;
-    let foreign = run(web, "noded", &["run", "--state-dir", "/run/rampart-node", "--interface", "taken0", "--metrics", "off"])?;
+    let foreign =
+        run(web, "noded", &["run", "--state-dir", "/run/rampart-node", "--interface", "taken0", "--metrics", "off"])?;
     ensure!(foreign.status.code() == Some(1), "a foreign link: {foreign:?}");
     contains(&foreign, &["taken0", "--interface"])?;
     ensure!(web.run("ip", &["link", "show", "taken0"]).is_ok(), "the foreign link was touched");
@@ -166,7 +203,12 @@ fn a_corrupt_state_file_is_refused_and_fetched_anew() -> Result<()> {
 
 fn check(case: &Case, output: &Output) -> Result<()> {
     let code = output.status.code().context("killed by a signal")?;
-    ensure!(code == case.code, "exit status {code} instead of {}: {}", case.code, String::from_utf8_lossy(&output.stderr));
+    ensure!(
+        code == case.code,
+        "exit status {code} instead of {}: {}",
+        case.code,
+        String::from_utf8_lossy(&output.stderr)
+    );
     ensure!(output.stdout.is_empty(), "an error on stdout: {}", String::from_utf8_lossy(&output.stdout));
     contains(output, case.words)
 }

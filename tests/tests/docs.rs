@@ -13,6 +13,9 @@ fn the_table_of_defaults_is_the_codes() -> Result<()> {
         std::fs::write(&path, &made)?;
     }
     let written = std::fs::read_to_string(&path).context("docs/DEFAULTS.md")?;
-    ensure!(written == made, "docs/DEFAULTS.md is behind the code; run `UPDATE_DOCS=1 cargo test -p tests --test docs`");
+    ensure!(
+        written == made,
+        "docs/DEFAULTS.md is behind the code; run `UPDATE_DOCS=1 cargo test -p tests --test docs`"
+    );
     Ok(())
 }

@@ -84,8 +84,12 @@ fn ingress_alone_refuses() -> Result<()> {
     }
     for line in &denied {
         let cidr = |node: &'static str| node.trim_end_matches('1');
-        let labels =
-            [("direction", "ingress"), ("reason", "no-rule"), ("source", cidr(line.from)), ("destination", cidr(line.to))];
+        let labels = [
+            ("direction", "ingress"),
+            ("reason", "no-rule"),
+            ("source", cidr(line.from)),
+            ("destination", cidr(line.to)),
+        ];
         let dropped = mesh.scrape_node(line.to)?.sum("rampart_packets_total", &labels);
         ensure!(dropped >= 1.0, "{line}: nothing was counted at ingress of {}", line.to);
     }
@@ -202,12 +206,15 @@ fn drift_is_repaired_and_reported() -> Result<()> {
     type Breakage<'a> = (&'a str, Box<dyn Fn() -> Result<()> + 'a>);
     let breakages: [Breakage<'_>; 4] = [
         ("the egress program", Box::new(|| take_off_egress(&mesh, "web1"))),
-        ("an address", Box::new(|| {
-            let address = format!("{}/32", mesh.node("web1")?.v4);
-            let shown = web.run("ip", &["-o", "-4", "address", "show", "dev", "rampart0"])?;
-            let given = shown.split_whitespace().find(|word| word.contains('/')).unwrap_or(&address).to_owned();
-            web.run("ip", &["address", "delete", &given, "dev", "rampart0"]).map(drop)
-        })),
+        (
+            "an address",
+            Box::new(|| {
+                let address = format!("{}/32", mesh.node("web1")?.v4);
+                let shown = web.run("ip", &["-o", "-4", "address", "show", "dev", "rampart0"])?;
+                let given = shown.split_whitespace().find(|word| word.contains('/')).unwrap_or(&address).to_owned();
+                web.run("ip", &["address", "delete", &given, "dev", "rampart0"]).map(drop)
+            }),
+        ),
         ("a route", Box::new(|| web.run("ip", &["route", "delete", "10.42.0.0/16", "dev", "rampart0"]).map(drop))),
         ("the link's state", Box::new(|| web.run("ip", &["link", "set", "rampart0", "down"]).map(drop))),
     ];
@@ -216,7 +223,8 @@ fn drift_is_repaired_and_reported() -> Result<()> {
         break_it().with_context(|| format!("breaking {what}"))?;
         wait_for(&format!("the repair of {what}"), START_LIMIT, || Ok(repairs()? > before))?;
         wait_for(&format!("traffic after the repair of {what}"), START_LIMIT, || {
-            Ok(probe::attempt(web, mesh.node("app1")?.v4.into(), Traffic::Tcp(8080), probe::PATIENCE)? == Seen::Answered)
+            Ok(probe::attempt(web, mesh.node("app1")?.v4.into(), Traffic::Tcp(8080), probe::PATIENCE)?
+                == Seen::Answered)
         })?;
     }
     check_lines(&mesh, "after all repairs")
@@ -228,9 +236,8 @@ fn a_disabled_node_is_cut_off() -> Result<()> {
     let (mesh, _servers) = story()?;
     let app = mesh.node("app1")?;
     let web = mesh.node("web1")?.namespace();
-    let reaches = || {
-        Ok(probe::attempt(web, app.v4.into(), Traffic::Tcp(8080), Duration::from_secs(1))? == Seen::Answered)
-    };
+    let reaches =
+        || Ok(probe::attempt(web, app.v4.into(), Traffic::Tcp(8080), Duration::from_secs(1))? == Seen::Answered);
     ensure!(reaches()?, "web1 does not reach app1 at first");
     mesh.meshctl_ok(&["node", "disable", "app1"])?;
     wait_for("app1 to be nobody's peer", START_LIMIT, || Ok(!mesh.nodectl_ok("web1", &["peers"])?.contains("app1")))?;

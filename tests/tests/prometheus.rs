@@ -81,7 +81,9 @@ impl Prometheus {
             .args(["--config.file=/run/prometheus.yml", "--storage.tsdb.path=/run/prometheus"])
             .args(["--web.listen-address=127.0.0.1:9090", "--log.level=error"])
             .stdin(Stdio::null());
-        Ok(Self(host.spawn(&mut command).context("`prometheus` is in the package prometheus; run `cargo xtask setup`")?))
+        Ok(Self(
+            host.spawn(&mut command).context("`prometheus` is in the package prometheus; run `cargo xtask setup`")?,
+        ))
     }
 }
 

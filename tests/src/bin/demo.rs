@@ -129,8 +129,8 @@ fn show_lines(mesh: &Mesh, story: &mut Story) -> Result<()> {
 fn show_change(story: &mut Story, what: &str, family: Family, took: Result<Duration>) {
     let name = format!("{what} {family:?}");
     match took {
-        Ok(took) => story.line(true, &name, "soon", &format!("{:.1} ms", took.as_secs_f64() * 1e3)),
-        Err(error) => story.line(false, &name, "soon", &format!("{error:#}")),
+        Ok(took) => story.line(true, &name, "takes effect", &format!("{:.1} ms", took.as_secs_f64() * 1e3)),
+        Err(error) => story.line(false, &name, "takes effect", &format!("{error:#}")),
     }
 }
 
@@ -138,7 +138,10 @@ fn show_explanations(mesh: &Mesh, story: &mut Story) -> Result<()> {
     let (web, app) = (mesh.node("web1")?.v4.to_string(), mesh.node("app1")?.v4.to_string());
     for (service, code) in [("tcp/8080", 0), ("tcp/8081", 4)] {
         let output = mesh.nodectl("app1", &["policy", "explain", &web, &app, service])?;
-        println!("$ nodectl policy explain {web} {app} {service}\n{}", String::from_utf8_lossy(&output.stdout).trim_end());
+        println!(
+            "$ nodectl policy explain {web} {app} {service}\n{}",
+            String::from_utf8_lossy(&output.stdout).trim_end()
+        );
         let seen = output.status.code().map_or_else(|| "a signal".to_owned(), |code| code.to_string());
         story.check(&format!("explain {service}: exit status"), &code.to_string(), &seen);
     }
