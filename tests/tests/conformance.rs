@@ -1,21 +1,23 @@
 //! SEMANTICS.md, section 3, on the loaded program; and section 2 on random networks, four ways at once. Needs root.
 
+use std::time::Duration;
+
 use ebpf_common::flow::{STATE_ESTABLISHED, STATE_OPENING, STATE_TOMBSTONE};
 use ebpf_common::packet::{ICMP, ICMPV6, TCP, UDP};
 use ebpf_common::{EGRESS, INGRESS, reason};
 use node::kernel::datapath::SHORTEST;
 use node::kernel::datapath::packet::{ACK, FIN, Packet, RST, SYN, ip};
-use node::kernel::{Attachment, Datapath};
-use policy::{Action, Flow, Generation};
+use node::kernel::{Datapath, Inspect};
+use policy::{Action, Generation};
 use tests::conformance::network::{ENDS, allowing, flow, node, small, with_rule};
-use tests::conformance::{DIRECTIONS, foreign, in_lab, name, random};
+use tests::conformance::{DIRECTIONS, Judge, Lab, foreign, in_each_lab, in_lab, place, random};
 
-/// Random networks: enough for a minute, few enough for everybody's patience.
-const NETWORKS: u32 = 250;
+/// For random networks.
+const TIME: Duration = Duration::from_secs(45);
 
 #[test]
 fn interpreter_slice_tables_and_program_agree_on_random_networks() {
-    in_lab(Attachment::Tcx, |lab| random::agree(lab, NETWORKS));
+    in_lab(|lab| random::agree(lab, TIME));
 }
 
 /// The packet that opens a flow of a node of [`ENDS`] to another.
@@ -30,7 +32,7 @@ fn echo(source: &str) -> &'static str {
 
 #[test]
 fn everything_is_dropped_before_the_first_policy() {
-    in_lab(Attachment::Tcx, |lab| {
+    in_lab(|lab| {
         lab.datapath.attach().expect("attached");
         assert_eq!(lab.generation(), Generation(0));
         let mut judge = lab.judge();
@@ -48,7 +50,7 @@ fn everything_is_dropped_before_the_first_policy() {
 #[test]
 fn a_packet_that_ends_early_never_passes() {
     let network = allowing(small(), "all", "any", "any", "any");
-    in_lab(Attachment::Tcx, |lab| {
+    in_lab(|lab| {
         lab.enforce(&network, node(&network, "web1"));
         let mut judge = lab.judge();
         for [web, db, ..] in ENDS {
@@ -58,7 +60,12 @@ fn a_packet_that_ends_early_never_passes() {
                 judge.expect(EGRESS, &packet, reason::RULE);
                 let bytes = packet.to_bytes();
                 for length in SHORTEST..bytes.len() {
-                    judge.expect_bytes(EGRESS, &bytes[..length], reason::MALFORMED, &format!("{length} bytes of {packet:?}"));
+                    judge.expect_bytes(
+                        EGRESS,
+                        &bytes[..length],
+                        reason::MALFORMED,
+                        &format!("{length} bytes of {packet:?}"),
+                    );
                 }
                 // Cut before it was sent: the lengths agree, the transport header is not whole.
                 for length in 0..transport {
@@ -74,7 +81,7 @@ fn a_packet_that_ends_early_never_passes() {
 #[test]
 fn headers_that_lie_are_refused() {
     let network = allowing(small(), "all", "any", "any", "any");
-    in_lab(Attachment::Tcx, |lab| {
+    in_lab(|lab| {
         lab.enforce(&network, node(&network, "web1"));
         let mut judge = lab.judge();
         let [web, db, ..] = ENDS[0];
@@ -120,7 +127,7 @@ fn headers_that_lie_are_refused() {
 #[test]
 fn extension_headers_are_walked_or_refused() {
     let network = allowing(small(), "web", "cidr:web", "cidr:db", "tcp/443");
-    in_lab(Attachment::Tcx, |lab| {
+    in_lab(|lab| {
         lab.enforce(&network, node(&network, "web1"));
         let mut judge = lab.judge();
         let [web, db, ..] = ENDS[1];
@@ -155,7 +162,12 @@ fn extension_headers_are_walked_or_refused() {
         long[41] = 200;
         judge.expect_bytes(EGRESS, &long, reason::MALFORMED, "a header beyond the end");
         for protocol in [50, 51, 59] {
-            judge.expect_bytes(EGRESS, &chain(&[60], protocol, &transport), reason::NO_RULE, "a protocol, not a header");
+            judge.expect_bytes(
+                EGRESS,
+                &chain(&[60], protocol, &transport),
+                reason::NO_RULE,
+                "a protocol, not a header",
+            );
         }
     });
 }
@@ -163,7 +175,7 @@ fn extension_headers_are_walked_or_refused() {
 #[test]
 fn addresses_that_no_mesh_carries_are_dropped_as_such() {
     let network = allowing(small(), "all", "any", "any", "any");
-    in_lab(Attachment::Tcx, |lab| {
+    in_lab(|lab| {
         lab.enforce(&network, node(&network, "web1"));
         let mut judge = lab.judge();
         let out_of_scope = [
@@ -185,7 +197,7 @@ fn addresses_that_no_mesh_carries_are_dropped_as_such() {
 #[test]
 fn a_node_is_no_transit_but_for_what_it_is_the_gateway_of() {
     let network = allowing(small(), "all", "any", "any", "any");
-    in_lab(Attachment::Tcx, |lab| {
+    in_lab(|lab| {
         lab.enforce(&network, node(&network, "web1"));
         let mut judge = lab.judge();
         for [web, db, other, lan] in ENDS {
@@ -215,7 +227,7 @@ fn one_way_rules_let_answers_pass_and_nothing_else() {
     let network = allowing(network, "ping", "cidr:web", "cidr:db", "icmp/8");
     let network = allowing(network, "ping6", "cidr:web", "cidr:db", "icmpv6/128");
     let network = allowing(network, "gre", "cidr:web", "cidr:db", "proto/47");
-    in_lab(Attachment::Tcx, |lab| {
+    in_lab(|lab| {
         lab.enforce(&network, node(&network, "web1"));
         let mut judge = lab.judge();
         for [web, db, ..] in ENDS {
@@ -245,13 +257,13 @@ fn one_way_rules_let_answers_pass_and_nothing_else() {
 #[test]
 fn a_record_says_who_opened_and_which_state() {
     let network = allowing(small(), "tcp", "cidr:web", "cidr:db", "tcp/443");
-    in_lab(Attachment::Tcx, |lab| {
+    in_lab(|lab| {
         lab.enforce(&network, node(&network, "web1"));
         let mut judge = lab.judge();
         let [web, db, ..] = ENDS[0];
         let packet = opening(web, db, "tcp/443");
         judge.expect(EGRESS, &packet, reason::RULE);
-        let state = |judge: &mut tests::conformance::Judge| {
+        let state = |judge: &mut Judge| {
             let flows = judge.probe.flows().expect("readable");
             assert_eq!(flows.len(), 1);
             assert_eq!(flows[0].0.source, packet.source.into());
@@ -267,7 +279,7 @@ fn a_record_says_who_opened_and_which_state() {
 fn a_revoked_flow_is_cut_in_both_directions_at_once() {
     let open = allowing(small(), "tcp", "cidr:web", "cidr:db", "tcp/443");
     let closed = with_rule(open.clone(), "no", Action::Deny, "cidr:web", "cidr:db", "tcp/443");
-    in_lab(Attachment::Tcx, |lab| {
+    in_lab(|lab| {
         let web1 = node(&open, "web1");
         lab.enforce(&open, web1);
         let mut judge = lab.judge();
@@ -292,18 +304,19 @@ fn a_revoked_flow_is_cut_in_both_directions_at_once() {
 }
 
 /// The same probe, told of the rules that came.
-fn replaced(lab: &mut tests::conformance::Lab, judge: tests::conformance::Judge) -> tests::conformance::Judge {
-    tests::conformance::Judge { slots: lab.slots.pairs().into_values().collect(), ..judge }
+fn replaced(lab: &mut Lab, judge: Judge) -> Judge {
+    Judge { slots: lab.slots.pairs().into_values().collect(), ..judge }
 }
 
 #[test]
 fn an_icmp_error_passes_only_about_a_flow_that_is_allowed() {
     let network = allowing(small(), "tcp", "cidr:web", "cidr:db", "tcp/443");
-    in_lab(Attachment::Tcx, |lab| {
+    in_lab(|lab| {
         lab.enforce(&network, node(&network, "web1"));
         let mut judge = lab.judge();
         for [web, db, other, _] in ENDS {
-            let (protocol, kinds): (u8, &[u8]) = if web.contains(':') { (ICMPV6, &[1, 2, 3, 4]) } else { (ICMP, &[3, 11, 12]) };
+            let (protocol, kinds): (u8, &[u8]) =
+                if web.contains(':') { (ICMPV6, &[1, 2, 3, 4]) } else { (ICMP, &[3, 11, 12]) };
             let error = |kind: u8, source: &str, destination: &str, quoted: &[u8]| {
                 let ends = flow(source, destination, "tcp/1");
                 let mut payload = vec![kind, 0, 0, 0, 0, 0, 0, 0];
@@ -312,7 +325,12 @@ fn an_icmp_error_passes_only_about_a_flow_that_is_allowed() {
             };
             let allowed = opening(web, db, "tcp/443").to_bytes();
             for kind in kinds {
-                judge.expect_bytes(INGRESS, &error(*kind, db, web, &allowed), reason::ICMP_ERROR, "about an allowed flow");
+                judge.expect_bytes(
+                    INGRESS,
+                    &error(*kind, db, web, &allowed),
+                    reason::ICMP_ERROR,
+                    "about an allowed flow",
+                );
                 let unrelated = [
                     ("a flow that is not allowed", error(*kind, db, web, &opening(web, db, "tcp/444").to_bytes())),
                     ("a flow of another", error(*kind, db, web, &opening(other, db, "tcp/443").to_bytes())),
@@ -333,7 +351,7 @@ fn an_icmp_error_passes_only_about_a_flow_that_is_allowed() {
 #[test]
 fn rules_pairs_and_events_say_which_packets_there_were() {
     let network = allowing(small(), "tcp", "cidr:web", "cidr:db", "tcp/443");
-    in_lab(Attachment::Tcx, |lab| {
+    in_lab(|lab| {
         let (slice, tables) = lab.enforce(&network, node(&network, "web1"));
         let mut judge = lab.judge();
         let slot = *tables.rule_slots.values().next().expect("one rule");
@@ -365,7 +383,7 @@ fn rules_pairs_and_events_say_which_packets_there_were() {
 fn a_switch_that_fails_leaves_the_running_policy() {
     let open = allowing(small(), "tcp", "cidr:web", "cidr:db", "tcp/443");
     let other = allowing(small(), "udp", "cidr:web", "cidr:db", "udp/53");
-    in_lab(Attachment::Tcx, |lab| {
+    in_lab(|lab| {
         let web1 = node(&open, "web1");
         let (_, tables) = lab.enforce(&open, web1);
         lab.datapath.settle().expect("settled");
@@ -373,7 +391,7 @@ fn a_switch_that_fails_leaves_the_running_policy() {
         let (_, mut broken) = lab.lower(&other, web1);
         let whole = broken.clone();
         broken.matrix[0] = 9;
-        let unchanged = |lab: &mut tests::conformance::Lab| {
+        let unchanged = |lab: &mut Lab| {
             assert_eq!(lab.generation(), generation);
             assert_eq!(lab.datapath.differences(&tables).expect("readable"), Vec::<String>::new());
             let mut judge = lab.judge();
@@ -384,7 +402,7 @@ fn a_switch_that_fails_leaves_the_running_policy() {
         lab.datapath.switch(&broken).expect_err("tables that contradict themselves");
         unchanged(lab);
         // In the middle of filling the idle copy.
-        foreign::freeze(&lab.pin("maps/DECISIONS")).expect("frozen");
+        foreign::freeze(&lab.pin("maps/PORTS")).expect("frozen");
         lab.datapath.switch(&whole).expect_err("a map that cannot be written");
         unchanged(lab);
     });
@@ -393,16 +411,74 @@ fn a_switch_that_fails_leaves_the_running_policy() {
 #[test]
 fn probes_disturb_nothing() {
     let network = allowing(small(), "tcp", "cidr:web", "cidr:db", "tcp/443");
-    in_lab(Attachment::Tcx, |lab| {
-        use node::kernel::Inspect;
+    in_lab(|lab| {
         lab.enforce(&network, node(&network, "web1"));
         let before = lab.datapath.counters(&[0]).expect("readable").rules;
         for [web, db, ..] in ENDS {
-            let Flow { .. } = flow(web, db, "tcp/443");
             let probed = lab.datapath.probe(&flow(web, db, "tcp/443"), EGRESS).expect("probed");
-            assert_eq!((probed.passes, probed.reason, probed.rule), (true, reason::RULE, Some(0)), "{}", name(EGRESS));
+            assert_eq!((probed.passes, probed.reason, probed.rule), (true, reason::RULE, Some(0)));
         }
         assert_eq!(lab.datapath.flow_records().expect("readable"), 0);
         assert_eq!(lab.datapath.counters(&[0]).expect("readable").rules, before);
     });
+}
+
+#[test]
+fn the_kernels_best_way_of_attaching_is_found() {
+    in_lab(place::is_found);
+}
+
+#[test]
+fn a_killed_agent_leaves_the_policy_in_force_and_the_next_takes_over_without_a_gap() {
+    in_each_lab(place::is_taken_over);
+}
+
+#[test]
+fn programs_that_somebody_took_off_are_put_back() {
+    in_each_lab(place::is_put_back);
+}
+
+#[test]
+fn programs_come_first_again_after_somebody_came_ahead() {
+    in_each_lab(place::is_first_again);
+}
+
+#[test]
+fn pins_that_somebody_removed_are_put_back() {
+    in_each_lab(place::is_pinned_again);
+}
+
+#[test]
+fn another_interface_begins_with_everything_dropped() {
+    in_each_lab(place::is_closed_on_another_interface);
+}
+
+#[test]
+fn tables_of_which_a_part_is_lost_are_not_used() {
+    in_each_lab(place::is_closed_without_all_tables);
+}
+
+#[test]
+fn what_a_killed_attach_leaves_is_taken_up() {
+    in_each_lab(place::is_attached_over_leftovers);
+}
+
+#[test]
+fn detaching_leaves_nothing() {
+    in_each_lab(place::leaves_nothing);
+}
+
+#[test]
+fn the_agents_three_capabilities_are_enough() {
+    in_each_lab(place::needs_few_capabilities);
+}
+
+#[test]
+fn foreign_maps_under_our_names_are_refused() {
+    in_lab(place::refuses_foreign_maps);
+}
+
+#[test]
+fn a_packet_too_short_for_a_test_run_is_malformed_on_a_real_interface() {
+    in_each_lab(place::drops_short_packets);
 }

@@ -15,8 +15,12 @@ use crate::key::PrivateKey;
 use crate::lower::Tables;
 
 pub mod datapath;
+pub mod fake;
+pub mod inspect;
 pub mod link;
 pub mod wireguard;
+
+pub use inspect::Inspect;
 
 /// Which WireGuard carries the packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +137,11 @@ pub trait Datapath: Send {
     /// Puts the tables in force: idle copy filled, one switch, then the other copy follows. On failure the running copy
     /// is untouched.
     fn switch(&mut self, tables: &Tables) -> Result<Generation, KernelError>;
+    /// Ends the last switch: waits until no packet is judged by the copy that went, and brings that up to date. The next
+    /// switch does it otherwise; off the path of a change it costs nobody anything.
+    fn settle(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
     /// Forgets flows with an end in one of these addresses (their holder changed).
     fn forget_flows(&mut self, addresses: &[IpNet]) -> Result<usize, KernelError>;
     /// Deletes idle records; returns how many.

@@ -1,6 +1,7 @@
 //! What others do to the interface: other programs, other links; and a TUN to write packets to.
 #![allow(unsafe_code, reason = "bpf(2) and ioctl(2) are called as they are")]
 
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -9,10 +10,14 @@ use std::path::Path;
 
 use ebpf_common::EGRESS;
 
+const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_PROG_LOAD: libc::c_int = 5;
+const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_MAP_FREEZE: libc::c_int = 22;
 const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_LINK_DETACH: libc::c_int = 34;
+const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
@@ -81,14 +86,59 @@ struct Object {
     flags: u32,
 }
 
+fn open(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut object = Object { path: path.as_ptr() as u64, ..Default::default() };
+    bpf(BPF_OBJ_GET, &mut object).map(own)
+}
+
 /// Makes a pinned map refuse every further write from userspace.
 pub fn freeze(path: &Path) -> io::Result<()> {
-    let mut text = path.as_os_str().as_bytes().to_vec();
-    text.push(0);
-    let mut object = Object { path: text.as_ptr() as u64, ..Default::default() };
-    let map = own(bpf(BPF_OBJ_GET, &mut object)?);
+    let map = open(path)?;
     let mut fd = map.as_raw_fd() as u32;
     bpf(BPF_MAP_FREEZE, &mut fd).map(drop)
+}
+
+/// Takes a pinned link off its interface, whoever holds it.
+pub fn detach(path: &Path) -> io::Result<()> {
+    let link = open(path)?;
+    let mut fd = link.as_raw_fd() as u32;
+    bpf(BPF_LINK_DETACH, &mut fd).map(drop)
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct CreateMap {
+    kind: u32,
+    key_size: u32,
+    value_size: u32,
+    entries: u32,
+}
+
+/// Pins an array that is none of ours.
+pub fn pin_array(path: &Path, value_size: u32, entries: u32) -> io::Result<()> {
+    let mut create = CreateMap { kind: BPF_MAP_TYPE_ARRAY, key_size: 4, value_size, entries };
+    let map = own(bpf(BPF_MAP_CREATE, &mut create)?);
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut object = Object { path: path.as_ptr() as u64, fd: map.as_raw_fd() as u32, flags: 0 };
+    bpf(BPF_OBJ_PIN, &mut object).map(drop)
+}
+
+pub const CAP_NET_ADMIN: u32 = 12;
+pub const CAP_PERFMON: u32 = 38;
+pub const CAP_BPF: u32 = 39;
+
+/// Takes every other capability from the calling thread.
+pub fn keep_capabilities(kept: &[u32]) -> io::Result<()> {
+    const VERSION_3: u32 = 0x2008_0522;
+    let words = [0, 32]
+        .map(|base| kept.iter().filter(|bit| (base..base + 32).contains(*bit)).map(|bit| 1 << (bit - base)).sum());
+    let header: [u32; 2] = [VERSION_3, 0];
+    // Effective, permitted and inheritable; the low words, then the high ones.
+    let data: [u32; 6] = [words[0], words[0], 0, words[1], words[1], 0];
+    // SAFETY: both are laid out as the kernel's structures of that version.
+    let result = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), data.as_ptr()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// `struct ifreq` as TUNSETIFF reads it.

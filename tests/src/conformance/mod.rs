@@ -5,6 +5,7 @@
 
 pub mod foreign;
 pub mod network;
+pub mod place;
 pub mod random;
 
 use std::fs::File;
@@ -19,7 +20,7 @@ use nix::sched::{CloneFlags, unshare};
 use node::kernel::datapath::packet::Packet;
 use node::kernel::datapath::{EbpfDatapath, Probe};
 use node::kernel::inspect::Probed;
-use node::kernel::{Attachment, Datapath};
+use node::kernel::{Attachment, Datapath, Inspect};
 use node::lower::{RuleSlots, Tables, lower};
 use policy::{Generation, Matrix, Network, NodeId, Revision, Slice};
 use tempfile::TempDir;
@@ -36,12 +37,25 @@ pub struct Lab {
     /// Packets written here arrive at the interface.
     pub tun: File,
     pub slots: RuleSlots,
+    attachment: Option<Attachment>,
     revision: u64,
     _folder: TempDir,
 }
 
 /// Runs a test in a lab. Panics without root: a test that did not run has not passed.
-pub fn in_lab(attachment: Attachment, test: impl FnOnce(&mut Lab) + Send) {
+pub fn in_lab(test: impl FnOnce(&mut Lab) + Send) {
+    in_lab_with(None, test);
+}
+
+/// Runs a test in one lab after the other, for each way of attaching that this kernel has.
+pub fn in_each_lab(test: impl Fn(&mut Lab) + Sync) {
+    for attachment in attachments() {
+        println!("{attachment:?}");
+        in_lab_with(Some(*attachment), |lab| test(lab));
+    }
+}
+
+fn in_lab_with(attachment: Option<Attachment>, test: impl FnOnce(&mut Lab) + Send) {
     assert!(nix::unistd::geteuid().is_root(), "the kernel's programs can only be tested as root: run this as root");
     let result = thread::scope(|scope| scope.spawn(|| test(&mut Lab::new(attachment))).join());
     if let Err(panic) = result {
@@ -49,9 +63,18 @@ pub fn in_lab(attachment: Attachment, test: impl FnOnce(&mut Lab) + Send) {
     }
 }
 
+/// The ways of attaching that this kernel has by its version, the preferred one first: TCX came with 6.6.
+pub fn attachments() -> &'static [Attachment] {
+    let name = nix::sys::utsname::uname().expect("a kernel");
+    let release = name.release().to_string_lossy().into_owned();
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version >= (6, 6) { &[Attachment::Tcx, Attachment::Clsact] } else { &[Attachment::Clsact] }
+}
+
 impl Lab {
     /// Leaves the namespaces of the calling thread.
-    fn new(attachment: Attachment) -> Self {
+    fn new(attachment: Option<Attachment>) -> Self {
         unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).expect("namespaces of its own");
         let none: Option<&str> = None;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("mounts of its own");
@@ -59,13 +82,35 @@ impl Lab {
         let bpffs = folder.path().to_owned();
         mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), none).expect("a BPF file system");
         let tun = foreign::tun(INTERFACE).expect("a TUN interface; is there `/dev/net/tun`?");
-        let datapath = EbpfDatapath::new(INTERFACE, &bpffs).with_attachment(attachment);
-        Self { datapath, bpffs, tun, slots: RuleSlots::new(), revision: 0, _folder: folder }
+        let datapath = EbpfDatapath::new(INTERFACE, &bpffs);
+        let mut lab = Self { datapath, bpffs, tun, slots: RuleSlots::new(), attachment, revision: 0, _folder: folder };
+        lab.restart();
+        lab
     }
 
-    /// What an agent that was started anew would hold: nothing but the pins.
-    pub fn restart(&mut self, attachment: Attachment) {
-        self.datapath = EbpfDatapath::new(INTERFACE, &self.bpffs).with_attachment(attachment);
+    /// As if the agent had been killed and started: it holds nothing, and the pins are there.
+    pub fn restart(&mut self) {
+        let datapath = EbpfDatapath::new(INTERFACE, &self.bpffs);
+        self.datapath = match self.attachment {
+            Some(attachment) => datapath.with_attachment(attachment),
+            None => datapath,
+        };
+    }
+
+    /// The way in which this lab attaches.
+    pub fn attachment(&self) -> Attachment {
+        self.attachment.unwrap_or(attachments()[0])
+    }
+
+    /// Packets that the enforcing programs counted in a direction, whatever became of them.
+    pub fn counted(&mut self, direction: u32) -> u64 {
+        let counters = self.datapath.counters(&[]).expect("readable");
+        counters
+            .reasons
+            .iter()
+            .filter(|((counted, _), _)| *counted == direction)
+            .map(|(_, counter)| counter.packets)
+            .sum()
     }
 
     /// Takes the interface away and makes another of its name.
@@ -138,9 +183,9 @@ impl Judge {
     /// What the program does with bytes. That it counts exactly one reason, and that the one it returns, is checked by
     /// the probe.
     pub fn bytes(&mut self, direction: u32, bytes: &[u8]) -> Probed {
-        self.probe.judge(direction, bytes, self.slots.iter().copied()).unwrap_or_else(|error| {
-            panic!("{error}: {:?}, packet {bytes:02x?}", std::error::Error::source(&error))
-        })
+        self.probe
+            .judge(direction, bytes, self.slots.iter().copied())
+            .unwrap_or_else(|error| panic!("{error}: {:?}, packet {bytes:02x?}", std::error::Error::source(&error)))
     }
 
     pub fn packet(&mut self, direction: u32, packet: &Packet) -> Probed {

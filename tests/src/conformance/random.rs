@@ -1,6 +1,7 @@
 //! Random networks and flows: the interpreter, the slice, the lowered tables and the loaded program say the same.
 
 use std::cell::RefCell;
+use std::time::{Duration, Instant};
 
 use ebpf_common::packet::{ICMP, ICMPV6, TCP, UDP};
 use ebpf_common::{EGRESS, INGRESS, reason};
@@ -16,25 +17,37 @@ use node::lower::Tables;
 /// Names the seed to repeat a run with.
 pub const SEED: &str = "RAMPART_SEED";
 
-/// Judges flows of `networks` random networks. Panics with the smallest network and flow found that two of the four
-/// disagree on, and with the seed.
-pub fn agree(lab: &mut Lab, networks: u32) {
-    let seed: u64 = match std::env::var(SEED) {
-        Ok(seed) => seed.parse().unwrap_or_else(|error| panic!("{SEED}=`{seed}`: {error}")),
-        Err(_) => rand::random(),
-    };
-    println!("{SEED}={seed}");
-    let mut bytes = [0; 32];
-    bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    let config = Config { cases: networks, failure_persistence: None, max_shrink_iters: 400, ..Config::default() };
-    let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
+/// Networks judged with one seed.
+const BATCH: u32 = 25;
+
+/// Judges flows of random networks until the time is over. Panics with the smallest network and flow found that two of
+/// the four disagree on, and with the seed.
+pub fn agree(lab: &mut Lab, time: Duration) {
     lab.datapath.attach().expect("attached");
     let judge = RefCell::new(lab.judge());
     let lab = RefCell::new(lab);
-    let result = runner.run(&network_and_flows(), |(network, flows)| {
+    let case = |(network, flows): (Network, Vec<(NodeId, Flow)>)| {
         judge_network(&mut lab.borrow_mut(), &mut judge.borrow_mut(), &network, &flows)
-    });
-    if let Err(error) = result {
+    };
+    if let Ok(seed) = std::env::var(SEED) {
+        let seed = seed.parse().unwrap_or_else(|error| panic!("{SEED}=`{seed}`: {error}"));
+        return run_batch(seed, case);
+    }
+    let (started, first) = (Instant::now(), rand::random::<u64>());
+    let mut batches = 0;
+    while started.elapsed() < time {
+        run_batch(first.wrapping_add(batches), case);
+        batches += 1;
+    }
+    println!("{} networks with {SEED}={first} and the numbers after it", batches * u64::from(BATCH));
+}
+
+fn run_batch(seed: u64, case: impl Fn((Network, Vec<(NodeId, Flow)>)) -> Result<(), TestCaseError>) {
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    let config = Config { cases: BATCH, failure_persistence: None, max_shrink_iters: 400, ..Config::default() };
+    let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
+    if let Err(error) = runner.run(&network_and_flows(), case) {
         panic!("{error}\nrepeat with {SEED}={seed}");
     }
 }
@@ -115,7 +128,8 @@ fn judge_flow(
     }
     let reply = opening.reply().with_flags(ACK);
     let service = if matches!(flow.protocol, TCP | UDP | ICMP | ICMPV6) { reply.destination_port } else { 0 };
-    let reversed = Flow { source: reply.source, destination: reply.destination, protocol: flow.protocol, port: service };
+    let reversed =
+        Flow { source: reply.source, destination: reply.destination, protocol: flow.protocol, port: service };
     if !can_be_sent(&reversed) {
         return Ok(());
     }
@@ -126,9 +140,19 @@ fn judge_flow(
         ICMPV6 => flow.port == 128,
         _ => true,
     };
-    let expected = if !by_rules.passes && seen.passes && answers { (reason::REPLY, seen.rule) } else { (by_rules.reason, by_rules.rule) };
+    let expected = if !by_rules.passes && seen.passes && answers {
+        (reason::REPLY, seen.rule)
+    } else {
+        (by_rules.reason, by_rules.rule)
+    };
     let answered = judge.packet(back, &reply);
-    prop_assert_eq!(reason::name(answered.reason), reason::name(expected.0), "the answer to {} at {}", flow, name(back));
+    prop_assert_eq!(
+        reason::name(answered.reason),
+        reason::name(expected.0),
+        "the answer to {} at {}",
+        flow,
+        name(back)
+    );
     prop_assert_eq!(answered.rule, expected.1, "the answer to {} at {}", flow, name(back));
     Ok(())
 }

@@ -59,13 +59,16 @@ const LAYOUTS: [Layout; 15] = [
     array(map::EVENT_BUCKETS, size_of::<Bucket>(), reason::COUNT),
 ];
 
-/// Refuses pinned maps that are not laid out as this build has it. Maps that are not there are made by the loader.
-pub(super) fn check_layouts(folder: &Path) -> Result<(), KernelError> {
+/// Refuses pinned maps that are not laid out as this build has it. Maps that are not there are made by the loader;
+/// returns whether all tables are there.
+pub(super) fn check_layouts(folder: &Path) -> Result<bool, KernelError> {
+    let mut complete = true;
     for layout in &LAYOUTS {
         let path = folder.join(layout.name);
         let Some(fd) = sys::object(&path)
             .map_err(|error| KernelError::with(format!("failed to open the pinned map `{}`", path.display()), error))?
         else {
+            complete &= !map::TABLES.contains(&layout.name);
             continue;
         };
         let info = MapData::from_fd(fd).and_then(|map| map.info());
@@ -87,7 +90,7 @@ pub(super) fn check_layouts(folder: &Path) -> Result<(), KernelError> {
             )));
         }
     }
-    Ok(())
+    Ok(complete)
 }
 
 impl Layout {

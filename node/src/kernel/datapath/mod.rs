@@ -130,7 +130,7 @@ impl EbpfDatapath {
     /// Loads both programs and puts them in place.
     fn attach_anew(&mut self, pins: Pins, index: u32) -> Result<(), KernelError> {
         pins.create()?;
-        map::check_layouts(&pins.maps)?;
+        let complete = map::check_layouts(&pins.maps)?;
         probe::clean(&pins.top)
             .map_err(|error| KernelError::with(format!("failed to clean up in `{}`", pins.top.display()), error))?;
         // Programs that run already go on while the new ones are loaded.
@@ -146,8 +146,9 @@ impl EbpfDatapath {
         if let Some(former) = &mut former {
             // What is known of the tables' contents is still true.
             std::mem::swap(&mut copies, &mut former.copies);
-        } else if !is_enforced(&self.hooks(index), &pins)? {
-            // Maps without programs are of a former interface, or of a namespace that had this one's number.
+        } else if !complete || !is_enforced(&self.hooks(index), &pins)? {
+            // A table that was lost is empty now, and contradicts the others. Maps without programs are of a former
+            // interface, or of a namespace that had this one's number.
             copies.close()?;
             flows.clear()?;
         }
@@ -186,7 +187,9 @@ impl EbpfDatapath {
         };
         let maps = running.maps.are_pinned(&running.pins.maps);
         let check = |hook: &Hook<'_>, loaded: &Loaded| {
-            let pinned = maps && loaded.attached.is_pinned(&running.pins.link(hook.direction));
+            let pinned = maps
+                && loaded.attached.is_pinned(&running.pins.link(hook.direction))
+                && pinned_program(&running.pins, hook.direction) == Some(loaded.id);
             Ok::<bool, KernelError>(pinned && hook.programs(running.method)?.first() == Some(&Some(loaded.id)))
         };
         Ok([check(&hooks[0], &running.egress)?, check(&hooks[1], &running.ingress)?])
