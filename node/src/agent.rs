@@ -73,8 +73,8 @@ impl Machine {
 /// Runs until SIGTERM or SIGINT. What is enforced then stays enforced.
 pub fn run(settings: Settings, trace_datapath: bool) -> anyhow::Result<()> {
     startup::check_rights()?;
-    let _lock = Lock::take(&settings)?;
     let identity = Identity::load(&settings.state_dir)?;
+    let _lock = Lock::take(&settings)?;
     let keys = Keys::load(&settings.state_dir)?;
     let machine = Machine::prepare(&settings)?;
     let state = last_good_state(&settings.state_dir, &identity);
@@ -124,7 +124,7 @@ async fn serve(
     if let Some(slice) = &held {
         enforcer.enforce(Arc::clone(slice))?;
     }
-    if let Some(error) = enforcer.ask(|enforcer| unattached(enforcer)).await? {
+    if let Some(error) = enforcer.ask(unattached).await? {
         bail!(error);
     }
     let controller = controller::start(&settings, held, enforcer.enforced.clone());

@@ -12,6 +12,7 @@ use crate::agent::WIREGUARD_LOG;
 use crate::disk::{self, DiskError};
 use crate::identity::{self, Identity, IdentityError, Keys};
 use crate::kernel::{Datapath, KernelError, Link, WireGuard};
+use crate::lock;
 use crate::state;
 
 /// Why this machine has not left. It can be tried again.
@@ -81,6 +82,7 @@ pub fn remove(
     state::remove(&settings.state_dir)?;
     disk::remove(&settings.state_dir.join(WIREGUARD_LOG))?;
     identity::remove(&settings.state_dir)?;
+    disk::remove(&settings.state_dir.join(lock::FILE))?;
     // If something else is in it, it stays.
     let _ = std::fs::remove_dir(&settings.state_dir);
     Ok(())

@@ -1,4 +1,4 @@
-//! One daemon for one interface.
+//! One daemon for one interface, and for one state directory.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
@@ -11,46 +11,57 @@ use crate::disk::{self, DiskError};
 /// Held for as long as the daemon lives; the kernel releases it, whatever the daemon dies of.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    _interface: File,
+    _state_dir: File,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     #[error("another `noded` (pid {pid}) runs interface `{interface}`: stop it first, or choose another with `--interface`")]
-    Held { interface: String, pid: String },
+    Interface { interface: String, pid: String },
+    #[error("another `noded` (pid {pid}) uses `{}`: stop it first, or choose another with `--state-dir`", path.display())]
+    StateDir { path: PathBuf, pid: String },
     #[error(transparent)]
     Directory(#[from] DiskError),
     #[error("failed to lock `{}`", path.display())]
     Io { path: PathBuf, #[source] source: io::Error },
 }
 
+/// The lock's name in the state directory.
+pub const FILE: &str = "lock";
+
 impl Lock {
-    /// Takes the lock of the interface that the settings name; it lies beside the socket.
+    /// Takes the locks of the interface (it lies beside the socket) and of the state directory that the settings name.
     pub fn take(settings: &Settings) -> Result<Self, LockError> {
         let directory = settings.socket.parent().unwrap_or(Path::new("/run/rampart"));
-        disk::make_private_dir(directory)?;
-        let path = directory.join(format!("{}.lock", settings.interface));
-        let mut file = open(&path).map_err(|source| LockError::Io { path: path.clone(), source })?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(held(&mut file, settings)),
-            Err(TryLockError::Error(source)) => return Err(LockError::Io { path, source }),
-        }
-        write_pid(&mut file).map_err(|source| LockError::Io { path, source })?;
-        Ok(Self { _file: file })
+        let interface = lock(directory, &format!("{}.lock", settings.interface))?
+            .map_err(|pid| LockError::Interface { interface: settings.interface.to_string(), pid })?;
+        let state_dir = lock(&settings.state_dir, FILE)?
+            .map_err(|pid| LockError::StateDir { path: settings.state_dir.clone(), pid })?;
+        Ok(Self { _interface: interface, _state_dir: state_dir })
     }
 }
 
-fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+/// The locked file, or the pid of the one who has it.
+fn lock(directory: &Path, name: &str) -> Result<Result<File, String>, LockError> {
+    disk::make_private_dir(directory)?;
+    let path = directory.join(name);
+    let failed = |source| LockError::Io { path: path.clone(), source };
+    let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => {
+            write_pid(&mut file).map_err(failed)?;
+            Ok(Ok(file))
+        }
+        Err(TryLockError::WouldBlock) => Ok(Err(read_pid(&mut file))),
+        Err(TryLockError::Error(source)) => Err(failed(source)),
+    }
 }
 
-fn held(file: &mut File, settings: &Settings) -> LockError {
+fn read_pid(file: &mut File) -> String {
     let mut pid = String::new();
     let _ = file.take(20).read_to_string(&mut pid);
-    let pid = pid.trim();
-    let pid = if pid.is_empty() { "unknown".to_owned() } else { pid.to_owned() };
-    LockError::Held { interface: settings.interface.to_string(), pid }
+    if pid.trim().is_empty() { "unknown".to_owned() } else { pid.trim().to_owned() }
 }
 
 fn write_pid(file: &mut File) -> io::Result<()> {
@@ -67,13 +78,23 @@ mod tests {
     #[test]
     fn a_second_daemon_is_refused_by_name_and_pid() {
         let directory = tempfile::tempdir().unwrap();
-        let flags = Flags { socket: Some(directory.path().join("wg7.sock")), ..Flags::default() };
-        let flags = Flags { interface: Some("wg7".parse().unwrap()), config: None, ..flags };
-        let settings = config::load(&flags).unwrap();
-        let first = Lock::take(&settings).unwrap();
-        let error = Lock::take(&settings).unwrap_err().to_string();
-        assert!(error.contains("`wg7`") && error.contains(&format!("pid {}", std::process::id())), "{error}");
+        let settings = |interface: &str, state_dir: &str| {
+            config::load(&Flags {
+                socket: Some(directory.path().join(format!("{interface}.sock"))),
+                interface: Some(interface.parse().unwrap()),
+                state_dir: Some(directory.path().join(state_dir)),
+                ..Flags::default()
+            })
+            .unwrap()
+        };
+        let pid = format!("pid {}", std::process::id());
+        let first = Lock::take(&settings("wg7", "a")).unwrap();
+        let error = Lock::take(&settings("wg7", "b")).unwrap_err().to_string();
+        assert!(error.contains("`wg7`") && error.contains(&pid), "{error}");
+        let error = Lock::take(&settings("wg8", "a")).unwrap_err().to_string();
+        assert!(error.contains("/a`") && error.contains(&pid), "{error}");
+        Lock::take(&settings("wg8", "b")).unwrap();
         drop(first);
-        Lock::take(&settings).unwrap();
+        Lock::take(&settings("wg7", "a")).unwrap();
     }
 }

@@ -157,12 +157,12 @@ const LINE_MAX: u64 = 64 * 1024;
 impl Leave {
     fn run(self) -> anyhow::Result<()> {
         let settings = config::load(&self.flags)?;
-        let _lock = Lock::take(&settings)?;
         let name = match Identity::load(&settings.state_dir) {
             Ok(identity) => format!("node `{}` of `{}`", identity.name, identity.network),
             Err(IdentityError::NotJoined) if !self.force => return Err(IdentityError::NotJoined.into()),
             Err(_) => "this machine".to_owned(),
         };
+        let _lock = Lock::take(&settings)?;
         // Whatever would keep the interface from being removed comes before the controller forgets the node.
         let machine = Machine::prepare(&settings)?;
         let told = runtime()?.block_on(leave::tell(&settings, self.force))?;

@@ -59,7 +59,7 @@ impl Outcome {
 pub fn apply(kernel: &mut Kernel<'_>, key: &PrivateKey, tables: Option<&Tables>, steps: Vec<Step>) -> Outcome {
     let mut outcome = Outcome::default();
     let mut steps = steps.into_iter();
-    while let Some(step) = steps.next() {
+    for step in steps.by_ref() {
         match take(kernel, key, tables, &step) {
             Ok(generation) => {
                 outcome.generation = generation.or(outcome.generation);
