@@ -63,30 +63,34 @@ pub fn init(directory: &Path, plan: &Plan, now: u64) -> Result<(), InitError> {
     if work.exists() {
         fs::remove_dir_all(&work).map_err(io_error("remove the unfinished", &work))?;
     }
-    make_directory(&work)?;
-    let authority = Authority::create(&work, &plan.network, now)?;
+    let made = make(directory, &work, plan, &network, now);
+    let removed = fs::remove_dir_all(&work).map_err(io_error("remove", &work));
+    made.and(removed)
+}
+
+/// Makes the files in `work` and puts them into `directory`.
+fn make(directory: &Path, work: &Path, plan: &Plan, network: &Network, now: u64) -> Result<(), InitError> {
+    make_directory(work)?;
+    let authority = Authority::create(work, &plan.network, now)?;
     let store = SqliteStore::create(&work.join(DATABASE))?;
     let settings =
         Settings { endpoints: plan.endpoints.clone(), authority: tls::fingerprint(authority.certificate()).to_vec() };
-    found(&store, &network, settings, now)?;
+    found(&store, network, settings, now)?;
     // Closing the last connection folds the write-ahead log into the file.
     drop(store);
-    for name in [authority::KEY_FILE, authority::CERTIFICATE_FILE, DATABASE] {
+    for name in [authority::KEY_FILE, authority::CERTIFICATE_FILE] {
         let (from, to) = (work.join(name), directory.join(name));
-        File::open(&from).and_then(|file| file.sync_all()).map_err(io_error("write", &from))?;
-        if name == DATABASE {
-            sync(directory)?;
-            // Fails if somebody else was faster.
-            fs::hard_link(&from, &to).map_err(|source| match source.kind() {
-                io::ErrorKind::AlreadyExists => InitError::Exists { path: directory.to_owned() },
-                _ => io_error("make", &to)(source),
-            })?;
-        } else {
-            fs::rename(&from, &to).map_err(io_error("make", &to))?;
-        }
+        fs::rename(&from, &to).map_err(io_error("make", &to))?;
     }
+    let (from, to) = (work.join(DATABASE), directory.join(DATABASE));
+    File::open(&from).and_then(|file| file.sync_all()).map_err(io_error("write", &from))?;
     sync(directory)?;
-    fs::remove_dir_all(&work).map_err(io_error("remove", &work))
+    // Fails if somebody else was faster.
+    fs::hard_link(&from, &to).map_err(|source| match source.kind() {
+        io::ErrorKind::AlreadyExists => InitError::Exists { path: directory.to_owned() },
+        _ => io_error("make", &to)(source),
+    })?;
+    sync(directory)
 }
 
 /// The first revision of an empty store.

@@ -2,7 +2,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use controller_api::defaults::{CONTROLLER_CERTIFICATE_LIFETIME, renew_after};
@@ -29,8 +29,10 @@ use crate::writer::{self, Ask};
 
 /// How often certificates and what is known of nodes are looked after.
 const HOUSEKEEPING: Duration = Duration::from_secs(60);
+/// How often the writer is looked after.
+const DEATH_CHECK: Duration = Duration::from_millis(100);
 /// How long open calls may take to end when the controller stops.
-const GRACE: Duration = Duration::from_secs(3);
+const GRACE: Duration = Duration::from_secs(2);
 
 /// A controller without its listeners: what the services work with, over a store of any kind.
 #[derive(Debug)]
@@ -61,7 +63,27 @@ impl Controller {
 }
 
 /// Runs until SIGTERM or SIGINT.
-pub async fn serve(config: &Config) -> Result<()> {
+pub fn serve(config: &Config) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.context("failed to start the runtime")?;
+    let (ended, writer) = match runtime.block_on(run(config)) {
+        Ok((ended, writer)) => (ended, Some(writer)),
+        Err(error) => (Err(error), None),
+    };
+    // Takes the connections of clients that do not answer with it, and what they hold.
+    runtime.shutdown_timeout(GRACE);
+    // The writer ends with the last one who could ask it for something; the store is closed after it.
+    let start = Instant::now();
+    while writer.as_ref().is_some_and(|writer| !writer.is_finished()) && start.elapsed() < GRACE {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    ended
+}
+
+type Ended = (Result<()>, std::thread::JoinHandle<()>);
+
+/// An error: it did not get to serve.
+async fn run(config: &Config) -> Result<Ended> {
     let database = config.state_dir.join(DATABASE);
     let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&database)?);
     let (stopper, stop) = watch::channel(false);
@@ -69,13 +91,13 @@ pub async fn serve(config: &Config) -> Result<()> {
         let (network, settings) = (state.network.name(), &state.records.settings);
         Ok(Authority::open(&config.state_dir, network, Some(&settings.authority))?)
     };
-    let Controller { context, writer } = Controller::start(store, authority, clock::now, stop.clone()).await?;
-    let tls = Tls::new(server_config(&context.authority)?);
     let listener = listen(config.listen).await?;
-    let socket = bind_unix(&config.socket)?;
     let scraped = metrics::bind(config.metrics)
         .await
         .with_context(|| format!("failed to serve metrics at `{}`; choose another address with `--metrics`", config.metrics))?;
+    let socket = bind_unix(&config.socket)?;
+    let Controller { context, writer } = Controller::start(store, authority, clock::now, stop.clone()).await?;
+    let tls = Tls::new(server_config(&context.authority)?);
     let incoming = vec![
         accept_tls(listener, tls.clone(), Arc::clone(&context.metrics)),
         accept_unix(socket, Arc::clone(&context.metrics)),
@@ -93,24 +115,34 @@ pub async fn serve(config: &Config) -> Result<()> {
         "serving"
     );
     notify(&[sd_notify::NotifyState::Ready]);
-    let ended = tokio::select! {
-        signal = terminated() => signal.map(|name| tracing::info!(signal = name, "stopping")),
-        () = died(&writer) => Err(anyhow!("writer has died; this is a bug: restart `controllerd`, nothing acknowledged is lost")),
-        result = &mut servers => Err(match result {
-            Ok(Ok(())) => anyhow!("listeners have ended; restart `controllerd`"),
-            Ok(Err(error)) => anyhow::Error::new(error).context("listeners have failed"),
-            Err(error) => anyhow::Error::new(error).context("listeners have failed"),
-        }),
-    };
+    let ended = until_told(&writer, &mut servers).await;
     notify(&[sd_notify::NotifyState::Stopping]);
     stopper.send_replace(true);
-    if ended.is_ok() && tokio::time::timeout(GRACE, servers).await.is_err() {
+    if !servers.is_finished() && tokio::time::timeout(GRACE, &mut servers).await.is_err() {
         tracing::info!("some calls did not end in time");
+        servers.abort();
     }
     housekeeping.abort();
     metrics.abort();
     let _ = std::fs::remove_file(&config.socket);
-    ended
+    Ok((ended, writer))
+}
+
+type Servers = tokio::task::JoinHandle<Result<(), tonic::transport::Error>>;
+
+/// An error: it was not a signal.
+async fn until_told(writer: &std::thread::JoinHandle<()>, servers: &mut Servers) -> Result<()> {
+    tokio::select! {
+        signal = terminated() => signal.map(|name| tracing::info!(signal = name, "stopping")),
+        () = died(writer) => {
+            Err(anyhow!("writer has died, which is a bug; restart `controllerd`: nothing acknowledged is lost"))
+        }
+        result = servers => Err(match result {
+            Ok(Ok(())) => anyhow!("listeners have ended; restart `controllerd`"),
+            Ok(Err(error)) => anyhow::Error::new(error).context("listeners have failed"),
+            Err(error) => anyhow::Error::new(error).context("listeners have failed"),
+        }),
+    }
 }
 
 /// `[::]` takes IPv4 too; where the kernel has no IPv6, `0.0.0.0` is meant.
@@ -182,7 +214,7 @@ async fn terminated() -> Result<&'static str> {
 }
 
 async fn died(thread: &std::thread::JoinHandle<()>) {
-    let mut ticks = interval(Duration::from_secs(1));
+    let mut ticks = interval(DEATH_CHECK);
     while !thread.is_finished() {
         ticks.tick().await;
     }

@@ -1,4 +1,5 @@
-//! A controller that is killed at any moment has every change that it acknowledged.
+//! A controller that is killed at any moment has every change that it acknowledged; one that is asked to stop leaves
+//! nothing behind.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -71,16 +72,50 @@ fn random_milliseconds() -> u64 {
     20 + u64::from(u16::from_ne_bytes(bytes)) % 200
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_acknowledged_change_is_lost() {
-    let directory = tempfile::tempdir().expect("a directory");
-    let directory = directory.path();
+fn init(directory: &Path) {
     let init = Command::new(env!("CARGO_BIN_EXE_controllerd"))
         .args(["init", "--network", "corp", "--root", "10.42.0.0/16", "--endpoint", "127.0.0.1:7443", "--state-dir"])
         .arg(directory.join("state"))
         .stderr(Stdio::null())
         .status();
     assert!(init.expect("controllerd starts").success());
+}
+
+#[tokio::test]
+async fn sigterm_ends_it_cleanly() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let directory = directory.path();
+    init(directory);
+    let mut daemon = Daemon::start(directory);
+    // A connection that stays open, of a client that does not answer while this thread waits.
+    let mut admin = connect(directory).await;
+    admin.change(add_group(1)).await.expect("changed");
+    let second = Command::new(env!("CARGO_BIN_EXE_controllerd"))
+        .args(["serve", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--state-dir"])
+        .arg(directory.join("state"))
+        .output()
+        .expect("controllerd starts");
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert_eq!(second.status.code(), Some(1), "{said}");
+    assert!(said.contains(&format!("`{}`", daemon.0.id())) && said.contains("in use"), "{said}");
+
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(daemon.0.id()).expect("a pid"));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("signalled");
+    assert_eq!(daemon.0.wait().expect("gone").code(), Some(0));
+    assert!(!directory.join("controller.sock").exists());
+    let left: BTreeSet<_> = std::fs::read_dir(directory.join("state"))
+        .expect("a directory")
+        .map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"))
+        .collect();
+    let expected = ["authority.crt", "authority.key", "controller.db", "controller.lock"];
+    assert_eq!(left, expected.map(str::to_owned).into());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_acknowledged_change_is_lost() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let directory = directory.path();
+    init(directory);
     let (mut acknowledged, mut next) = (BTreeSet::new(), 0);
     for round in 0..ROUNDS {
         let daemon = Daemon::start(directory);

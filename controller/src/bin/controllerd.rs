@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use controller::config::{Config, Overrides};
 use controller::{clock, init, serve};
@@ -117,10 +117,5 @@ fn make(arguments: Init) -> Result<()> {
 fn run(arguments: Serve) -> Result<()> {
     let Serve { config, state_dir, listen, socket, metrics } = arguments;
     let config = Config::load(config.as_deref(), Overrides { listen, socket, metrics, state_dir })?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let runtime = runtime.context("failed to start the runtime")?;
-    let result = runtime.block_on(serve::serve(&config));
-    // What still hangs (a slow client) does not keep the program from ending.
-    runtime.shutdown_background();
-    result
+    serve::serve(&config)
 }

@@ -158,6 +158,11 @@ fn check(path: &Path, connection: &Connection) -> Result<(), StoreError> {
 
 fn failure(path: &Path, what: &'static str, error: rusqlite::Error) -> StoreError {
     let path = path.to_owned();
+    // The shared memory of the write-ahead log has no room: a full disk by another name.
+    let extended = error.sqlite_error().map(|error| error.extended_code);
+    if extended == Some(rusqlite::ffi::SQLITE_IOERR_SHMSIZE) {
+        return StoreError::Full { path };
+    }
     match error.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => StoreError::Full { path },
         Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
