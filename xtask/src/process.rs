@@ -1,7 +1,7 @@
 //! Commands with a time limit, in process groups of their own, that never outlive what started them.
 //!
-//! Signals are blocked in every thread and taken by one that waits for them; children start with an empty mask (the
-//! standard library sees to that). A signal goes on to the group of the command that runs, which gets time to clean up.
+//! A signal that asks us to stop goes on to the group of the command that runs, which gets time to clean up. It is
+//! handled and not blocked, since commands would inherit a mask.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -14,9 +14,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::prctl;
-use nix::sys::signal::{SigSet, Signal, kill, killpg};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, waitid, waitpid};
 use nix::unistd::Pid;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 /// How often a running command is looked at.
 const POLL: Duration = Duration::from_millis(20);
@@ -36,14 +38,10 @@ static REAPER: AtomicBool = AtomicBool::new(false);
 pub(crate) fn watch_signals() -> Result<()> {
     prctl::set_child_subreaper(true).context("failed to become the reaper of orphans")?;
     REAPER.store(true, Ordering::SeqCst);
-    let mut signals = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        signals.add(signal);
-    }
-    signals.thread_block().context("failed to block signals")?;
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("failed to handle signals")?;
     thread::spawn(move || {
-        while let Ok(signal) = signals.wait() {
-            LAST_SIGNAL.store(signal as i32, Ordering::SeqCst);
+        for signal in signals.forever() {
+            LAST_SIGNAL.store(signal, Ordering::SeqCst);
             SIGNALS.fetch_add(1, Ordering::SeqCst);
         }
     });
