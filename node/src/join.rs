@@ -26,7 +26,7 @@ pub enum Joined {
 
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
-    #[error("the invitation is for the admin `{name}`, not for a node; make one with `meshctl node invite`")]
+    #[error("the invitation is for the admin `{name}`, not for a node: it is for `meshctl admin join`; make one for a node with `meshctl node invite`")]
     ForAdmin { name: String },
     #[error(
         "the invitation to `{network}` expired at {at}: ask for a new one (`meshctl node invite {node}`), or set this \
