@@ -67,7 +67,9 @@ pub enum AuthorityError {
 pub enum RequestError {
     #[error("certificate request has {found} bytes, more than the {max} that are looked at; send one of an ECDSA P-256 key", max = REQUEST_MAX)]
     TooLong { found: usize },
-    #[error("certificate request cannot be used: {reason}; send PKCS #10 in DER, of an ECDSA P-256 key, signed by that key")]
+    #[error(
+        "certificate request cannot be used: {reason}; send PKCS #10 in DER, of an ECDSA P-256 key, signed by that key"
+    )]
     Malformed { reason: String },
 }
 
@@ -313,7 +315,9 @@ mod tests {
         assert!(!parsed.is_ca());
         let names = parsed.subject_alternative_name().expect("parses").expect("names");
         assert_eq!(names.value.general_names.len(), 1);
-        parsed.verify_signature(Some(X509Certificate::from_der(authority.certificate()).expect("ca").1.public_key())).expect("ours");
+        parsed
+            .verify_signature(Some(X509Certificate::from_der(authority.certificate()).expect("ca").1.public_key()))
+            .expect("ours");
     }
 
     #[test]

@@ -116,7 +116,9 @@ fn parse(path: &Path, text: &str) -> Result<File, ConfigError> {
 
 /// The commented sample: every setting with its default.
 pub fn sample() -> String {
-    let mut text = String::from("# controllerd, as it is without this file. A flag of `controllerd serve` goes before a setting here.\n");
+    let mut text = String::from(
+        "# controllerd, as it is without this file. A flag of `controllerd serve` goes before a setting here.\n",
+    );
     for Setting { name, default, meaning } in SETTINGS {
         text.push('\n');
         for line in *meaning {

@@ -36,7 +36,9 @@ pub enum RedeemError {
          new one (`meshctl {kind} invite {name}`)"
     )]
     OtherKeys { kind: &'static str, name: String, revoke: String },
-    #[error("keys of `{name}` are no longer good: a newer invitation replaced them; ask for a new one (`meshctl {kind} invite {name}`)")]
+    #[error(
+        "keys of `{name}` are no longer good: a newer invitation replaced them; ask for a new one (`meshctl {kind} invite {name}`)"
+    )]
     Replaced { kind: &'static str, name: String },
     #[error("node `{name}` is {state}; an admin can enable it (`meshctl node enable {name}`)")]
     NotActive { name: NodeName, state: NodeState },
@@ -70,7 +72,8 @@ pub fn invite(
         Subject::Admin(name) => Invitee::Admin(name.clone()),
         Subject::Node(name) => {
             let node = network.node_named(name);
-            let node = node.ok_or_else(|| InviteError::UnknownNode { name: name.clone(), hint: nearest(network, name) })?;
+            let node =
+                node.ok_or_else(|| InviteError::UnknownNode { name: name.clone(), hint: nearest(network, name) })?;
             if !matches!(node.state, NodeState::Invited | NodeState::Active) {
                 return Err(InviteError::NotInvitable { name: name.clone(), state: node.state });
             }

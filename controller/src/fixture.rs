@@ -28,7 +28,13 @@ pub(crate) fn add_cidr(name: &str, prefix: &str) -> Change {
 }
 
 pub(crate) fn add_node(name: &str, cidr: &str) -> Change {
-    Change::AddNode { name: parse(name), cidr: parse(cidr), addresses: None, groups: Vec::new(), gateway_for: Vec::new() }
+    Change::AddNode {
+        name: parse(name),
+        cidr: parse(cidr),
+        addresses: None,
+        groups: Vec::new(),
+        gateway_for: Vec::new(),
+    }
 }
 
 pub(crate) fn allow(name: &str, from: &str, to: &str, service: &str) -> Change {

@@ -164,7 +164,10 @@ mod tests {
             .expect("a directory")
             .map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"))
             .collect();
-        assert!(names.iter().all(|name| name.starts_with("authority.") || name.starts_with("controller.")), "{names:?}");
+        assert!(
+            names.iter().all(|name| name.starts_with("authority.") || name.starts_with("controller.")),
+            "{names:?}"
+        );
     }
 
     #[test]

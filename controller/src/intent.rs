@@ -23,12 +23,27 @@ pub enum Intent {
     Start,
     /// All or none, in order.
     Change(Vec<Change>),
-    Invite { subject: Subject, hash: SecretHash, expires_at: u64 },
-    Redeem { hash: SecretHash, keys: Keys, certificate_expires_at: u64 },
+    Invite {
+        subject: Subject,
+        hash: SecretHash,
+        expires_at: u64,
+    },
+    Redeem {
+        hash: SecretHash,
+        keys: Keys,
+        certificate_expires_at: u64,
+    },
     /// A node renews its certificate: the key it showed, and the one it asked a certificate for.
-    Rekey { node: NodeId, shown: KeyHash, requested: KeyHash },
+    Rekey {
+        node: NodeId,
+        shown: KeyHash,
+        requested: KeyHash,
+    },
     /// Where a node was seen.
-    Observe { node: NodeId, address: SocketAddr },
+    Observe {
+        node: NodeId,
+        address: SocketAddr,
+    },
     RevokeAdmin(String),
     /// A node leaves for good.
     Leave(NodeId),
@@ -145,9 +160,8 @@ impl Draft {
             warnings.extend(said.iter().map(|warning| format!("{}{warning}", position(index, count))));
         }
         self.recompile |= changes.iter().any(|change| !matches!(change, Change::SetEndpoint { .. }));
-        self.audit.extend(
-            changes.iter().map(|change| AuditLine { actor: actor.to_string(), change: describe(change) }),
-        );
+        self.audit
+            .extend(changes.iter().map(|change| AuditLine { actor: actor.to_string(), change: describe(change) }));
         self.network = Arc::new(network);
         self.forget_deleted();
         Ok(Outcome { changed: true, warnings, ..Outcome::default() })
@@ -175,7 +189,10 @@ impl Draft {
             let (actor, change) = match (&redeemed.identity, keys.wireguard) {
                 (Identity::Node(_), Some(public_key)) => {
                     // The name comes from the network, so it parses.
-                    let name = redeemed.name.parse().map_err(|_| RedeemError::Unknown { network: network.name().to_string() })?;
+                    let name = redeemed
+                        .name
+                        .parse()
+                        .map_err(|_| RedeemError::Unknown { network: network.name().to_string() })?;
                     let change = Change::ActivateNode { name, public_key };
                     (format!("node:{}", redeemed.name), describe(&change))
                 }
@@ -316,13 +333,31 @@ mod tests {
     #[test]
     fn an_invitation_lets_nobody_else_in() {
         let mut draft = invited();
-        check_refused(&mut draft, SecretHash([2; 32]), keys(50, 60), NOW, &["not known", "another network than `corp`"]);
-        check_refused(&mut draft, SECRET, keys(50, 60), EXPIRES + 5, &["`web2` expired 5 s ago", "meshctl node invite web2"]);
+        check_refused(
+            &mut draft,
+            SecretHash([2; 32]),
+            keys(50, 60),
+            NOW,
+            &["not known", "another network than `corp`"],
+        );
+        check_refused(
+            &mut draft,
+            SECRET,
+            keys(50, 60),
+            EXPIRES + 5,
+            &["`web2` expired 5 s ago", "meshctl node invite web2"],
+        );
         check_refused(&mut draft, SECRET, keys(50, 0), NOW, &["WireGuard key is missing", "`web2`"]);
         check_refused(&mut draft, SECRET, keys(50, 1), NOW, &["web1"]);
         redeem(&mut draft, SECRET, keys(50, 60), NOW).expect("let in");
         for other in [keys(51, 60), keys(50, 61)] {
-            check_refused(&mut draft, SECRET, other, NOW, &["`web2` was used already, by other keys", "node disable web2"]);
+            check_refused(
+                &mut draft,
+                SECRET,
+                other,
+                NOW,
+                &["`web2` was used already, by other keys", "node disable web2"],
+            );
         }
         let disable = Intent::Change(vec![Change::DisableNode { name: parse("web2") }]);
         draft.apply(&Actor::Root, &disable, NOW).expect("disabled");
@@ -367,7 +402,9 @@ mod tests {
         invite(&mut draft, alice(), second);
         redeem(&mut draft, second, keys(71, 0), NOW).expect("let in again");
         assert!(draft.records.accepts(&identity, &key_hash(71)) && !draft.records.accepts(&identity, &key_hash(70)));
-        assert!(draft.records.invitations.values().all(|invitation| invitation.invitee != Invitee::Admin("bob".to_owned())));
+        assert!(
+            draft.records.invitations.values().all(|invitation| invitation.invitee != Invitee::Admin("bob".to_owned()))
+        );
     }
 
     #[test]
@@ -410,7 +447,9 @@ mod tests {
             let intent = Intent::Observe { node, address: parse(address) };
             draft.apply(&actor, &intent, NOW).expect("an answer").changed
         };
-        for useless in ["127.0.0.1:51820", "[::1]:51820", "0.0.0.0:1", "10.42.9.9:51820", "169.254.0.1:1", "192.0.2.1:0"] {
+        for useless in
+            ["127.0.0.1:51820", "[::1]:51820", "0.0.0.0:1", "10.42.9.9:51820", "169.254.0.1:1", "192.0.2.1:0"]
+        {
             assert!(!observe(useless), "{useless}");
         }
         assert!(observe("192.0.2.1:51820"));

@@ -218,10 +218,8 @@ pub fn since(histogram: &Histogram, start: std::time::Instant) {
 
 /// OpenMetrics as the older text format has it: there a counter's family bears the name that its samples bear.
 pub fn prometheus_text(open_metrics: &str) -> String {
-    let counters: std::collections::BTreeSet<&str> = open_metrics
-        .lines()
-        .filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter"))
-        .collect();
+    let counters: std::collections::BTreeSet<&str> =
+        open_metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter")).collect();
     let mut text = String::with_capacity(open_metrics.len());
     for line in open_metrics.lines() {
         if line == "# EOF" || line.starts_with("# UNIT ") {

@@ -112,7 +112,9 @@ pub enum RecordError {
         #[source]
         source: prost::DecodeError,
     },
-    #[error("row `{key}` {reason}; it may be of a newer controllerd: run that one, or restore a copy of the state directory")]
+    #[error(
+        "row `{key}` {reason}; it may be of a newer controllerd: run that one, or restore a copy of the state directory"
+    )]
     Row { key: Key, reason: &'static str },
     #[error("the store holds no network; make one with `controllerd init`")]
     NoNetwork,
@@ -169,7 +171,8 @@ mod row {
 /// Reads the whole store.
 pub fn decode(rows: &BTreeMap<Key, Vec<u8>>) -> Result<(Network, Records), RecordError> {
     let mut network = None;
-    let (mut cidrs, mut nodes, mut groups, mut services, mut rules) = <(Vec<_>, Vec<_>, Vec<_>, Vec<_>, Vec<_>)>::default();
+    let (mut cidrs, mut nodes, mut groups, mut services, mut rules) =
+        <(Vec<_>, Vec<_>, Vec<_>, Vec<_>, Vec<_>)>::default();
     let mut records = Records::default();
     for (key, bytes) in rows {
         let (kind, id) = key.split();

@@ -92,9 +92,9 @@ async fn run(config: &Config) -> Result<Ended> {
         Ok(Authority::open(&config.state_dir, network, Some(&settings.authority))?)
     };
     let listener = listen(config.listen).await?;
-    let scraped = metrics::bind(config.metrics)
-        .await
-        .with_context(|| format!("failed to serve metrics at `{}`; choose another address with `--metrics`", config.metrics))?;
+    let scraped = metrics::bind(config.metrics).await.with_context(|| {
+        format!("failed to serve metrics at `{}`; choose another address with `--metrics`", config.metrics)
+    })?;
     let socket = bind_unix(&config.socket)?;
     let Controller { context, writer } = Controller::start(store, authority, clock::now, stop.clone()).await?;
     let tls = Tls::new(server_config(&context.authority)?);

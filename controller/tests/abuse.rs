@@ -81,7 +81,8 @@ async fn the_slow_are_dropped_and_hold_up_nobody() {
 async fn oversized_requests_are_refused() {
     let controller = TestController::start().await;
     let channel = controller.connect(None).await;
-    let request = v1::RedeemRequest { secret: vec![1; 32], certificate_request: vec![0; 100_000], ..Default::default() };
+    let request =
+        v1::RedeemRequest { secret: vec![1; 32], certificate_request: vec![0; 100_000], ..Default::default() };
     let refused = EnrolClient::new(channel).redeem(request).await.expect_err("too large");
     assert_eq!(refused.code(), Code::OutOfRange, "{refused:?}");
     let mut huge = change_request("", &[allow("r", "cidr:web", "cidr:db", "tcp/1")]);

@@ -143,7 +143,8 @@ async fn where_a_node_is_reached_is_told_to_its_peers() {
     let _app = Follower::open(controller.connect(Some(&app)).await, None, "192.0.2.7:51820").await.expect("a stream");
     let delta = follower.hear().await.expect("a delta");
     assert_eq!(delta.peers.values().next().expect("app1").endpoint, Some(parse("192.0.2.7:51820")));
-    let audit = controller.root().await.list_audit(v1::ListAuditRequest { limit: 1 }).await.expect("audit").into_inner();
+    let audit =
+        controller.root().await.list_audit(v1::ListAuditRequest { limit: 1 }).await.expect("audit").into_inner();
     assert_eq!(audit.entries[0].actor, "node:app1");
     assert_eq!(audit.entries[0].change, "node endpoint app1 192.0.2.7:51820 --observed");
     controller.wait_for_status(web_id, |status| status.sent == audit.entries[0].revision).await;

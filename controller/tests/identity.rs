@@ -28,12 +28,8 @@ async fn admin(channel: Channel) -> Result<u64, Status> {
 }
 
 async fn sync(channel: Channel) -> Result<u64, Status> {
-    let request = v1::ExplainRequest {
-        source: vec![10, 42, 1, 1],
-        destination: vec![10, 42, 2, 1],
-        protocol: 6,
-        port: 8080,
-    };
+    let request =
+        v1::ExplainRequest { source: vec![10, 42, 1, 1], destination: vec![10, 42, 2, 1], protocol: 6, port: 8080 };
     Ok(SyncClient::new(channel).explain(request).await?.into_inner().revision)
 }
 
@@ -137,10 +133,11 @@ async fn certificates_that_expired_or_are_another_authoritys_are_refused_at_once
     let controller = TestController::start().await;
     let (_, node) = controller.join("web1", "web", 1).await;
     let endpoint = [controller.address.to_string()];
-    let refused = async |identity: &ClientIdentity| match client::connect(&endpoint, &controller.trust(), Some(identity)).await {
-        Err(ConnectError::Refused { reason, .. }) => reason.to_owned(),
-        other => panic!("{other:?}"),
-    };
+    let refused =
+        async |identity: &ClientIdentity| match client::connect(&endpoint, &controller.trust(), Some(identity)).await {
+            Err(ConnectError::Refused { reason, .. }) => reason.to_owned(),
+            other => panic!("{other:?}"),
+        };
     let old = controller.sign(&Identity::Node(NodeId(node)), clock::now() - 2 * DAY.as_secs(), DAY);
     assert!(refused(&old).await.contains("expired"));
 
@@ -239,6 +236,7 @@ async fn a_node_can_leave_but_not_while_a_rule_names_it() {
     controller.change(&[Change::DeleteRule { name: parse("named") }]).await;
     SyncClient::new(channel.clone()).leave(v1::LeaveRequest {}).await.expect("left");
     check_refused(sync(channel).await, Code::PermissionDenied, &["was deleted"]);
-    let audit = controller.root().await.list_audit(v1::ListAuditRequest { limit: 1 }).await.expect("audit").into_inner();
+    let audit =
+        controller.root().await.list_audit(v1::ListAuditRequest { limit: 1 }).await.expect("audit").into_inner();
     assert_eq!((audit.entries[0].actor.as_str(), audit.entries[0].change.as_str()), ("node:web1", "node delete web1"));
 }

@@ -52,10 +52,7 @@ fn invalid(error: &dyn std::error::Error) -> Status {
 
 #[tonic::async_trait]
 impl Admin for AdminService {
-    async fn get_network(
-        &self,
-        _: Request<v1::GetNetworkRequest>,
-    ) -> Result<Response<v1::GetNetworkResponse>, Status> {
+    async fn get_network(&self, _: Request<v1::GetNetworkRequest>) -> Result<Response<v1::GetNetworkResponse>, Status> {
         let state = self.context.current.get();
         let network = Some(v1::Network::from(&*state.network));
         Ok(Response::new(v1::GetNetworkResponse { revision: state.revision.0, network }))
@@ -130,10 +127,7 @@ impl Admin for AdminService {
         Ok(Response::new(v1::GetStatusResponse { revision: state.revision.0, version, nodes }))
     }
 
-    async fn list_admins(
-        &self,
-        _: Request<v1::ListAdminsRequest>,
-    ) -> Result<Response<v1::ListAdminsResponse>, Status> {
+    async fn list_admins(&self, _: Request<v1::ListAdminsRequest>) -> Result<Response<v1::ListAdminsResponse>, Status> {
         let state = self.context.current.get();
         let admins = state.records.admins.iter().map(|(name, admin)| v1::AdminAccount {
             name: name.clone(),

@@ -34,8 +34,8 @@ impl EnrolService {
     async fn enrol(&self, request: v1::RedeemRequest) -> Result<v1::RedeemResponse, Status> {
         let v1::RedeemRequest { secret, certificate_request, wireguard_public_key } = request;
         let secret = Secret::try_from(&secret[..]).map_err(|error| Status::invalid_argument(text(&error)))?;
-        let request = CertificateRequest::parse(&certificate_request)
-            .map_err(|error| Status::invalid_argument(text(&error)))?;
+        let request =
+            CertificateRequest::parse(&certificate_request).map_err(|error| Status::invalid_argument(text(&error)))?;
         let wireguard = match &wireguard_public_key[..] {
             [] => None,
             bytes => Some(PublicKey::try_from(bytes).map_err(|error| Status::invalid_argument(text(&error)))?),

@@ -47,8 +47,13 @@ pub enum Peer {
     /// Root, on the Unix socket.
     Root,
     /// Over TLS, without a certificate.
-    Anonymous { address: SocketAddr },
-    Certified { address: SocketAddr, certificate: PeerCertificate },
+    Anonymous {
+        address: SocketAddr,
+    },
+    Certified {
+        address: SocketAddr,
+        certificate: PeerCertificate,
+    },
 }
 
 /// What a certificate of the network's authority says.
@@ -136,7 +141,11 @@ impl Connected for Connection {
 }
 
 impl AsyncRead for Connection {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if let Some(deadline) = &mut this.deadline
             && deadline.as_mut().poll(context).is_ready()
@@ -295,7 +304,9 @@ pub fn bind_unix(path: &Path) -> Result<UnixListener, SocketError> {
         std::fs::create_dir_all(directory).map_err(io("make the directory of"))?;
     }
     match std::fs::symlink_metadata(path) {
-        Ok(metadata) if !metadata.file_type().is_socket() => return Err(SocketError::NoSocket { path: path.to_owned() }),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            return Err(SocketError::NoSocket { path: path.to_owned() });
+        }
         Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
             return Err(SocketError::InUse { path: path.to_owned() });
         }

@@ -77,8 +77,8 @@ pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::serve
     let sync = SyncServer::new(sync::SyncService::new(context.clone()))
         .max_decoding_message_size(MAX_REQUEST)
         .max_encoding_message_size(MAX_RESPONSE);
-    let enrol = EnrolServer::new(enrol::EnrolService::new(context.clone()))
-        .max_decoding_message_size(enrol::REQUEST_MAX);
+    let enrol =
+        EnrolServer::new(enrol::EnrolService::new(context.clone())).max_decoding_message_size(enrol::REQUEST_MAX);
     let mut routes = RoutesBuilder::default();
     routes
         .add_service(InterceptedService::new(admin, context.gate(Door::Admins)))

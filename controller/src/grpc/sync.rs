@@ -74,8 +74,8 @@ impl Sync for SyncService {
     async fn renew(&self, request: Request<v1::RenewRequest>) -> Result<Response<v1::RenewResponse>, Status> {
         let node = node(&request)?;
         let v1::RenewRequest { certificate_request } = request.into_inner();
-        let request = CertificateRequest::parse(&certificate_request)
-            .map_err(|error| Status::invalid_argument(text(&error)))?;
+        let request =
+            CertificateRequest::parse(&certificate_request).map_err(|error| Status::invalid_argument(text(&error)))?;
         let intent = Intent::Rekey { node: node.id, shown: node.certificate.key, requested: request.key() };
         let ask = Ask::new(Actor::Node(node.name), intent);
         self.context.writer.ask(ask).await.map_err(|refusal| refused(&refusal))?;
@@ -234,7 +234,9 @@ impl Session {
         loop {
             let acknowledgement = match requests.message().await {
                 Ok(Some(v1::FollowRequest { kind: Some(Kind::Acknowledgement(acknowledgement)) })) => acknowledgement,
-                Ok(Some(_)) => return Some(Status::invalid_argument("node said something else than an acknowledgement")),
+                Ok(Some(_)) => {
+                    return Some(Status::invalid_argument("node said something else than an acknowledgement"));
+                }
                 Ok(None) => return None,
                 Err(status) => {
                     tracing::debug!(reason = status.message(), "a stream broke");
@@ -259,7 +261,9 @@ impl Session {
 }
 
 fn taken_over() -> Status {
-    Status::aborted("another connection of this node took over; if there is only one `noded`, its keys were copied: invite the node again")
+    Status::aborted(
+        "another connection of this node took over; if there is only one `noded`, its keys were copied: invite the node again",
+    )
 }
 
 /// Where the node is reached: where it says, else where it calls from.

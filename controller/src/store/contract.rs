@@ -185,7 +185,10 @@ pub(crate) fn compact_forgets_history_only(store: &dyn Store) {
     store.compact(Revision(1)).expect("nothing to do");
     store.compact(Revision(99)).expect("compacts what there is");
     assert_eq!(store.commit(&commit([])).expect("a commit").revision, Revision(5));
-    assert_eq!(store.watch(Revision(4)).expect("a watch").next(SOON).expect("no gap").expect("one").revision, Revision(5));
+    assert_eq!(
+        store.watch(Revision(4)).expect("a watch").next(SOON).expect("no gap").expect("one").revision,
+        Revision(5)
+    );
 }
 
 pub(crate) fn lengths_are_bounded(store: &dyn Store) {

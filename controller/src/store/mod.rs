@@ -164,7 +164,9 @@ pub enum StoreError {
     RequestReused { id: String, revision: Revision },
     #[error("`{what}` is longer than the {max} bytes that the store keeps; shorten it")]
     TooLong { what: String, max: usize },
-    #[error("revisions up to `{compacted}` are compacted, so there is no watch after `{after}`; take a snapshot instead")]
+    #[error(
+        "revisions up to `{compacted}` are compacted, so there is no watch after `{after}`; take a snapshot instead"
+    )]
     Compacted { after: Revision, compacted: Revision },
     #[error("the watch fell behind after revision `{after}`; watch again from there")]
     Lagged { after: Revision },

@@ -109,7 +109,8 @@ fn lock(database: &Path) -> Result<Flock<File>, StoreError> {
     let file = options.open(&path).map_err(io("open"))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(mut lock) => {
-            let written = lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| write!(lock, "{}", std::process::id()));
+            let written =
+                lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| write!(lock, "{}", std::process::id()));
             // The pid is for the message below only: a full disk must not keep a whole database closed.
             if let Err(error) = written {
                 tracing::warn!(path = %path.display(), %error, "the pid could not be written to the lock file");
@@ -222,7 +223,8 @@ fn violation(
 /// Everything that one revision writes.
 fn write(transaction: &Transaction<'_>, revision: u64, commit: &Commit) -> rusqlite::Result<()> {
     transaction.execute("UPDATE head SET revision = ?1", [revision])?;
-    let mut put = transaction.prepare_cached("INSERT OR REPLACE INTO row (key, value, revision) VALUES (?1, ?2, ?3)")?;
+    let mut put =
+        transaction.prepare_cached("INSERT OR REPLACE INTO row (key, value, revision) VALUES (?1, ?2, ?3)")?;
     let mut delete = transaction.prepare_cached("DELETE FROM row WHERE key = ?1")?;
     let mut log =
         transaction.prepare_cached("INSERT INTO log (revision, position, key, value) VALUES (?1, ?2, ?3, ?4)")?;
@@ -292,8 +294,7 @@ impl Store for SqliteStore {
         check_lengths(commit)?;
         let fail = self.failed("be written");
         let mut inner = self.inner();
-        let transaction =
-            inner.connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(&fail)?;
+        let transaction = inner.connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(&fail)?;
         if let Some(request) = &commit.request
             && let Some(revision) = same_request(find_request(&transaction, request).map_err(&fail)?, request)?
         {

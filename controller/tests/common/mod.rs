@@ -138,7 +138,11 @@ impl TestController {
     }
 
     /// As an invited one does it: by nothing but the invitation.
-    pub(crate) async fn redeem(&self, invitation: &Invitation, keys: &Keys) -> Result<v1::RedeemResponse, tonic::Status> {
+    pub(crate) async fn redeem(
+        &self,
+        invitation: &Invitation,
+        keys: &Keys,
+    ) -> Result<v1::RedeemResponse, tonic::Status> {
         let trust = Trust::Fingerprint(invitation.fingerprint);
         let channel = client::connect(&invitation.endpoints, &trust, None).await.expect("connected");
         let request = v1::RedeemRequest {
