@@ -469,6 +469,11 @@ fn detaching_leaves_nothing() {
 }
 
 #[test]
+fn denied_packets_are_reported_and_traced() {
+    in_each_lab(place::reports);
+}
+
+#[test]
 fn the_agents_three_capabilities_are_enough() {
     in_each_lab(place::needs_few_capabilities);
 }

@@ -2,8 +2,8 @@
 //! against.
 
 use ebpf_common::limit;
-use ebpf_common::table::{ALLOW, CELL_INDEX, CHILD, DENY, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD, UNIFORM};
 use ebpf_common::reason;
+use ebpf_common::table::{ALLOW, CELL_INDEX, CHILD, DENY, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD, UNIFORM};
 
 use super::Tables;
 
@@ -55,7 +55,11 @@ impl Tables {
     fn check_strides(&self) -> Result<(), TableError> {
         for (index, root) in self.header.roots_v4.iter().chain(&self.header.roots_v6).enumerate() {
             if root.block != NO_BLOCK && root.block as usize >= self.blocks.len() {
-                return Err(error("HEADER", 0, format!("has root {index} at block {}, which is not there", root.block)));
+                return Err(error(
+                    "HEADER",
+                    0,
+                    format!("has root {index} at block {}, which is not there", root.block),
+                ));
             }
         }
         let leaves = self.leaves.len();

@@ -37,7 +37,8 @@ pub(super) fn entries(slice: &Slice) -> BTreeMap<IpNet, Entry> {
 /// those serve.
 fn stands_for(slice: &Slice) -> BTreeMap<IpNet, bool> {
     let gateway_for = &slice.local.gateway_for;
-    let served_by_others = slice.local.external_routes.iter().filter(|net| gateway_for.iter().any(|own| own.contains(*net)));
+    let served_by_others =
+        slice.local.external_routes.iter().filter(|net| gateway_for.iter().any(|own| own.contains(*net)));
     let mut stands: BTreeMap<IpNet, bool> = gateway_for.iter().map(|net| (*net, true)).collect();
     stands.extend(served_by_others.map(|net| (*net, false)));
     stands.extend(slice.local.addresses.iter().map(|address| (IpNet::from(address), true)));

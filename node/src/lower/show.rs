@@ -41,7 +41,9 @@ impl Tables {
                 }
                 match entries.last_mut() {
                     Some((range, same))
-                        if *same == decision && range.protocol == protocol && range.high.checked_add(1) == Some(port) =>
+                        if *same == decision
+                            && range.protocol == protocol
+                            && range.high.checked_add(1) == Some(port) =>
                     {
                         range.high = port;
                     }

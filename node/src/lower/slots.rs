@@ -103,7 +103,11 @@ mod tests {
         let slots = assigned(&RuleSlots::new(), &[7, 9]);
         assert_eq!((slots.slot(RuleId(7)), slots.slot(RuleId(9))), (Some(0), Some(1)));
         let slots = assigned(&slots, &[9, 11]);
-        assert_eq!((slots.slot(RuleId(9)), slots.slot(RuleId(11))), (Some(1), Some(2)), "slot 0 still counts for rule 7");
+        assert_eq!(
+            (slots.slot(RuleId(9)), slots.slot(RuleId(11))),
+            (Some(1), Some(2)),
+            "slot 0 still counts for rule 7"
+        );
         assert_eq!(slots.retired(), [0]);
         let mut slots = assigned(&slots, &[7, 9]);
         assert_eq!(slots.slot(RuleId(7)), Some(0), "back before its counter was reset");

@@ -82,7 +82,9 @@ fn trees(prefixes: &[Prefix]) -> Vec<&[Prefix]> {
 
 /// The longest prefix that contains all of them; for IPv4 at least the mapped range.
 fn common(prefixes: &[Prefix]) -> Prefix {
-    let (Some(first), Some(last)) = (prefixes.first(), prefixes.last()) else { return Prefix { bytes: [0; 16], bits: 0, leaf: UNKNOWN } };
+    let (Some(first), Some(last)) = (prefixes.first(), prefixes.last()) else {
+        return Prefix { bytes: [0; 16], bits: 0, leaf: UNKNOWN };
+    };
     // Sorted: what the first and the last share, all share.
     let differ = u128::from_be_bytes(first.bytes) ^ u128::from_be_bytes(last.bytes);
     let shortest = prefixes.iter().map(|prefix| prefix.bits).min().unwrap_or(0);

@@ -152,25 +152,36 @@ fn small() -> Network {
     let roots = policy::Prefixes::from_nets(roots).expect("one of each");
     let mut network =
         Network::new("corp".parse().expect("a name"), roots, policy::DefaultPolicy::Deny).expect("no objects");
-    for (name, prefixes) in [("web", ["10.42.1.0/24", "fd42:0:0:1::/64"]), ("db", ["10.42.2.0/24", "fd42:0:0:2::/64"])] {
-        apply(&mut network, Change::AddCidr {
-            name: name.parse().expect("a name"),
-            prefixes: policy::Prefixes::from_nets(prefixes.map(|net| net.parse().expect("a prefix"))).expect("both"),
-            isolated: false,
-            external: false,
-        });
+    for (name, prefixes) in [("web", ["10.42.1.0/24", "fd42:0:0:1::/64"]), ("db", ["10.42.2.0/24", "fd42:0:0:2::/64"])]
+    {
+        apply(
+            &mut network,
+            Change::AddCidr {
+                name: name.parse().expect("a name"),
+                prefixes: policy::Prefixes::from_nets(prefixes.map(|net| net.parse().expect("a prefix")))
+                    .expect("both"),
+                isolated: false,
+                external: false,
+            },
+        );
     }
-    apply(&mut network, Change::AddNode {
-        name: "n0".parse().expect("a name"),
-        cidr: "web".parse().expect("a name"),
-        addresses: None,
-        groups: Vec::new(),
-        gateway_for: Vec::new(),
-    });
-    apply(&mut network, Change::ActivateNode {
-        name: "n0".parse().expect("a name"),
-        public_key: policy::PublicKey::try_from([7; 32].as_slice()).expect("a key"),
-    });
+    apply(
+        &mut network,
+        Change::AddNode {
+            name: "n0".parse().expect("a name"),
+            cidr: "web".parse().expect("a name"),
+            addresses: None,
+            groups: Vec::new(),
+            gateway_for: Vec::new(),
+        },
+    );
+    apply(
+        &mut network,
+        Change::ActivateNode {
+            name: "n0".parse().expect("a name"),
+            public_key: policy::PublicKey::try_from([7; 32].as_slice()).expect("a key"),
+        },
+    );
     network
 }
 
@@ -218,7 +229,9 @@ fn equal_sets_of_services_share_a_page_and_runs_of_ports() {
         let address = |text: &str| text.parse::<IpAddr>().expect("an address");
         Flow { source: address(source), destination: address(destination), protocol, port }
     };
-    for (service, passes) in [("tcp/443", true), ("tcp/442", false), ("tcp/444", false), ("tcp/699", false), ("udp/443", false)] {
+    for (service, passes) in
+        [("tcp/443", true), ("tcp/442", false), ("tcp/444", false), ("tcp/699", false), ("udp/443", false)]
+    {
         for (source, destination) in [("10.42.1.1", "10.42.2.9"), ("fd42:0:0:1::1", "fd42:0:0:2::9")] {
             let outcome = tables.verdict(&flow(service, source, destination), EGRESS);
             assert_eq!(outcome.passes, passes, "{service}");

@@ -124,6 +124,13 @@ pub fn pin_array(path: &Path, value_size: u32, entries: u32) -> io::Result<()> {
     bpf(BPF_OBJ_PIN, &mut object).map(drop)
 }
 
+/// Whether there is something to read at this moment.
+pub fn is_readable(file: &impl AsRawFd) -> bool {
+    let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one structure, for the time of the call.
+    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 }
+}
+
 pub const CAP_NET_ADMIN: u32 = 12;
 pub const CAP_PERFMON: u32 = 38;
 pub const CAP_BPF: u32 = 39;

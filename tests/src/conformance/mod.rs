@@ -90,7 +90,12 @@ impl Lab {
 
     /// As if the agent had been killed and started: it holds nothing, and the pins are there.
     pub fn restart(&mut self) {
-        let datapath = EbpfDatapath::new(INTERFACE, &self.bpffs);
+        self.restart_with(|datapath| datapath);
+    }
+
+    /// Likewise, with other options.
+    pub fn restart_with(&mut self, options: impl FnOnce(EbpfDatapath) -> EbpfDatapath) {
+        let datapath = options(EbpfDatapath::new(INTERFACE, &self.bpffs));
         self.datapath = match self.attachment {
             Some(attachment) => datapath.with_attachment(attachment),
             None => datapath,

@@ -3,11 +3,13 @@
 use std::fs;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use ebpf_common::{EGRESS, INGRESS, reason};
 use nix::net::if_::if_nametoindex;
+use node::kernel::datapath::Trace;
 use node::kernel::datapath::packet::Packet;
 use node::kernel::{Attachment, Datapath, DatapathState, Inspect};
 use policy::{Generation, Network};
@@ -260,6 +262,29 @@ pub fn needs_few_capabilities(lab: &mut Lab) {
     lab.datapath.collect_flows().expect("collected");
     lab.datapath.events().expect("events");
     lab.datapath.detach().expect("detached");
+}
+
+/// The agent's ears: events of denied packets, and with tracing a record of every packet.
+pub fn reports(lab: &mut Lab) {
+    let (sender, receiver) = mpsc::channel();
+    lab.restart_with(|datapath| datapath.with_trace(move |trace| sender.send(trace).expect("somebody listens")));
+    let generation = enforce(lab);
+    let traces: Vec<Trace> = receiver.try_iter().collect();
+    assert_eq!(traces.len(), DIRECTIONS.len(), "one of each program");
+    let mut events = lab.datapath.events().expect("events");
+    let [web, db, ..] = ENDS[0];
+    lab.tun.write_all(&Packet::opening(&flow(db, web, "udp/9")).to_bytes()).expect("sent");
+    let mut event = None;
+    wait_until(
+        || {
+            event = event.or_else(|| events.poll());
+            event.is_some_and(|event| event.destination_port == 9)
+        },
+        "the denied packet is reported",
+    );
+    wait_until(|| traces.iter().any(foreign::is_readable), "a program says something");
+    traces.into_iter().for_each(|mut trace| trace.flush());
+    assert_in_force(lab, generation);
 }
 
 pub fn drops_short_packets(lab: &mut Lab) {

@@ -22,7 +22,10 @@ pub(super) struct Hook<'a> {
 #[derive(Debug)]
 pub(super) enum Attached {
     /// Held, so that a pin that somebody removes does not take enforcement with it.
-    Tcx { _link: FdLink, id: u32 },
+    Tcx {
+        _link: FdLink,
+        id: u32,
+    },
     Clsact,
 }
 

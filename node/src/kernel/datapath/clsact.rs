@@ -64,8 +64,10 @@ pub(super) fn attach(
     };
     // Dropping it would take the filter off, also when the agent ends as it should.
     std::mem::forget(program.take_link(link)?);
-    let behind = filters.iter().skip(1).filter_map(Filter::ours);
-    behind.map(|handle| SchedClassifierLink::attached(interface, kind, PREFERENCE, handle, None)?.detach()).collect()
+    for handle in filters.iter().skip(1).filter_map(Filter::ours) {
+        SchedClassifierLink::attached(interface, kind, PREFERENCE, handle, None)?.detach()?;
+    }
+    Ok(())
 }
 
 /// Takes our filters off; `false`: there are none.
@@ -113,7 +115,9 @@ pub(super) fn filters(index: u32, direction: u32) -> io::Result<Vec<Filter>> {
     loop {
         let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
         let mut rest = &buffer[..length];
-        while let Some(size) = word(rest, 0).map(|size| size as usize).filter(|size| (HEADER..=rest.len()).contains(size)) {
+        while let Some(size) =
+            word(rest, 0).map(|size| size as usize).filter(|size| (HEADER..=rest.len()).contains(size))
+        {
             let message = &rest[..size];
             match half(message, 4).map(i32::from) {
                 Some(libc::NLMSG_DONE) => return Ok(filters),

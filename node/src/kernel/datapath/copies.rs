@@ -76,7 +76,9 @@ impl Copies {
 
     /// Puts tables in force.
     pub(super) fn switch(&mut self, tables: &Tables) -> Result<Generation, KernelError> {
-        tables.check().map_err(|error: TableError| KernelError::with("the tables contradict themselves: a bug, nothing was changed", error))?;
+        tables.check().map_err(|error: TableError| {
+            KernelError::with("the tables contradict themselves: a bug, nothing was changed", error)
+        })?;
         self.settle()?;
         let Control { active, generation } = self.control()?;
         let next = Control { active: 1 - (active & 1), generation: generation.checked_add(1).unwrap_or(1) };
@@ -111,7 +113,13 @@ impl Copies {
         write(&self.matrix, map::MATRIX, copy * limit::CELLS, old.map(|old| &*old.matrix), &tables.matrix)?;
         write(&self.pages, map::PAGES, copy * limit::PAGES, old.map(|old| &*old.pages), &tables.pages)?;
         write(&self.ports, map::PORTS, copy * limit::PORTS, old.map(|old| &*old.ports), &tables.ports)?;
-        write(&self.decisions, map::DECISIONS, copy * limit::DECISIONS, old.map(|old| &*old.decisions), &tables.decisions)?;
+        write(
+            &self.decisions,
+            map::DECISIONS,
+            copy * limit::DECISIONS,
+            old.map(|old| &*old.decisions),
+            &tables.decisions,
+        )?;
         let header = Header { generation, ..tables.header };
         self.header.set(copy, header, 0).map_err(|error| KernelError::with("failed to write the header", error))?;
         self.shadows[copy as usize] = Some(Arc::clone(tables));
@@ -130,7 +138,8 @@ impl Copies {
     pub(super) fn read(&self) -> Result<Tables, KernelError> {
         let copy = self.control()?.active & 1;
         let header = self.read_header(copy)?;
-        let corrupt = |error: TableError| KernelError::with("the kernel's tables contradict themselves: restart `noded`", error);
+        let corrupt =
+            |error: TableError| KernelError::with("the kernel's tables contradict themselves: restart `noded`", error);
         let blocks = self.read_blocks(copy, &header)?;
         let targets = || blocks.iter().flat_map(|block| block.entries.iter().chain(std::iter::once(&block.otherwise)));
         let leaf = targets().filter(|entry| **entry & CHILD == 0).max().map_or(0, |leaf| *leaf);
@@ -142,7 +151,9 @@ impl Copies {
             words.map(|word| (word & CELL_INDEX) + 1).max().unwrap_or(0)
         };
         let pages: Vec<Page> = read(&self.pages, map::PAGES, copy * limit::PAGES, of_cells(false), limit::PAGES)?;
-        let runs = pages.iter().flat_map(|page| page.tcp.iter().chain(&page.udp).chain([&page.icmp, &page.icmpv6, &page.protocol]));
+        let runs = pages
+            .iter()
+            .flat_map(|page| page.tcp.iter().chain(&page.udp).chain([&page.icmp, &page.icmpv6, &page.protocol]));
         let runs = runs.max().map_or(0, |run| u32::from(*run) + 1);
         let ports: Vec<Ports> = read(&self.ports, map::PORTS, copy * limit::PORTS, runs, limit::PORTS)?;
         let decisions = ports.iter().flat_map(|ports| &ports.decisions).max().map_or(1, |one| u32::from(*one) + 1);
@@ -167,7 +178,8 @@ impl Copies {
     /// Blocks point forward, so those read so far say how many more there are.
     fn read_blocks(&self, copy: u32, header: &Header) -> Result<Vec<Block>, KernelError> {
         let roots = header.roots_v4.iter().chain(&header.roots_v6).map(|root| root.block);
-        let mut wanted = roots.filter(|block| *block != NO_BLOCK).map(|block| block.saturating_add(1)).max().unwrap_or(0);
+        let mut wanted =
+            roots.filter(|block| *block != NO_BLOCK).map(|block| block.saturating_add(1)).max().unwrap_or(0);
         let mut blocks: Vec<Block> = Vec::new();
         while blocks.len() < wanted as usize {
             let first = blocks.len() as u32;

@@ -44,7 +44,8 @@ impl CounterMaps {
     }
 
     pub(super) fn reasons(&self) -> Result<BTreeMap<(u32, u8), Counter>, KernelError> {
-        let every = (0..DIRECTIONS).flat_map(|direction| reason::ALL.iter().map(move |(reason, ..)| (direction, *reason)));
+        let every =
+            (0..DIRECTIONS).flat_map(|direction| reason::ALL.iter().map(move |(reason, ..)| (direction, *reason)));
         every
             .map(|(direction, reason)| {
                 let index = direction * reason::COUNT + u32::from(reason);
@@ -58,21 +59,19 @@ impl CounterMaps {
     }
 
     fn pairs(&self) -> Result<BTreeMap<PairKey, Counter>, KernelError> {
-        self.pairs
-            .iter()
-            .map(|entry| entry.map(|(key, values)| (key, sum(&values))).map_err(failed))
-            .collect()
+        self.pairs.iter().map(|entry| entry.map(|(key, values)| (key, sum(&values))).map_err(failed)).collect()
     }
 
     /// Sets the counters of rule slots to zero.
     pub(super) fn reset_rules(&mut self, slots: &[u32]) -> Result<(), KernelError> {
-        let cpus = nr_cpus().map_err(|(path, error)| KernelError::with(format!("failed to count CPUs in `{path}`"), error))?;
+        let cpus =
+            nr_cpus().map_err(|(path, error)| KernelError::with(format!("failed to count CPUs in `{path}`"), error))?;
         for slot in slots {
             let zero = PerCpuValues::try_from(vec![Counter::default(); cpus])
                 .map_err(|error| KernelError::with("failed to make zero counters", error))?;
-            self.rules
-                .set(*slot, zero, 0)
-                .map_err(|error| KernelError::with(format!("failed to reset the counter of rule slot {slot}"), error))?;
+            self.rules.set(*slot, zero, 0).map_err(|error| {
+                KernelError::with(format!("failed to reset the counter of rule slot {slot}"), error)
+            })?;
         }
         Ok(())
     }

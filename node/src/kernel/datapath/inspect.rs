@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use ebpf_common::limit;
 use ebpf_common::flow::{Flow as Record, FlowKey};
+use ebpf_common::limit;
 use policy::Flow;
 
 use super::events::Events;

@@ -117,7 +117,10 @@ impl Held {
     pub(super) fn open(folder: &Path) -> Result<Self, KernelError> {
         let held = LAYOUTS.iter().map(|layout| {
             let map = open(folder, layout.name)?;
-            let id = map.info().map_err(|error| KernelError::with(format!("failed to ask for `{}`", layout.name), error))?.id();
+            let id = map
+                .info()
+                .map_err(|error| KernelError::with(format!("failed to ask for `{}`", layout.name), error))?
+                .id();
             Ok((layout.name, map, id))
         });
         held.collect::<Result<_, _>>().map(Self)

@@ -123,8 +123,9 @@ impl EbpfDatapath {
 
     fn index(&self) -> Result<u32, KernelError> {
         let interface = self.interface.as_str();
-        if_nametoindex(interface)
-            .map_err(|error| KernelError::with(format!("there is no interface `{interface}` to attach the policy to"), error))
+        if_nametoindex(interface).map_err(|error| {
+            KernelError::with(format!("there is no interface `{interface}` to attach the policy to"), error)
+        })
     }
 
     /// Loads both programs and puts them in place.
@@ -197,12 +198,7 @@ impl EbpfDatapath {
 }
 
 /// Attaches a loaded program and pins it.
-fn place(
-    mut ebpf: Ebpf,
-    hook: &Hook<'_>,
-    pins: &Pins,
-    method: &mut Option<Attachment>,
-) -> Result<Loaded, KernelError> {
+fn place(mut ebpf: Ebpf, hook: &Hook<'_>, pins: &Pins, method: &mut Option<Attachment>) -> Result<Loaded, KernelError> {
     let id = program::id(&mut ebpf)?;
     let program = classifier(&mut ebpf)?;
     let attached = hook.attach(program, &pins.link(hook.direction), method)?;
@@ -295,7 +291,9 @@ impl Datapath for EbpfDatapath {
         self.running = None;
         for direction in [EGRESS, INGRESS] {
             match self.index() {
-                Ok(index) => Hook { interface: &self.interface, index, direction }.detach(&pins.link(direction), None)?,
+                Ok(index) => {
+                    Hook { interface: &self.interface, index, direction }.detach(&pins.link(direction), None)?
+                }
                 Err(_) => pin::remove_file(&pins.link(direction))?,
             }
         }

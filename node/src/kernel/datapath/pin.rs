@@ -67,7 +67,9 @@ impl Pins {
         let root = self.root.display();
         let remedy = format!("mount it with `mount -t bpf bpf {root}`");
         let kind = statfs(&self.root)
-            .map_err(|error| KernelError::with(format!("failed to look at the BPF file system `{root}`: {remedy}"), error))?
+            .map_err(|error| {
+                KernelError::with(format!("failed to look at the BPF file system `{root}`: {remedy}"), error)
+            })?
             .filesystem_type();
         if kind == BPF_FS_MAGIC {
             return Ok(());
@@ -81,7 +83,10 @@ impl Pins {
     pub(super) fn remove(&self) -> Result<(), KernelError> {
         match fs::remove_dir_all(&self.top) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(KernelError::with(format!("failed to remove the pins below `{}`", self.top.display()), error));
+                return Err(KernelError::with(
+                    format!("failed to remove the pins below `{}`", self.top.display()),
+                    error,
+                ));
             }
             _ => {}
         }
@@ -123,8 +128,9 @@ pub(super) fn remove_file(path: &Path) -> Result<(), KernelError> {
 }
 
 pub(super) fn create_folder(folder: &Path) -> Result<(), KernelError> {
-    fs::create_dir_all(folder)
-        .map_err(|error| KernelError::with(format!("failed to create the folder `{}` for pins", folder.display()), error))
+    fs::create_dir_all(folder).map_err(|error| {
+        KernelError::with(format!("failed to create the folder `{}` for pins", folder.display()), error)
+    })
 }
 
 /// As pins, logs and errors name a direction.

@@ -36,6 +36,14 @@ pub struct Probe {
     rules: BTreeMap<u32, u64>,
 }
 
+/// A reason's counter that is not what it was.
+#[derive(Clone, Copy, Debug)]
+struct Moved {
+    direction: u32,
+    reason: u8,
+    packets: u64,
+}
+
 impl std::fmt::Debug for Probe {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Probe").finish_non_exhaustive()
@@ -91,7 +99,7 @@ impl Probe {
             KernelError::with(format!("failed to run the {direction} probe on a packet of {length} bytes"), error)
         })?;
         let moved = self.moved()?;
-        let [((counted_direction, reason), 1)] = moved[..] else {
+        let [Moved { direction: counted_direction, reason, packets: 1 }] = moved[..] else {
             return Err(KernelError::new(format!("one packet moved these counters: {moved:?}")));
         };
         let rules = self.moved_rules(slots)?;
@@ -107,13 +115,13 @@ impl Probe {
         Ok(Probed { passes, reason, rule: rules.first().copied() })
     }
 
-    fn moved(&mut self) -> Result<Vec<((u32, u8), u64)>, KernelError> {
+    fn moved(&mut self) -> Result<Vec<Moved>, KernelError> {
         let now = self.counters.reasons()?;
         let mut moved = Vec::new();
-        for (key, counter) in now {
-            let before = self.reasons.insert(key, counter.packets).unwrap_or(0);
+        for ((direction, reason), counter) in now {
+            let before = self.reasons.insert((direction, reason), counter.packets).unwrap_or(0);
             if counter.packets != before {
-                moved.push((key, counter.packets.wrapping_sub(before)));
+                moved.push(Moved { direction, reason, packets: counter.packets.wrapping_sub(before) });
             }
         }
         Ok(moved)
