@@ -95,7 +95,10 @@ fn last_good_state(state_dir: &Path, identity: &Identity) -> Option<State> {
             None
         }
         Err(error) => {
-            tracing::error!(error = chain(&error), "last good state refused; the controller will be asked for a new one");
+            tracing::error!(
+                error = chain(&error),
+                "last good state refused; the controller will be asked for a new one"
+            );
             None
         }
     }
@@ -232,7 +235,10 @@ impl Agent {
     async fn report_events(self: Arc<Self>) {
         loop {
             let opened = Events::open(self.settings.interface.as_str(), &self.settings.bpffs);
-            match opened.map_err(|error| chain(&error)).and_then(|events| events.into_stream().map_err(|error| error.to_string())) {
+            match opened
+                .map_err(|error| chain(&error))
+                .and_then(|events| events.into_stream().map_err(|error| error.to_string()))
+            {
                 Ok(stream) => events::run(stream, self.enforcer.names.clone()).await,
                 Err(error) => tracing::debug!(error, "events cannot be read yet"),
             }

@@ -15,7 +15,9 @@ use crate::kernel::{Attachment, Backend, KernelError, LinkState};
 use crate::lower::{TableCell, Tables};
 use crate::reconcile::Observed;
 use crate::reconcile::apply::chain;
-use crate::report::{Answer, Direction, End, Entry, Explanation, Interpreted, KernelAnswer, Peer, PeerState, Policy, Question, Status};
+use crate::report::{
+    Answer, Direction, End, Entry, Explanation, Interpreted, KernelAnswer, Peer, PeerState, Policy, Question, Status,
+};
 
 /// What the agent knows and the kernel does not.
 #[derive(Clone, Debug)]
@@ -116,7 +118,10 @@ pub fn policy(enforcer: &mut Enforcer, context: &Context) -> Result<Policy, Stri
     let status = status(enforcer, context)?;
     if status.generation == 0 {
         let differences = enforcer.intent.as_ref().map(|intent| {
-            format!("the kernel has no policy and denies everything; revision {} should be in force", intent.slice.revision)
+            format!(
+                "the kernel has no policy and denies everything; revision {} should be in force",
+                intent.slice.revision
+            )
         });
         return Ok(Policy { status, differences: differences.into_iter().collect(), entries: Vec::new() });
     }
@@ -126,7 +131,10 @@ pub fn policy(enforcer: &mut Enforcer, context: &Context) -> Result<Policy, Stri
     let intent = enforcer.intent.as_ref();
     let differences = match intent {
         Some(intent) => differences(intent, &seen, &observed),
-        None => vec!["this is an earlier daemon's policy; there is none to hold it against until the controller answers".to_owned()],
+        None => vec![
+            "this is an earlier daemon's policy; there is none to hold it against until the controller answers"
+                .to_owned(),
+        ],
     };
     let entries = Entries::new(intent, &seen, counters.pairs).collect();
     Ok(Policy { status, differences, entries })
@@ -184,9 +192,15 @@ impl<'a> Entries<'a> {
     }
 
     fn collect(mut self) -> Vec<Entry> {
-        let ends: BTreeSet<_> = self.seen.leaves.iter().filter(|leaf| leaf.class != 0).map(|leaf| (leaf.cidr, leaf.class)).collect();
-        let own: BTreeSet<_> =
-            self.seen.leaves.iter().filter(|leaf| leaf.flags & LOCAL != 0).map(|leaf| (leaf.cidr, leaf.class)).collect();
+        let ends: BTreeSet<_> =
+            self.seen.leaves.iter().filter(|leaf| leaf.class != 0).map(|leaf| (leaf.cidr, leaf.class)).collect();
+        let own: BTreeSet<_> = self
+            .seen
+            .leaves
+            .iter()
+            .filter(|leaf| leaf.flags & LOCAL != 0)
+            .map(|leaf| (leaf.cidr, leaf.class))
+            .collect();
         for direction in [EGRESS, INGRESS] {
             for own in &own {
                 for other in &ends {
@@ -202,7 +216,13 @@ impl<'a> Entries<'a> {
             Some(_) => 0,
         };
         self.entries.sort_by(|a, b| {
-            (a.direction, &a.source, &a.destination, rank(a), a).cmp(&(b.direction, &b.source, &b.destination, rank(b), b))
+            (a.direction, &a.source, &a.destination, rank(a), a).cmp(&(
+                b.direction,
+                &b.source,
+                &b.destination,
+                rank(b),
+                b,
+            ))
         });
         self.entries
     }
@@ -230,7 +250,14 @@ impl<'a> Entries<'a> {
         }
     }
 
-    fn push(&mut self, direction: u32, source: (u32, u32), destination: (u32, u32), services: Vec<String>, decision: Decision) {
+    fn push(
+        &mut self,
+        direction: u32,
+        source: (u32, u32),
+        destination: (u32, u32),
+        services: Vec<String>,
+        decision: Decision,
+    ) {
         let allowed = decision.verdict == ALLOW;
         let reason = counted_as(decision);
         let mut decided_by = match decision.rule {
@@ -256,7 +283,8 @@ impl<'a> Entries<'a> {
 
     /// Packets whose fate is not in the tables: replies, errors, revoked flows, unknown addresses.
     fn rest(&mut self) {
-        let rest: Vec<_> = self.pairs.iter().filter(|(key, _)| !self.shown.contains(key)).map(|(k, c)| (*k, *c)).collect();
+        let rest: Vec<_> =
+            self.pairs.iter().filter(|(key, _)| !self.shown.contains(key)).map(|(k, c)| (*k, *c)).collect();
         for (key, counter) in rest {
             let passes = reason::ALL.get(usize::from(key.reason)).is_some_and(|(_, _, passes)| *passes);
             let mut decided_by = reason::name(key.reason).to_owned();
@@ -372,7 +400,8 @@ pub fn explain(enforcer: &mut Enforcer, question: Question) -> Result<Explanatio
     let mut kernel = Vec::new();
     for direction in directions {
         let probed = enforcer.datapath.probe(&flow, direction).map_err(text)?;
-        kernel.push(KernelAnswer { direction: direction_of(direction), answer: kernel_answer(enforcer, &slice, probed) });
+        kernel
+            .push(KernelAnswer { direction: direction_of(direction), answer: kernel_answer(enforcer, &slice, probed) });
     }
     let cidr = |address| slice.lookup(address).and_then(|(_, cidr)| slice.cidrs.get(&cidr)).map(ToString::to_string);
     let service = flow.to_string();
@@ -401,7 +430,8 @@ fn kernel_answer(enforcer: &Enforcer, slice: &Slice, probed: Probed) -> Answer {
 
 /// A verdict in the kernel's words.
 pub fn policy_answer(verdict: &Verdict, slice: &Slice) -> Answer {
-    let rule = verdict.rule.map(|id| slice.rules.get(&id).map_or_else(|| format!("rule {id}"), |rule| rule.name.to_string()));
+    let rule =
+        verdict.rule.map(|id| slice.rules.get(&id).map_or_else(|| format!("rule {id}"), |rule| rule.name.to_string()));
     answer(verdict, rule)
 }
 

@@ -139,7 +139,11 @@ pub struct ValueError {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("failed to read the configuration file `{}`", path.display())]
-    Read { path: PathBuf, #[source] source: io::Error },
+    Read {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("configuration file `{}`: {message}", path.display())]
     Parse { path: PathBuf, message: String },
     #[error("configuration file `{}`: unknown field `{field}`; {}", path.display(), hint(nearest.as_deref()))]
@@ -151,7 +155,10 @@ pub enum ConfigError {
 fn hint(nearest: Option<&str>) -> String {
     match nearest {
         Some(name) => format!("did you mean `{name}`?"),
-        None => format!("known are {}", FIELDS.iter().map(|field| format!("`{}`", field.name)).collect::<Vec<_>>().join(", ")),
+        None => format!(
+            "known are {}",
+            FIELDS.iter().map(|field| format!("`{}`", field.name)).collect::<Vec<_>>().join(", ")
+        ),
     }
 }
 
@@ -181,7 +188,11 @@ pub fn parse(path: &Path, text: &str) -> Result<File, ConfigError> {
     let table: toml::Table = text.parse().map_err(|e: toml::de::Error| error(e.to_string().trim_end().to_owned()))?;
     for field in table.keys() {
         if FIELDS.iter().all(|known| known.name != field) {
-            return Err(ConfigError::UnknownField { path: path.to_owned(), field: field.clone(), nearest: nearest(field) });
+            return Err(ConfigError::UnknownField {
+                path: path.to_owned(),
+                field: field.clone(),
+                nearest: nearest(field),
+            });
         }
     }
     toml::from_str(text).map_err(|e| error(e.to_string().trim_end().to_owned()))
@@ -200,11 +211,15 @@ fn resolve(flags: &Flags, file: File) -> Result<Settings, ConfigError> {
     if !(MTU_MIN..=MTU_MAX).contains(&mtu) {
         return Err(ConfigError::Value(format!("mtu `{mtu}` is not from {MTU_MIN} (what IPv6 needs) to {MTU_MAX}")));
     }
-    let interval = file.reconcile_interval.map_or(defaults::RECONCILE_INTERVAL, |seconds| Duration::from_secs(seconds.into()));
+    let interval =
+        file.reconcile_interval.map_or(defaults::RECONCILE_INTERVAL, |seconds| Duration::from_secs(seconds.into()));
     if interval.is_zero() {
-        return Err(ConfigError::Value("reconcile-interval `0` would leave no time for anything else; the least is 1".into()));
+        return Err(ConfigError::Value(
+            "reconcile-interval `0` would leave no time for anything else; the least is 1".into(),
+        ));
     }
-    let keepalive = file.persistent_keepalive.map_or(defaults::PERSISTENT_KEEPALIVE, |seconds| Duration::from_secs(seconds.into()));
+    let keepalive =
+        file.persistent_keepalive.map_or(defaults::PERSISTENT_KEEPALIVE, |seconds| Duration::from_secs(seconds.into()));
     Ok(Settings {
         socket: flags.socket.or(file.socket).unwrap_or_else(|| defaults::node_socket(interface.as_str())),
         interface,

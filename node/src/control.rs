@@ -96,12 +96,18 @@ async fn converse(mut stream: UnixStream, answerer: &dyn Answerer) -> io::Result
     let read = BufReader::new(reader.take(REQUEST_MAX)).read_line(&mut line).await;
     let response = match read {
         Ok(0) => return Ok(()),
-        Ok(_) if !line.ends_with('\n') => Response::Error(format!("the request is not a line of at most {REQUEST_MAX} bytes")),
+        Ok(_) if !line.ends_with('\n') => {
+            Response::Error(format!("the request is not a line of at most {REQUEST_MAX} bytes"))
+        }
         Ok(_) => match serde_json::from_str(&line) {
             Ok(request) => answerer.answer(request).await.map_or_else(Response::Error, Response::Ok),
-            Err(error) => Response::Error(format!("the request makes no sense ({error}): are nodectl and noded of one version?")),
+            Err(error) => {
+                Response::Error(format!("the request makes no sense ({error}): are nodectl and noded of one version?"))
+            }
         },
-        Err(error) if error.kind() == io::ErrorKind::InvalidData => Response::Error("the request is no text".to_owned()),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            Response::Error("the request is no text".to_owned())
+        }
         Err(error) => return Err(error),
     };
     let mut text = serde_json::to_vec(&response).map_err(io::Error::other)?;
@@ -113,7 +119,11 @@ async fn converse(mut stream: UnixStream, answerer: &dyn Answerer) -> io::Result
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
     #[error("no `noded` answers at `{}`: start it with `noded run`, or name its socket with `--socket` or `--interface`", path.display())]
-    Unreachable { path: PathBuf, #[source] source: io::Error },
+    Unreachable {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("not allowed to use `{}`: run as root", path.display())]
     Denied { path: PathBuf },
     #[error("`noded` did not answer within {} s", PATIENCE.as_secs())]

@@ -155,7 +155,10 @@ impl Follower {
         loop {
             match self.follow(&channel, &mut identity, &keys, revision).await {
                 Err(SessionError::Update(error)) if revision != Revision(0) => {
-                    tracing::warn!(error = crate::reconcile::apply::chain(&error), "update does not fit; asking for a snapshot");
+                    tracing::warn!(
+                        error = crate::reconcile::apply::chain(&error),
+                        "update does not fit; asking for a snapshot"
+                    );
                     revision = Revision(0);
                 }
                 other => return other,
@@ -255,7 +258,9 @@ impl Follower {
 
 /// A client that reads whole slices.
 pub fn sync_client(channel: Channel) -> SyncClient<Channel> {
-    SyncClient::new(channel).max_decoding_message_size(defaults::MAX_RESPONSE).accept_compressed(CompressionEncoding::Gzip)
+    SyncClient::new(channel)
+        .max_decoding_message_size(defaults::MAX_RESPONSE)
+        .accept_compressed(CompressionEncoding::Gzip)
 }
 
 /// The slice after an update. `held` is not touched: what does not fit leaves no trace.
@@ -264,10 +269,9 @@ pub fn receive(held: Option<&Slice>, update: v1::Update, node: NodeId) -> Result
     let slice = if delta.from == Revision(0) {
         Slice::from_snapshot(delta)?
     } else {
-        let held = held.filter(|held| held.revision == delta.from).ok_or(UpdateError::Gap {
-            from: delta.from,
-            held: held.map_or(Revision(0), |held| held.revision),
-        })?;
+        let held = held
+            .filter(|held| held.revision == delta.from)
+            .ok_or(UpdateError::Gap { from: delta.from, held: held.map_or(Revision(0), |held| held.revision) })?;
         let mut slice = held.clone();
         slice.apply(delta)?;
         slice
@@ -291,7 +295,8 @@ fn acknowledgement(enforced: Enforced) -> v1::FollowRequest {
 
 async fn renewed(sync: &mut SyncClient<Channel>, identity: &Identity, keys: &Keys) -> Result<Identity, String> {
     let text = |error: IdentityError| error.to_string();
-    let mut request = tonic::Request::new(v1::RenewRequest { certificate_request: keys.certificate_request().map_err(text)? });
+    let mut request =
+        tonic::Request::new(v1::RenewRequest { certificate_request: keys.certificate_request().map_err(text)? });
     request.set_timeout(defaults::REQUEST_TIMEOUT);
     let response = sync.renew(request).await.map_err(|status| status.message().to_owned())?;
     let v1::RenewResponse { certificate } = response.into_inner();
@@ -314,7 +319,9 @@ fn status_error(status: Status) -> SessionError {
 }
 
 fn until_renewal(identity: &Identity) -> Duration {
-    identity.validity().map_or(RENEW_AGAIN, |(begin, end)| Duration::from_secs(renew_at(begin, end).saturating_sub(now())))
+    identity
+        .validity()
+        .map_or(RENEW_AGAIN, |(begin, end)| Duration::from_secs(renew_at(begin, end).saturating_sub(now())))
 }
 
 /// When a certificate that is good from `begin` to `end` (seconds since the epoch) is renewed.

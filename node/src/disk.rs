@@ -62,7 +62,8 @@ pub fn write_private(path: &Path, content: &[u8]) -> Result<(), DiskError> {
 pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>, DiskError> {
     let length = fs::metadata(path).map_err(DiskError::new("read", path))?.len();
     if length > limit {
-        let source = io::Error::new(io::ErrorKind::FileTooLarge, format!("{length} bytes, at most {limit} are expected"));
+        let source =
+            io::Error::new(io::ErrorKind::FileTooLarge, format!("{length} bytes, at most {limit} are expected"));
         return Err(DiskError::new("read", path)(source));
     }
     fs::read(path).map_err(DiskError::new("read", path))
@@ -95,11 +96,14 @@ pub fn set_aside(path: &Path, word: &str) -> Result<PathBuf, DiskError> {
 
 /// Removes every file that [`set_aside`] made of this one.
 pub fn remove_aside(path: &Path) -> Result<(), DiskError> {
-    let (Some(directory), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else { return Ok(()) };
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
+        return Ok(());
+    };
     let Ok(entries) = fs::read_dir(directory) else { return Ok(()) };
     for entry in entries.flatten() {
         let aside = entry.file_name().to_str().is_some_and(|other| {
-            let number = other.strip_prefix(name).and_then(|rest| rest.strip_prefix('.')).and_then(|rest| rest.rsplit_once('-'));
+            let number =
+                other.strip_prefix(name).and_then(|rest| rest.strip_prefix('.')).and_then(|rest| rest.rsplit_once('-'));
             number.is_some_and(|(_, number)| number.parse::<u32>().is_ok())
         });
         if aside {

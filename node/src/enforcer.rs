@@ -200,7 +200,10 @@ impl Enforcer {
                 Ok(Command::Enforce(slice)) => {
                     self.enforce(slice);
                     if let Err(error) = self.datapath.settle() {
-                        tracing::debug!(error = apply::chain(&error), "the copy that went cannot be brought up to date yet");
+                        tracing::debug!(
+                            error = apply::chain(&error),
+                            "the copy that went cannot be brought up to date yet"
+                        );
                     }
                     next_round = Instant::now() + self.pause(interval);
                 }
@@ -245,8 +248,7 @@ impl Enforcer {
         }
         // An address without a holder keeps its last one: its records die if another takes it over.
         self.holders.extend(holders);
-        self.intent =
-            Some(Intent { slice, tables, generation: None, settled: false, fresh_endpoints, changed_holder });
+        self.intent = Some(Intent { slice, tables, generation: None, settled: false, fresh_endpoints, changed_holder });
         self.round();
     }
 
@@ -433,7 +435,10 @@ impl std::fmt::Debug for Setup {
 
 impl std::fmt::Debug for Intent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Intent").field("revision", &self.slice.revision).field("settled", &self.settled).finish_non_exhaustive()
+        f.debug_struct("Intent")
+            .field("revision", &self.slice.revision)
+            .field("settled", &self.settled)
+            .finish_non_exhaustive()
     }
 }
 

@@ -43,13 +43,48 @@ struct Line {
 }
 
 fn log(event: &Event, names: &Names) {
-    let Line { passed, source, destination, service, reason, rule, direction, source_cidr, destination_cidr, length, suppressed } =
-        line(event, names);
+    let Line {
+        passed,
+        source,
+        destination,
+        service,
+        reason,
+        rule,
+        direction,
+        source_cidr,
+        destination_cidr,
+        length,
+        suppressed,
+    } = line(event, names);
     let (rule, suppressed) = (rule.as_deref(), (suppressed > 0).then_some(suppressed));
     if passed {
-        tracing::info!(source, destination, service, reason, rule, direction, source_cidr, destination_cidr, length, suppressed, "passed");
+        tracing::info!(
+            source,
+            destination,
+            service,
+            reason,
+            rule,
+            direction,
+            source_cidr,
+            destination_cidr,
+            length,
+            suppressed,
+            "passed"
+        );
     } else {
-        tracing::info!(source, destination, service, reason, rule, direction, source_cidr, destination_cidr, length, suppressed, "denied");
+        tracing::info!(
+            source,
+            destination,
+            service,
+            reason,
+            rule,
+            direction,
+            source_cidr,
+            destination_cidr,
+            length,
+            suppressed,
+            "denied"
+        );
     }
 }
 
@@ -68,8 +103,9 @@ fn line(event: &Event, names: &Names) -> Line {
         destination: destination.to_string(),
         service: service.rsplit(' ').next().unwrap_or_default().to_owned(),
         reason: reason::name(event.reason),
-        rule: (event.rule != NO_RULE_SLOT)
-            .then(|| names.rules.get(&event.rule).map_or_else(|| format!("rule in slot {}", event.rule), ToString::to_string)),
+        rule: (event.rule != NO_RULE_SLOT).then(|| {
+            names.rules.get(&event.rule).map_or_else(|| format!("rule in slot {}", event.rule), ToString::to_string)
+        }),
         direction: if u32::from(event.direction) == EGRESS { "egress" } else { "ingress" },
         source_cidr: cidr(event.source_cidr),
         destination_cidr: cidr(event.destination_cidr),

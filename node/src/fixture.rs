@@ -23,11 +23,17 @@ pub(crate) fn prefixes(text: &str) -> Prefixes {
 
 /// web -> app tcp/8080, app -> db tcp/5432, nothing else.
 pub(crate) fn network() -> Network {
-    let mut network = Network::new("corp".parse().unwrap(), prefixes("10.42.0.0/16 fd42::/48"), DefaultPolicy::Deny).unwrap();
+    let mut network =
+        Network::new("corp".parse().unwrap(), prefixes("10.42.0.0/16 fd42::/48"), DefaultPolicy::Deny).unwrap();
     for (number, cidr) in ["web", "app", "db"].iter().enumerate() {
         let name = format!("{cidr}1");
         let text = format!("10.42.{}.0/24 fd42:0:0:{}::/64", number + 1, number + 1);
-        let add = Change::AddCidr { name: cidr.parse().unwrap(), prefixes: prefixes(&text), isolated: false, external: false };
+        let add = Change::AddCidr {
+            name: cidr.parse().unwrap(),
+            prefixes: prefixes(&text),
+            isolated: false,
+            external: false,
+        };
         let node = Change::AddNode {
             name: name.parse().unwrap(),
             cidr: cidr.parse().unwrap(),

@@ -45,7 +45,9 @@ pub struct Identity {
 
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
-    #[error("this machine has not joined a network: `noded join INVITATION`, with the line that `meshctl node invite` printed")]
+    #[error(
+        "this machine has not joined a network: `noded join INVITATION`, with the line that `meshctl node invite` printed"
+    )]
     NotJoined,
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -198,7 +200,8 @@ fn read_text(path: &Path) -> Result<Zeroizing<String>, IdentityError> {
 
 fn damaged(path: &Path, reason: impl fmt::Display) -> IdentityError {
     let reason = reason.to_string();
-    let reason = if reason.starts_with("is ") || reason.starts_with("has ") { reason } else { format!("is damaged ({reason})") };
+    let reason =
+        if reason.starts_with("is ") || reason.starts_with("has ") { reason } else { format!("is damaged ({reason})") };
     IdentityError::Damaged { path: path.to_owned(), reason }
 }
 

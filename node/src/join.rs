@@ -21,12 +21,17 @@ pub enum Joined {
     Now(Identity),
     /// This machine is that node already and its certificate is good; the invitation could not be used, which does not
     /// matter.
-    Already { identity: Identity, reason: String },
+    Already {
+        identity: Identity,
+        reason: String,
+    },
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
-    #[error("the invitation is for the admin `{name}`, not for a node: it is for `meshctl admin join`; make one for a node with `meshctl node invite`")]
+    #[error(
+        "the invitation is for the admin `{name}`, not for a node: it is for `meshctl admin join`; make one for a node with `meshctl node invite`"
+    )]
     ForAdmin { name: String },
     #[error(
         "the invitation to `{network}` expired at {at}: ask for a new one (`meshctl node invite {node}`), or set this \
@@ -35,7 +40,9 @@ pub enum JoinError {
     Expired { network: NetworkName, node: NodeName, at: String },
     #[error("this machine is node `{name}` of the network `{network}` already: `noded leave` first")]
     OtherNetwork { network: NetworkName, name: NodeName },
-    #[error("this machine is node `{has}` of this network already, and the invitation is for `{wanted}`: `noded leave` first")]
+    #[error(
+        "this machine is node `{has}` of this network already, and the invitation is for `{wanted}`: `noded leave` first"
+    )]
     OtherNode { has: NodeName, wanted: NodeName },
     #[error(transparent)]
     Identity(#[from] IdentityError),
@@ -126,9 +133,12 @@ async fn redeem(invitation: &Invitation, keys: &Keys) -> Result<v1::RedeemRespon
 
 fn refusal(status: Status) -> JoinError {
     match status.code() {
-        Code::Unavailable | Code::DeadlineExceeded | Code::Internal | Code::Unknown | Code::Aborted | Code::Cancelled => {
-            JoinError::Failed(status.message().to_owned())
-        }
+        Code::Unavailable
+        | Code::DeadlineExceeded
+        | Code::Internal
+        | Code::Unknown
+        | Code::Aborted
+        | Code::Cancelled => JoinError::Failed(status.message().to_owned()),
         _ => JoinError::Refused(status.message().to_owned()),
     }
 }
@@ -148,7 +158,9 @@ fn accept(invitation: &Invitation, response: v1::RedeemResponse) -> Result<Ident
         authority,
     };
     match names::Identity::of_certificate(&identity.certificate) {
-        Ok((network, names::Identity::Node(node))) if network == identity.network && node == identity.node => Ok(identity),
+        Ok((network, names::Identity::Node(node))) if network == identity.network && node == identity.node => {
+            Ok(identity)
+        }
         _ => Err(JoinError::Answer("its certificate is another's")),
     }
 }

@@ -6,9 +6,9 @@ use controller_api::client::{self, ConnectError};
 use controller_api::v1;
 use tonic::Code;
 
+use crate::agent::WIREGUARD_LOG;
 use crate::config::Settings;
 use crate::controller::sync_client;
-use crate::agent::WIREGUARD_LOG;
 use crate::disk::{self, DiskError};
 use crate::identity::{self, Identity, IdentityError, Keys};
 use crate::kernel::{Datapath, KernelError, Link, WireGuard};

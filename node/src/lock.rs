@@ -17,14 +17,20 @@ pub struct Lock {
 
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    #[error("another `noded` (pid {pid}) runs interface `{interface}`: stop it first, or choose another with `--interface`")]
+    #[error(
+        "another `noded` (pid {pid}) runs interface `{interface}`: stop it first, or choose another with `--interface`"
+    )]
     Interface { interface: String, pid: String },
     #[error("another `noded` (pid {pid}) uses `{}`: stop it first, or choose another with `--state-dir`", path.display())]
     StateDir { path: PathBuf, pid: String },
     #[error(transparent)]
     Directory(#[from] DiskError),
     #[error("failed to lock `{}`", path.display())]
-    Io { path: PathBuf, #[source] source: io::Error },
+    Io {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// The lock's name in the state directory.
@@ -47,7 +53,14 @@ fn lock(directory: &Path, name: &str) -> Result<Result<File, String>, LockError>
     disk::make_private_dir(directory)?;
     let path = directory.join(name);
     let failed = |source| LockError::Io { path: path.clone(), source };
-    let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(failed)?;
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(failed)?;
     match file.try_lock() {
         Ok(()) => {
             write_pid(&mut file).map_err(failed)?;

@@ -58,7 +58,11 @@ pub fn collect(enforcer: &mut Enforcer, context: &Context) -> Result<Vec<Family>
         families.extend(packets(enforcer, &counters));
         families.extend(losses(&counters));
     }
-    families.push(gauge("rampart_flow_records", "Records of flows in the kernel.", enforcer.datapath.flow_records().unwrap_or(0) as u64));
+    families.push(gauge(
+        "rampart_flow_records",
+        "Records of flows in the kernel.",
+        enforcer.datapath.flow_records().unwrap_or(0) as u64,
+    ));
     Ok(families)
 }
 
@@ -73,19 +77,58 @@ fn node(enforcer: &Enforcer, context: &Context, datapath: Option<&crate::kernel:
         ("node", context.node.clone()),
         ("wireguard", backend.to_owned()),
     ];
-    let repaired = |kind: &'static str| (vec![("kind", kind.to_owned())], enforcer.repairs.get(kind).copied().unwrap_or(0));
+    let repaired =
+        |kind: &'static str| (vec![("kind", kind.to_owned())], enforcer.repairs.get(kind).copied().unwrap_or(0));
     let repairs = Step::KINDS.into_iter().map(repaired).collect();
     let attached = datapath.is_some_and(|datapath| datapath.egress && datapath.ingress);
     vec![
-        Family { name: "rampart_build_info", help: "Version of noded, and whose it is.", kind: Kind::Gauge, samples: vec![(build, 1)] },
-        gauge("rampart_policy_revision", "Revision that the tables in force were made from.", datapath.map_or(0, |state| state.revision.0)),
-        gauge("rampart_policy_generation", "Switches of the tables; 0 means that everything is denied.", datapath.map_or(0, |state| state.generation.0)),
-        gauge("rampart_policy_received_revision", "Newest revision that the controller sent.", context.received_revision),
-        gauge("rampart_policy_error", "Whether something of the policy could not be enforced.", u64::from(enforcer.error.is_some() || enforcer.refused.is_some())),
-        gauge("rampart_datapath_attached", "Whether the programs are attached at egress and ingress.", u64::from(attached)),
-        gauge("rampart_controller_connected", "Whether the controller is connected.", u64::from(context.controller.connected)),
-        gauge("rampart_certificate_expiry_timestamp_seconds", "When the node's certificate ends.", context.certificate_expires_at),
-        Family { name: "rampart_drift_repairs", help: "Things that others changed in the kernel and noded put right.", kind: Kind::Counter, samples: repairs },
+        Family {
+            name: "rampart_build_info",
+            help: "Version of noded, and whose it is.",
+            kind: Kind::Gauge,
+            samples: vec![(build, 1)],
+        },
+        gauge(
+            "rampart_policy_revision",
+            "Revision that the tables in force were made from.",
+            datapath.map_or(0, |state| state.revision.0),
+        ),
+        gauge(
+            "rampart_policy_generation",
+            "Switches of the tables; 0 means that everything is denied.",
+            datapath.map_or(0, |state| state.generation.0),
+        ),
+        gauge(
+            "rampart_policy_received_revision",
+            "Newest revision that the controller sent.",
+            context.received_revision,
+        ),
+        gauge(
+            "rampart_policy_error",
+            "Whether something of the policy could not be enforced.",
+            u64::from(enforcer.error.is_some() || enforcer.refused.is_some()),
+        ),
+        gauge(
+            "rampart_datapath_attached",
+            "Whether the programs are attached at egress and ingress.",
+            u64::from(attached),
+        ),
+        gauge(
+            "rampart_controller_connected",
+            "Whether the controller is connected.",
+            u64::from(context.controller.connected),
+        ),
+        gauge(
+            "rampart_certificate_expiry_timestamp_seconds",
+            "When the node's certificate ends.",
+            context.certificate_expires_at,
+        ),
+        Family {
+            name: "rampart_drift_repairs",
+            help: "Things that others changed in the kernel and noded put right.",
+            kind: Kind::Counter,
+            samples: repairs,
+        },
     ]
 }
 
@@ -134,23 +177,37 @@ fn packets(enforcer: &Enforcer, counters: &Counters) -> Vec<Family> {
         pairs[1].push((labels, counter.bytes));
     }
     let [packets, bytes] = pairs;
-    let reasons =
-        counters.reasons.iter().map(|((direction, reason), counter)| (outcome(*direction, *reason), counter.packets)).collect();
+    let reasons = counters
+        .reasons
+        .iter()
+        .map(|((direction, reason), counter)| (outcome(*direction, *reason), counter.packets))
+        .collect();
     let rule_name = |slot: &u32| {
         let rule = enforcer.slots.rule(*slot).and_then(|rule| intent.and_then(|intent| intent.slice.rules.get(&rule)));
         rule.map(|rule| rule.name.to_string())
     };
     let rules = |value: &dyn Fn(&ebpf_common::counter::Counter) -> u64| {
-        let named = counters.rules.iter().filter_map(|(slot, counter)| Some((vec![("rule", rule_name(slot)?)], value(counter))));
+        let named = counters
+            .rules
+            .iter()
+            .filter_map(|(slot, counter)| Some((vec![("rule", rule_name(slot)?)], value(counter))));
         named.collect::<Vec<_>>()
     };
     let counter = |name, help, samples| Family { name, help, kind: Kind::Counter, samples };
     vec![
         counter("rampart_packets", "Packets by what became of them and the cidrs of their ends.", packets),
-        counter("rampart_bytes", "Bytes, from the IP header on, by what became of them and the cidrs of their ends.", bytes),
+        counter(
+            "rampart_bytes",
+            "Bytes, from the IP header on, by what became of them and the cidrs of their ends.",
+            bytes,
+        ),
         counter("rampart_reason_packets", "Packets by what became of them, those of no cidr included.", reasons),
         counter("rampart_rule_packets", "Packets that the rule decided.", rules(&|counter| counter.packets)),
-        counter("rampart_rule_bytes", "Bytes, from the IP header on, that the rule decided.", rules(&|counter| counter.bytes)),
+        counter(
+            "rampart_rule_bytes",
+            "Bytes, from the IP header on, that the rule decided.",
+            rules(&|counter| counter.bytes),
+        ),
     ]
 }
 
@@ -174,7 +231,11 @@ fn losses(counters: &Counters) -> Vec<Family> {
             kind: Kind::Counter,
             samples: vec![cause("rate-limit", LOSS_EVENT_LIMITED), cause("buffer-full", LOSS_EVENT_FULL)],
         },
-        one("rampart_flows_unrecorded", "Flows that found no room for a record; their replies are dropped.", loss(LOSS_FLOW)),
+        one(
+            "rampart_flows_unrecorded",
+            "Flows that found no room for a record; their replies are dropped.",
+            loss(LOSS_FLOW),
+        ),
         one("rampart_pairs_uncounted", "Packets whose pair of cidrs found no room for a counter.", loss(LOSS_PAIR)),
     ]
 }
@@ -256,9 +317,9 @@ pub async fn serve(listener: TcpListener, source: Source) -> std::io::Result<()>
 /// Binds the listener, with the remedy in the error.
 pub async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
     use anyhow::Context as _;
-    TcpListener::bind(address)
-        .await
-        .with_context(|| format!("failed to serve metrics at `{address}`; choose another address with `--metrics`, or `off`"))
+    TcpListener::bind(address).await.with_context(|| {
+        format!("failed to serve metrics at `{address}`; choose another address with `--metrics`, or `off`")
+    })
 }
 
 async fn scrape(State(source): State<Source>, headers: HeaderMap) -> Response {
@@ -269,11 +330,11 @@ async fn scrape(State(source): State<Source>, headers: HeaderMap) -> Response {
     let accepts = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
     match text {
         Ok(text) if accepts.contains("application/openmetrics-text") => {
-            ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text).into_response()
+            ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
+                .into_response()
         }
-        Ok(text) => {
-            ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], prometheus_text(&text)).into_response()
-        }
+        Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], prometheus_text(&text))
+            .into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
     }
 }

@@ -29,7 +29,11 @@ fn lines(policy: &Policy) -> Vec<String> {
     let line = |entry: &Entry| {
         let Entry { direction, source, destination, services, verdict, decided_by, packets, bytes } = entry;
         let services = services.join(" ");
-        format!("{direction} {source} > {destination} [{services}] {verdict} {decided_by} {} {}", count(*packets), count(*bytes))
+        format!(
+            "{direction} {source} > {destination} [{services}] {verdict} {decided_by} {} {}",
+            count(*packets),
+            count(*bytes)
+        )
     };
     policy.entries.iter().map(line).collect()
 }
@@ -50,11 +54,14 @@ fn the_kernels_tables_are_shown_in_the_words_of_the_policy_with_their_counters()
     count(&node, &network, INGRESS, ("app", "web"), reason::REPLY, 1);
     let shown = policy(&mut node.enforcer, &context()).unwrap();
     assert_eq!(shown.differences, [""; 0]);
-    assert_eq!(lines(&shown), [
-        "egress web > app [tcp/8080] allow web-to-app 3 300",
-        "egress web > app [any other] deny no-rule 2 200",
-        "ingress app > web [] allow reply 1 100",
-    ]);
+    assert_eq!(
+        lines(&shown),
+        [
+            "egress web > app [tcp/8080] allow web-to-app 3 300",
+            "egress web > app [any other] deny no-rule 2 200",
+            "ingress app > web [] allow reply 1 100",
+        ]
+    );
 }
 
 #[test]
@@ -64,11 +71,14 @@ fn addresses_that_the_policy_tells_apart_are_shown_apart() {
     let mut node = enforcing(&network);
     count(&node, &network, EGRESS, ("web", "app"), reason::RULE, 3);
     let shown = policy(&mut node.enforcer, &context()).unwrap();
-    assert_eq!(lines(&shown), [
-        "egress web > app [tcp/8080] allow web-to-app 3 300",
-        "egress web > app (10.42.2.1/32 fd42:0:0:2::1/128) [tcp/22] allow ssh-to-app1 - -",
-        "egress web > app (10.42.2.1/32 fd42:0:0:2::1/128) [tcp/8080] allow web-to-app - -",
-    ]);
+    assert_eq!(
+        lines(&shown),
+        [
+            "egress web > app [tcp/8080] allow web-to-app 3 300",
+            "egress web > app (10.42.2.1/32 fd42:0:0:2::1/128) [tcp/22] allow ssh-to-app1 - -",
+            "egress web > app (10.42.2.1/32 fd42:0:0:2::1/128) [tcp/8080] allow web-to-app - -",
+        ]
+    );
 }
 
 #[test]
@@ -79,7 +89,11 @@ fn tables_peers_and_programs_that_are_not_the_policys_are_named() {
     node.kernel.world().datapath.as_mut().unwrap().ingress = false;
     let shown = policy(&mut node.enforcer, &context()).unwrap();
     for word in ["DECISIONS[0]", "at ingress", "peer `app1` is not configured"] {
-        assert!(shown.differences.iter().any(|difference| difference.contains(word)), "{word}: {:?}", shown.differences);
+        assert!(
+            shown.differences.iter().any(|difference| difference.contains(word)),
+            "{word}: {:?}",
+            shown.differences
+        );
     }
     let peers = peers(&mut node.enforcer).unwrap();
     assert_eq!((peers[0].name.as_deref(), peers[0].state), (Some("app1"), PeerState::Missing));
@@ -90,7 +104,8 @@ fn without_a_policy_everything_is_said_to_be_denied() {
     let mut node = Node::new();
     let shown = policy(&mut node.enforcer, &context()).unwrap();
     assert_eq!((shown.status.generation, shown.entries.len(), shown.differences.len()), (0, 0, 0));
-    let question = Question { source: [10, 42, 1, 1].into(), destination: [10, 42, 2, 1].into(), protocol: 6, port: 80 };
+    let question =
+        Question { source: [10, 42, 1, 1].into(), destination: [10, 42, 2, 1].into(), protocol: 6, port: 80 };
     assert!(explain(&mut node.enforcer, question).unwrap_err().contains("no policy"));
 }
 
@@ -126,7 +141,8 @@ fn kernel_and_policy_explain_alike_until_somebody_touches_the_tables() {
 #[test]
 fn an_interpreter_that_is_ahead_counts_and_one_that_is_behind_does_not() {
     let mut node = enforcing(&fixture::network());
-    let question = Question { source: [10, 42, 1, 1].into(), destination: [10, 42, 2, 1].into(), protocol: 6, port: 8_080 };
+    let question =
+        Question { source: [10, 42, 1, 1].into(), destination: [10, 42, 2, 1].into(), protocol: 6, port: 8_080 };
     let mut explanation = explain(&mut node.enforcer, question).unwrap();
     for (revision, agreed) in [(4, true), (5, false), (6, false)] {
         let denied = Answer { allowed: false, reason: "no-rule".to_owned(), rule: None };

@@ -18,11 +18,15 @@ use crate::report::{Answer, Entry, Explanation, Peer, PeerState, Policy, Questio
 
 /// Shows what this node does and what its kernel enforces
 #[derive(Debug, Parser)]
-#[command(name = "nodectl", version, after_help = "Examples:
+#[command(
+    name = "nodectl",
+    version,
+    after_help = "Examples:
   nodectl status
   nodectl policy explain 10.42.1.2 10.42.2.2 tcp/8080
 
-Exit status: 0 done, 1 failed, 2 usage, 3 kernel and intent differ, 4 denied, 5 no daemon answers")]
+Exit status: 0 done, 1 failed, 2 usage, 3 kernel and intent differ, 4 denied, 5 no daemon answers"
+)]
 struct Cli {
     #[command(subcommand)]
     noun: Noun,
@@ -112,8 +116,14 @@ fn run(cli: &Cli) -> anyhow::Result<u8> {
     let client = Client { socket: config::load(&flags)?.socket, output: cli.output };
     match &cli.noun {
         Noun::Status => client.show(Request::Status, status, |_| 0),
-        Noun::Peers => client.show(Request::Peers, |peers: &Vec<Peer>| peers_table(peers), |peers| differ(peers.iter().any(|peer| peer.state != PeerState::Ok))),
-        Noun::Policy(PolicyVerb::Show) => client.show(Request::PolicyShow, policy, |policy| differ(!policy.differences.is_empty())),
+        Noun::Peers => client.show(
+            Request::Peers,
+            |peers: &Vec<Peer>| peers_table(peers),
+            |peers| differ(peers.iter().any(|peer| peer.state != PeerState::Ok)),
+        ),
+        Noun::Policy(PolicyVerb::Show) => {
+            client.show(Request::PolicyShow, policy, |policy| differ(!policy.differences.is_empty()))
+        }
         Noun::Policy(PolicyVerb::Explain { source, destination, service: (protocol, port) }) => {
             let flow = Question { source: *source, destination: *destination, protocol: *protocol, port: *port };
             client.show(Request::PolicyExplain { flow }, explanation, |explanation| match explanation {
@@ -190,7 +200,9 @@ fn head(status: &Status) -> Vec<String> {
         (generation, received) if received == status.revision || received == 0 => {
             format!("revision {}, generation {generation}", status.revision)
         }
-        (generation, received) => format!("revision {}, generation {generation} (received: {received})", status.revision),
+        (generation, received) => {
+            format!("revision {}, generation {generation} (received: {received})", status.revision)
+        }
     };
     let controller = &status.controller;
     let reached = match (controller.connected, &controller.error) {
@@ -201,7 +213,12 @@ fn head(status: &Status) -> Vec<String> {
     vec![
         format!("{:<13}{}", "network", status.network),
         format!("{:<13}{}", "node", status.node),
-        format!("{:<13}{} ({up}), WireGuard in {}, {attachment}", "interface", status.interface, in_words(&status.wireguard)),
+        format!(
+            "{:<13}{} ({up}), WireGuard in {}, {attachment}",
+            "interface",
+            status.interface,
+            in_words(&status.wireguard)
+        ),
         format!("{:<13}{revision}", "policy"),
         format!("{:<13}{reached}", "controller"),
     ]
@@ -272,13 +289,17 @@ fn policy(policy: &Policy) -> String {
             count(entry.bytes),
         ]
     });
-    text.push_str(&table(["DIRECTION", "SOURCE", "DESTINATION", "SERVICES", "VERDICT", "BY", "PACKETS", "BYTES"], rows));
+    text.push_str(&table(
+        ["DIRECTION", "SOURCE", "DESTINATION", "SERVICES", "VERDICT", "BY", "PACKETS", "BYTES"],
+        rows,
+    ));
     text.push_str("\n\nEverything else is denied (no-rule). Replies of allowed flows pass.");
     text
 }
 
 fn explanation(explanation: &Explanation) -> String {
-    let cidr = |cidr: &Option<String>| cidr.as_ref().map_or_else(|| "no cidr".to_owned(), |cidr| format!("cidr {cidr}"));
+    let cidr =
+        |cidr: &Option<String>| cidr.as_ref().map_or_else(|| "no cidr".to_owned(), |cidr| format!("cidr {cidr}"));
     let mut lines = vec![format!(
         "{} ({}) -> {} ({}) {}",
         explanation.source,
@@ -299,7 +320,9 @@ fn explanation(explanation: &Explanation) -> String {
         (Some(said), Some(_), _) => format!("{} (older than this node's policy: not compared)", answer(said)),
         (_, _, reason) => format!("not asked: {}", reason.as_deref().unwrap_or("-")),
     };
-    let who = interpreted.revision.map_or_else(|| "interpreter".to_owned(), |revision| format!("interpreter, revision {revision}"));
+    let who = interpreted
+        .revision
+        .map_or_else(|| "interpreter".to_owned(), |revision| format!("interpreter, revision {revision}"));
     lines.push(format!("{who:<26}{said}"));
     lines.push(match explanation.agree {
         true => "all agree".to_owned(),
@@ -327,7 +350,11 @@ mod tests {
     fn the_command_line_is_sound_and_each_verb_has_an_example() {
         fn check(command: &clap::Command) {
             for verb in command.get_subcommands().filter(|verb| verb.get_name() != "help") {
-                assert!(verb.get_after_help().is_some_and(|help| help.to_string().contains("Example")), "{}", verb.get_name());
+                assert!(
+                    verb.get_after_help().is_some_and(|help| help.to_string().contains("Example")),
+                    "{}",
+                    verb.get_name()
+                );
                 check(verb);
             }
         }
@@ -352,7 +379,11 @@ mod tests {
 
     #[test]
     fn an_explanation_says_who_says_what() {
-        let said = |allowed, reason: &str, rule: Option<&str>| Answer { allowed, reason: reason.into(), rule: rule.map(Into::into) };
+        let said = |allowed, reason: &str, rule: Option<&str>| Answer {
+            allowed,
+            reason: reason.into(),
+            rule: rule.map(Into::into),
+        };
         let example = Explanation {
             source: [10, 42, 1, 2].into(),
             destination: [10, 42, 2, 2].into(),
@@ -361,7 +392,10 @@ mod tests {
             destination_cidr: None,
             kernel: vec![KernelAnswer { direction: Direction::Egress, answer: said(true, "rule", Some("web-to-app")) }],
             compiled: Some(said(true, "rule", Some("web-to-app"))),
-            interpreted: Interpreted { unavailable: Some("the controller is not connected".into()), ..Interpreted::default() },
+            interpreted: Interpreted {
+                unavailable: Some("the controller is not connected".into()),
+                ..Interpreted::default()
+            },
             revision: 7,
             agree: true,
             allowed: true,

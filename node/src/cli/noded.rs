@@ -21,9 +21,13 @@ use crate::lock::Lock;
 
 /// Joins this machine to a Rampart network and enforces the network's policy in its kernel
 #[derive(Debug, Parser)]
-#[command(name = "noded", version, after_help = "Examples:
+#[command(
+    name = "noded",
+    version,
+    after_help = "Examples:
   noded join 'rampart1:…'    once, with the line that `meshctl node invite` printed
-  noded run                  from then on; `nodectl status` shows what it does")]
+  noded run                  from then on; `nodectl status` shows what it does"
+)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -135,7 +139,10 @@ impl Join {
         let mut line = self.invitation;
         if line == "-" {
             line.clear();
-            std::io::stdin().take(LINE_MAX).read_to_string(&mut line).context("failed to read the invitation from stdin")?;
+            std::io::stdin()
+                .take(LINE_MAX)
+                .read_to_string(&mut line)
+                .context("failed to read the invitation from stdin")?;
         }
         let invitation: Invitation = line.trim().parse()?;
         let joined = runtime()?.block_on(join::join(&settings, &invitation, now()))?;
@@ -144,7 +151,9 @@ impl Join {
                 eprintln!("joined `{network}` as node `{name}`; start it with `noded run`");
             }
             Joined::Already { identity: Identity { network, name, .. }, reason } => {
-                eprintln!("this machine is node `{name}` of `{network}` already (the invitation was not needed: {reason})");
+                eprintln!(
+                    "this machine is node `{name}` of `{network}` already (the invitation was not needed: {reason})"
+                );
             }
         }
         Ok(())
@@ -193,14 +202,27 @@ mod tests {
         command.build();
         command.clone().debug_assert();
         for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set() && verb.get_name() != "help") {
-            assert!(verb.get_after_help().is_some_and(|help| help.to_string().contains("Example")), "{}", verb.get_name());
+            assert!(
+                verb.get_after_help().is_some_and(|help| help.to_string().contains("Example")),
+                "{}",
+                verb.get_name()
+            );
         }
     }
 
     #[test]
     fn flags_follow_the_verb() {
         let cli = Cli::try_parse_from([
-            "noded", "run", "--interface", "wg7", "--state-dir", "/tmp/x", "--wireguard", "userspace", "--metrics", "off",
+            "noded",
+            "run",
+            "--interface",
+            "wg7",
+            "--state-dir",
+            "/tmp/x",
+            "--wireguard",
+            "userspace",
+            "--metrics",
+            "off",
         ]);
         let Verb::Run(run) = cli.unwrap().verb else { panic!("another verb") };
         let settings = config::load(&run.flags).unwrap();

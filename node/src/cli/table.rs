@@ -10,7 +10,8 @@ pub(super) fn table<const N: usize>(head: [&str; N], rows: impl IntoIterator<Ite
     for row in rows {
         table.add_row(row);
     }
-    let lines: Vec<_> = table.to_string().lines().map(|line| line.strip_prefix(' ').unwrap_or(line).trim_end().to_owned()).collect();
+    let lines: Vec<_> =
+        table.to_string().lines().map(|line| line.strip_prefix(' ').unwrap_or(line).trim_end().to_owned()).collect();
     lines.join("\n")
 }
 
@@ -54,7 +55,10 @@ mod tests {
     #[test]
     fn amounts_and_times_are_short() {
         assert_eq!([bytes(0), bytes(1_023), bytes(1_536), bytes(5 << 40)], ["0 B", "1023 B", "1.5 KiB", "5.0 TiB"]);
-        assert_eq!([ago(5, 5), ago(0, 120), ago(0, 7_200), ago(0, 172_800)], ["0 s ago", "2 min ago", "2 h ago", "2 d ago"]);
+        assert_eq!(
+            [ago(5, 5), ago(0, 120), ago(0, 7_200), ago(0, 172_800)],
+            ["0 s ago", "2 min ago", "2 h ago", "2 d ago"]
+        );
         assert_eq!(ago(9, 5), "0 s ago");
     }
 }

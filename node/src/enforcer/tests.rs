@@ -171,19 +171,27 @@ fn flows_die_when_their_address_changes_hands_also_over_a_gap_and_a_restart() {
     node.enforcer.enforce(fixture::slice(&network, "web1", 6, None));
     assert_eq!(node.kernel.world().flows, [flow], "nobody has the address");
     let mut node = node.restart();
-    change(&mut network, Change::AddNode {
-        name: "app2".parse().unwrap(),
-        cidr: "app".parse().unwrap(),
-        addresses: None,
-        groups: Vec::new(),
-        gateway_for: Vec::new(),
-    });
-    change(&mut network, Change::ActivateNode { name: "app2".parse().unwrap(), public_key: fixture::public_key("app2") });
+    change(
+        &mut network,
+        Change::AddNode {
+            name: "app2".parse().unwrap(),
+            cidr: "app".parse().unwrap(),
+            addresses: None,
+            groups: Vec::new(),
+            gateway_for: Vec::new(),
+        },
+    );
+    change(
+        &mut network,
+        Change::ActivateNode { name: "app2".parse().unwrap(), public_key: fixture::public_key("app2") },
+    );
     node.kernel.take_steps();
     node.enforcer.enforce(fixture::slice(&network, "web1", 7, None));
     assert_eq!(node.kernel.world().flows, []);
     let steps = node.kernel.take_steps();
-    let at = |word: &str| steps.iter().position(|step| step.starts_with(word)).unwrap_or_else(|| panic!("{word}: {steps:?}"));
+    let at = |word: &str| {
+        steps.iter().position(|step| step.starts_with(word)).unwrap_or_else(|| panic!("{word}: {steps:?}"))
+    };
     assert!(at("switch") < at("forget") && at("forget") < at("set peer"), "{steps:?}");
 }
 

@@ -48,7 +48,8 @@ pub struct Outcome {
 impl Outcome {
     /// One line for people: what failed, and why.
     pub fn error(&self) -> Option<String> {
-        let lines: Vec<_> = self.failed.iter().map(|(step, error)| format!("failed to {step}: {}", chain(error))).collect();
+        let lines: Vec<_> =
+            self.failed.iter().map(|(step, error)| format!("failed to {step}: {}", chain(error))).collect();
         if lines.is_empty() { None } else { Some(lines.join("; ")) }
     }
 }
@@ -101,7 +102,8 @@ fn take(
         Step::RemoveAddress(address) => link.remove_address(*address)?,
         Step::SwitchTables(revision) => {
             let tables = tables.filter(|tables| tables.revision == *revision);
-            let tables = tables.ok_or_else(|| KernelError::new(format!("there are no tables of revision {revision}")))?;
+            let tables =
+                tables.ok_or_else(|| KernelError::new(format!("there are no tables of revision {revision}")))?;
             return datapath.switch(tables).map(Some);
         }
         Step::ForgetFlows(addresses) => drop(datapath.forget_flows(addresses)?),

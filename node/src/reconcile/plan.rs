@@ -46,7 +46,9 @@ pub enum Step {
     CreateLink,
     AttachDatapath,
     ServeWireGuard,
-    SetDevice { listen_port: u16 },
+    SetDevice {
+        listen_port: u16,
+    },
     SetMtu(u32),
     RemovePeer(PublicKey),
     /// The peer with only those of its allowed-ips that it keeps.
@@ -190,7 +192,9 @@ fn extend(steps: &mut Vec<Step>, desired: &Desired, link: Option<&LinkState>, de
     for (key, wanted) in &desired.peers {
         let observed = device.peers.get(key).cloned().map(|peer| match narrowed(wanted, &peer) {
             // As it is by now.
-            Some(PeerConfig { allowed_ips, persistent_keepalive, .. }) => DevicePeer { allowed_ips, persistent_keepalive, ..peer },
+            Some(PeerConfig { allowed_ips, persistent_keepalive, .. }) => {
+                DevicePeer { allowed_ips, persistent_keepalive, ..peer }
+            }
             None => peer,
         });
         if let Some(peer) = peer_change(wanted, observed.as_ref(), desired.fresh_endpoints.contains(key)) {
@@ -219,7 +223,8 @@ fn peer_change(wanted: &PeerConfig, observed: Option<&DevicePeer>, fresh_endpoin
         None => true,
         Some(learned) => fresh_endpoint && learned != *endpoint,
     });
-    let same = observed.allowed_ips == wanted.allowed_ips && observed.persistent_keepalive == wanted.persistent_keepalive;
+    let same =
+        observed.allowed_ips == wanted.allowed_ips && observed.persistent_keepalive == wanted.persistent_keepalive;
     (!same || endpoint.is_some()).then(|| PeerConfig { endpoint, ..wanted.clone() })
 }
 
@@ -235,7 +240,10 @@ pub fn holders(slice: &Slice, own: PublicKey) -> Holders {
 
 /// The prefixes that `new` gives to another holder than `old` remembers.
 pub fn changed_holder(old: &Holders, new: &Holders) -> Vec<IpNet> {
-    new.iter().filter(|(prefix, key)| old.get(prefix).is_some_and(|old| old != *key)).map(|(prefix, _)| *prefix).collect()
+    new.iter()
+        .filter(|(prefix, key)| old.get(prefix).is_some_and(|old| old != *key))
+        .map(|(prefix, _)| *prefix)
+        .collect()
 }
 
 #[cfg(test)]

@@ -26,7 +26,8 @@ impl Node {
     fn round(&mut self, slice: &Slice) -> Outcome {
         let tables = lower(slice, &mut self.slots).unwrap();
         let desired = desired(slice);
-        let (mut wireguard, mut link, mut datapath) = (self.kernel.wireguard(), self.kernel.link(), self.kernel.datapath());
+        let (mut wireguard, mut link, mut datapath) =
+            (self.kernel.wireguard(), self.kernel.link(), self.kernel.datapath());
         let mut kernel = Kernel { wireguard: &mut wireguard, link: &mut link, datapath: &mut datapath };
         let observed = kernel.observe().unwrap();
         let steps = plan(Some(&desired), &observed);

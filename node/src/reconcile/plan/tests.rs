@@ -98,20 +98,24 @@ fn nothing_is_done_where_all_is_right() {
 
 #[test]
 fn a_new_interface_denies_before_it_is_up_and_has_its_policy_before_its_peers() {
-    check(&desired(&[wanted(1, "10.42.2.2/32")]), &Observed::default(), &[
-        "create the link",
-        "attach the datapath",
-        "serve the device",
-        "set the key and listen on port 51820",
-        "set the mtu to 1420",
-        "switch the tables to revision 7",
-        "add address 10.42.1.2/32",
-        "add address fd42::2/128",
-        "set the link up",
-        "set peer {a} with 10.42.2.2/32",
-        "add route 10.42.0.0/16",
-        "add route fd42::/48",
-    ]);
+    check(
+        &desired(&[wanted(1, "10.42.2.2/32")]),
+        &Observed::default(),
+        &[
+            "create the link",
+            "attach the datapath",
+            "serve the device",
+            "set the key and listen on port 51820",
+            "set the mtu to 1420",
+            "switch the tables to revision 7",
+            "add address 10.42.1.2/32",
+            "add address fd42::2/128",
+            "set the link up",
+            "set peer {a} with 10.42.2.2/32",
+            "add route 10.42.0.0/16",
+            "add route fd42::/48",
+        ],
+    );
 }
 
 #[test]
@@ -125,11 +129,11 @@ fn without_a_policy_only_the_datapath_is_asked_for() {
 fn the_withdrawn_goes_before_the_switch_and_the_new_comes_after() {
     let mut observed = settled(&[seen(1, "10.42.2.2/32")]);
     observed.datapath.as_mut().unwrap().revision = Revision(6);
-    check(&desired(&[wanted(2, "10.42.3.2/32")]), &observed, &[
-        "remove peer {a}",
-        "switch the tables to revision 7",
-        "set peer {b} with 10.42.3.2/32",
-    ]);
+    check(
+        &desired(&[wanted(2, "10.42.3.2/32")]),
+        &observed,
+        &["remove peer {a}", "switch the tables to revision 7", "set peer {b} with 10.42.3.2/32"],
+    );
 }
 
 #[test]
@@ -138,23 +142,31 @@ fn an_address_that_moves_has_no_holder_in_between_and_takes_no_flows_along() {
     desired.changed_holder = vec!["10.42.2.3/32".parse().unwrap()];
     let mut observed = settled(&[seen(1, "10.42.2.2/32 10.42.2.3/32"), seen(2, "10.42.3.2/32")]);
     observed.datapath.as_mut().unwrap().revision = Revision(6);
-    check(&desired, &observed, &[
-        "narrow peer {a} to 10.42.2.2/32",
-        "switch the tables to revision 7",
-        "forget flows of 10.42.2.3/32",
-        "set peer {b} with 10.42.2.3/32 10.42.3.2/32",
-    ]);
+    check(
+        &desired,
+        &observed,
+        &[
+            "narrow peer {a} to 10.42.2.2/32",
+            "switch the tables to revision 7",
+            "forget flows of 10.42.2.3/32",
+            "set peer {b} with 10.42.2.3/32 10.42.3.2/32",
+        ],
+    );
 }
 
 #[test]
 fn a_peer_that_loses_some_and_gains_some_is_narrowed_first() {
     let mut observed = settled(&[seen(1, "10.42.2.2/32 10.42.2.3/32")]);
     observed.datapath.as_mut().unwrap().revision = Revision(6);
-    check(&desired(&[wanted(1, "10.42.2.3/32 10.42.2.4/32")]), &observed, &[
-        "narrow peer {a} to 10.42.2.3/32",
-        "switch the tables to revision 7",
-        "set peer {a} with 10.42.2.3/32 10.42.2.4/32",
-    ]);
+    check(
+        &desired(&[wanted(1, "10.42.2.3/32 10.42.2.4/32")]),
+        &observed,
+        &[
+            "narrow peer {a} to 10.42.2.3/32",
+            "switch the tables to revision 7",
+            "set peer {a} with 10.42.2.3/32 10.42.2.4/32",
+        ],
+    );
 }
 
 #[test]
@@ -174,31 +186,45 @@ fn what_others_changed_is_put_right() {
     let extra = settled(&[seen(1, "10.42.2.2/32"), seen(2, "10.42.3.2/32"), seen(3, "0.0.0.0/0")]);
     check(&desired, &extra, &[&format!("remove peer {}", key(3))]);
     check(&desired, &changed(&|o| o.datapath.as_mut().unwrap().ingress = false), &["attach the datapath"]);
-    check(&desired, &changed(&|o| o.datapath.as_mut().unwrap().revision = Revision(9)), &["switch the tables to revision 7"]);
-    check(&desired, &changed(&|o| o.device.as_mut().unwrap().listen_port = 1), &["set the key and listen on port 51820"]);
+    check(
+        &desired,
+        &changed(&|o| o.datapath.as_mut().unwrap().revision = Revision(9)),
+        &["switch the tables to revision 7"],
+    );
+    check(
+        &desired,
+        &changed(&|o| o.device.as_mut().unwrap().listen_port = 1),
+        &["set the key and listen on port 51820"],
+    );
     check(&desired, &link(&|link| link.mtu = 9_000), &["set the mtu to 1420"]);
-    check(&desired, &link(&|link| link.routes = nets("10.42.0.0/16 0.0.0.0/0")), &[
-        "remove route 0.0.0.0/0",
-        "add route fd42::/48",
-    ]);
-    check(&desired, &link(&|link| link.addresses = nets("10.42.1.2/32 fd42::2/128 10.9.9.9/32")), &[
-        "remove address 10.9.9.9/32",
-    ]);
-    check(&desired, &link(&|link| { link.up = false; link.routes.clear() }), &[
-        "set the link up",
-        "add route 10.42.0.0/16",
-        "add route fd42::/48",
-    ]);
+    check(
+        &desired,
+        &link(&|link| link.routes = nets("10.42.0.0/16 0.0.0.0/0")),
+        &["remove route 0.0.0.0/0", "add route fd42::/48"],
+    );
+    check(
+        &desired,
+        &link(&|link| link.addresses = nets("10.42.1.2/32 fd42::2/128 10.9.9.9/32")),
+        &["remove address 10.9.9.9/32"],
+    );
+    check(
+        &desired,
+        &link(&|link| {
+            link.up = false;
+            link.routes.clear()
+        }),
+        &["set the link up", "add route 10.42.0.0/16", "add route fd42::/48"],
+    );
 }
 
 #[test]
 fn a_process_that_died_is_started_and_configured() {
     let observed = Observed { device: None, ..settled(&[]) };
-    check(&desired(&[wanted(1, "10.42.2.2/32")]), &observed, &[
-        "serve the device",
-        "set the key and listen on port 51820",
-        "set peer {a} with 10.42.2.2/32",
-    ]);
+    check(
+        &desired(&[wanted(1, "10.42.2.2/32")]),
+        &observed,
+        &["serve the device", "set the key and listen on port 51820", "set peer {a} with 10.42.2.2/32"],
+    );
 }
 
 #[test]
@@ -229,9 +255,10 @@ fn a_learned_endpoint_stays_until_there_is_news() {
 
 #[test]
 fn the_holder_of_an_address_is_a_key() {
-    let holders = |list: &[(&str, u8)]| -> Holders { list.iter().map(|(net, byte)| (net.parse().unwrap(), key(*byte))).collect() };
+    let holders = |list: &[(&str, u8)]| -> Holders {
+        list.iter().map(|(net, byte)| (net.parse().unwrap(), key(*byte))).collect()
+    };
     let old = holders(&[("10.42.2.2/32", 1), ("10.42.2.3/32", 1), ("10.42.2.4/32", 2)]);
     let new = holders(&[("10.42.2.2/32", 1), ("10.42.2.3/32", 2), ("10.42.2.5/32", 2)]);
     assert_eq!(changed_holder(&old, &new), [IpNet::from_str("10.42.2.3/32").unwrap()]);
 }
-
