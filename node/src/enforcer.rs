@@ -95,6 +95,8 @@ pub struct Enforcer {
     persistent_keepalive: Option<Duration>,
     holders: Holders,
     time: u64,
+    /// Whether what is in force is not on disk yet.
+    unsaved: bool,
     /// Whether the rule counters hold figures of rules that nobody remembers.
     stale_counters: bool,
     rounds: u64,
@@ -184,6 +186,7 @@ impl Enforcer {
             persistent_keepalive,
             holders,
             time,
+            unsaved: false,
             rounds: 0,
             enforced,
             names,
@@ -308,11 +311,13 @@ impl Enforcer {
         Some(desired)
     }
 
-    /// Reads the whole tables back. A failure to read is for the round to find.
+    /// Reads the whole tables back. Those that contradict themselves cannot be read, and differ.
     fn tables_differ(&mut self) -> bool {
         let Some(intent) = self.intent.as_ref().filter(|intent| intent.settled) else { return false };
-        let Ok(seen) = self.datapath.read_tables() else { return false };
-        let differences = intent.tables.differences(&seen);
+        let differences = match self.datapath.read_tables() {
+            Ok(seen) => intent.tables.differences(&seen),
+            Err(error) => vec![apply::chain(&error)],
+        };
         if let Some(first) = differences.first() {
             tracing::warn!(difference = first, count = differences.len(), "kernel and intent differ");
         }
@@ -364,10 +369,13 @@ impl Enforcer {
 
     /// Tells everybody how it stands; a new policy is on disk before it is acknowledged.
     fn conclude(&mut self, mut error: Option<String>, was_settled: bool, switched: bool) {
-        if switched && let Err(failed) = self.store() {
-            let failed = format!("enforced, but the last good state cannot be kept: {}", apply::chain(&failed));
-            tracing::warn!(error = failed, "last good state is stale");
-            error = error.or(Some(failed));
+        self.unsaved |= switched;
+        if self.unsaved && self.intent.as_ref().is_some_and(|intent| intent.generation.is_some()) {
+            let stored = self.store();
+            self.unsaved = stored.is_err();
+            let failed = stored.err().map(|failed| apply::chain(&failed));
+            let failed = failed.map(|text| format!("enforced, but the last good state cannot be kept: {text}"));
+            error = error.or(failed);
         }
         if let Some(error) = error.as_ref().filter(|error| self.error.as_ref() != Some(error)) {
             if self.attached {

@@ -143,7 +143,15 @@ fn a_state_that_cannot_be_written_is_said_and_does_not_keep_the_policy_out() {
     node.enforcer.state_dir = node.state_dir.path().join("not there");
     node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5, None));
     assert_eq!(node.kernel.world().datapath.as_ref().unwrap().revision, Revision(5));
-    assert!(node.enforced.borrow().error.as_ref().unwrap().contains("last good state"));
+    let stale =
+        |node: &Node| node.enforced.borrow().error.as_ref().is_some_and(|error| error.contains("last good state"));
+    assert!(stale(&node));
+    node.enforcer.round();
+    assert!(stale(&node), "it is not acknowledged before it is on disk");
+    node.enforcer.state_dir = node.state_dir.path().to_owned();
+    node.enforcer.round();
+    assert_eq!(node.enforced.borrow().error, None);
+    assert_eq!(node.state().unwrap().revision, Revision(5));
 }
 
 #[test]
