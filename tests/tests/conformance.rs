@@ -469,6 +469,11 @@ fn detaching_leaves_nothing() {
 }
 
 #[test]
+fn records_go_with_their_addresses() {
+    in_lab(place::forgets_flows);
+}
+
+#[test]
 fn denied_packets_are_reported_and_traced() {
     in_each_lab(place::reports);
 }

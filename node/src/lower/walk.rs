@@ -71,7 +71,12 @@ impl Tables {
 
     /// Class, cidr and locality of an address. `None`: the tables are corrupt.
     pub fn leaf(&self, address: IpAddr) -> Option<Leaf> {
-        let roots: &[Root] = if address.is_ipv4() { &self.header.roots_v4 } else { &self.header.roots_v6 };
+        let roots: &[Root] = match address {
+            IpAddr::V4(_) => &self.header.roots_v4,
+            // The tables write IPv4 addresses like this; no IPv6 packet may speak for one of them.
+            IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => &[],
+            IpAddr::V6(_) => &self.header.roots_v6,
+        };
         let address = Address::from(address);
         let bytes = address.to_bytes();
         let matches = |root: &&Root| root.block != NO_BLOCK && masked(address, root.mask) == root.prefix;

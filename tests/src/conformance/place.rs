@@ -2,12 +2,14 @@
 
 use std::fs;
 use std::io::Write;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use ebpf_common::{EGRESS, INGRESS, reason};
+use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 use node::kernel::datapath::Trace;
 use node::kernel::datapath::packet::Packet;
@@ -262,6 +264,25 @@ pub fn needs_few_capabilities(lab: &mut Lab) {
     lab.datapath.collect_flows().expect("collected");
     lab.datapath.events().expect("events");
     lab.datapath.detach().expect("detached");
+}
+
+/// Records of the enforcing programs: collected when idle only, forgotten with an address.
+pub fn forgets_flows(lab: &mut Lab) {
+    let network = allowing(small(), "tcp", "cidr:db", "cidr:web", "tcp/443");
+    let web1 = node(&network, "web1");
+    lab.enforce(&network, web1);
+    for [web, db, ..] in ENDS {
+        lab.tun.write_all(&Packet::opening(&flow(db, web, "tcp/443")).to_bytes()).expect("sent");
+    }
+    wait_until(|| lab.datapath.flow_records().expect("readable") == ENDS.len(), "the flows are recorded");
+    assert_eq!(lab.datapath.collect_flows().expect("collected"), 0, "none is idle");
+    let nets = |addresses: &[&str]| -> Vec<IpNet> {
+        addresses.iter().map(|address| address.parse::<IpAddr>().expect("an address").into()).collect()
+    };
+    let [[web_v4, _, other, _], [_, db_v6, ..]] = ENDS;
+    assert_eq!(lab.datapath.forget_flows(&nets(&[other])).expect("forgotten"), 0);
+    assert_eq!(lab.datapath.forget_flows(&nets(&[web_v4, db_v6])).expect("forgotten"), 2);
+    assert_eq!(lab.datapath.flow_records().expect("readable"), 0);
 }
 
 /// The agent's ears: events of denied packets, and with tracing a record of every packet.
