@@ -8,7 +8,14 @@
 //! - [`defaults`]: every number and path that both sides take for granted.
 
 /// Generated from `proto/rampart/v1`.
-#[allow(clippy::all, unreachable_pub, missing_debug_implementations, rust_2018_idioms, reason = "generated code")]
+#[allow(
+    clippy::all,
+    clippy::allow_attributes_without_reason,
+    unreachable_pub,
+    missing_debug_implementations,
+    rust_2018_idioms,
+    reason = "generated code"
+)]
 pub mod v1 {
     tonic::include_proto!("rampart.v1");
 }
