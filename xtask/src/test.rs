@@ -16,7 +16,7 @@ use crate::check::{self, What};
 use crate::demo;
 use crate::process::{self, Running, interrupted, kill_orphans};
 use crate::progress::seconds;
-use crate::setup;
+use crate::setup::{self, Purpose};
 use crate::vm::{self, Job, KernelVersion};
 
 /// Run every test
@@ -96,7 +96,7 @@ struct Outcome {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let started = Instant::now();
-    setup::ensure_all()?;
+    setup::ensure_tests()?;
     let wanted = |stage: &&Stage| args.only.is_empty() || args.only.contains(stage);
     let mut outcomes: Vec<Outcome> = Vec::new();
     for &stage in Stage::value_variants().iter().filter(wanted) {
@@ -216,6 +216,7 @@ fn netns_tests(folder: &Path) -> Result<Vec<String>> {
 
 /// Conformance and the demo under a kernel that has a WireGuard of its own.
 fn machine(version: KernelVersion, limit: Duration) -> Result<()> {
+    setup::ensure(&[Purpose::Vm(version)])?;
     let started = Instant::now();
     let build = demo::build()?;
     if !build.success() {
