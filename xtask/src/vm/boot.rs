@@ -61,7 +61,9 @@ impl fmt::Display for Ended {
                 write!(f, "exit status {status}, and it left `{}` running", left.join("`, `"))
             }
             Self::NotUp { reason } => write!(f, "the machine failed {reason}"),
-            Self::KernelTrouble { line } => write!(f, "the kernel said `{line}`"),
+            Self::KernelTrouble { line } => {
+                write!(f, "the kernel said `{line}`; see console.log beside it under target/vm")
+            }
             Self::Stopped(ended) => write!(f, "the machine was {ended}"),
             Self::Vanished { console } => write!(f, "the machine stopped without a word; its console:\n{console}"),
         }
@@ -70,9 +72,7 @@ impl fmt::Display for Ended {
 
 /// Boots `initrd` and waits for its end.
 pub(super) fn boot(kernel: &Kernel, run: &RunDirectory, initrd: &Path, limit: Duration) -> Result<Ended> {
-    let console = directory(kernel.version).join("console.log");
-    let status = run.file("status");
-    fs::write(&console, "").with_context(|| format!("failed to create `{}`", console.display()))?;
+    let (console, status) = (run.file("console"), run.file("status"));
     let mut booting = Some(Progress::start(format!("booting {}", kernel.release)));
     let started = Instant::now();
     let mut running = Running::spawn(&mut qemu(kernel, initrd, &console, &status))?;
@@ -90,6 +90,9 @@ pub(super) fn boot(kernel: &Kernel, run: &RunDirectory, initrd: &Path, limit: Du
     })?;
     drop(booting);
     let _relayed = relay.join();
+    // Kept for whoever wants to know more; several machines may run at a time, and the last one is kept.
+    let kept = directory(kernel.version).join("console.log");
+    fs::copy(&console, &kept).with_context(|| format!("failed to keep the console in `{}`", kept.display()))?;
     Ok(judge(ended, &fs::read_to_string(&status).unwrap_or_default(), &console))
 }
 
@@ -118,7 +121,7 @@ fn judge(ended: process::Ended, status: &str, console: &Path) -> Ended {
     let log = fs::read(console).unwrap_or_default();
     let log = String::from_utf8_lossy(&log);
     if let Some(line) = log.lines().find(|line| TROUBLE.iter().any(|trouble| line.contains(trouble))) {
-        return Ended::KernelTrouble { line: format!("{} ({})", line.trim(), console.display()) };
+        return Ended::KernelTrouble { line: line.trim().to_owned() };
     }
     if !ended.success() {
         return Ended::Stopped(ended);
