@@ -61,6 +61,8 @@ const MINUTE: Duration = Duration::from_secs(60);
 const CONFORMANCE: &str = "conformance";
 /// Crate `tests`; and `ebpf`, which has none, but with which cargo resolves the same features as for the workspace.
 const TESTS: [&str; 4] = ["-p", "tests", "-p", "ebpf"];
+/// How long conformance draws random networks on an emulated processor, which spends most of that on one of them.
+const RANDOM_SECONDS: &str = "RAMPART_RANDOM_SECONDS=15";
 /// Run by stages of their own.
 const NOT_NETNS: [&str; 2] = [CONFORMANCE, "vm"];
 
@@ -76,7 +78,7 @@ impl Stage {
     }
 
     fn needs_root(self) -> bool {
-        matches!(self, Self::Conformance | Self::Netns)
+        matches!(self, Self::Unit | Self::Conformance | Self::Netns)
     }
 }
 
@@ -214,7 +216,8 @@ fn netns_tests(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Conformance and the demo under a kernel that has a WireGuard of its own.
+/// What needs a kernel with a WireGuard of its own, or another way to attach: conformance, the kernel's WireGuard, the
+/// demo, and the tests that take programs and agents away.
 fn machine(version: KernelVersion, limit: Duration) -> Result<()> {
     setup::ensure(&[Purpose::Vm(version)])?;
     let started = Instant::now();
@@ -222,13 +225,21 @@ fn machine(version: KernelVersion, limit: Duration) -> Result<()> {
     if !build.success() {
         bail!("`cargo build`: {build}");
     }
-    let conformance = conformance_executable(limit)?;
-    for program in [conformance, crate::target().join("debug/demo")] {
+    let [conformance, wireguard, netns] = test_executables([CONFORMANCE, "wireguard", "netns"], limit)?;
+    let runs: [(PathBuf, &[&str]); 4] = [
+        (conformance, &[]),
+        (wireguard, &["--ignored"]),
+        (crate::target().join("debug/demo"), &[]),
+        (netns, &["--test-threads=1", "ingress_alone", "killed_agents"]),
+    ];
+    for (program, arguments) in runs {
         let left = limit.saturating_sub(started.elapsed());
         let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        println!("kernel {version}: {name}");
+        println!("kernel {version}: {name} {}", arguments.join(" "));
         let _best_effort = std::io::stdout().flush();
-        let ended = vm::start(version, Job::new(&program, &[], left))?;
+        let mut job = Job::new(&program, arguments, left);
+        job.environment.push(RANDOM_SECONDS.to_owned());
+        let ended = vm::start(version, job)?;
         if !ended.clean() {
             bail!("`{name}`: {ended}");
         }
@@ -236,24 +247,28 @@ fn machine(version: KernelVersion, limit: Duration) -> Result<()> {
     Ok(())
 }
 
-/// Builds the conformance test and says where it is.
-fn conformance_executable(limit: Duration) -> Result<PathBuf> {
-    let list = crate::target().join("conformance.json");
+/// Builds integration tests by name and says where they are.
+fn test_executables<const N: usize>(names: [&str; N], limit: Duration) -> Result<[PathBuf; N]> {
+    let list = crate::target().join("tests.json");
     let file = fs::File::create(&list).with_context(|| format!("failed to create `{}`", list.display()))?;
     let mut command = Command::new("cargo");
-    command.arg("test").args(TESTS).args(["--test", CONFORMANCE, "--no-run"]);
+    command.args(["test", "--workspace", "--no-run"]).args(names.iter().flat_map(|name| ["--test", name]));
     command.arg("--message-format=json-render-diagnostics").stdout(Stdio::from(file));
     let ended = Running::spawn(&mut command)?.wait(limit, || ())?;
     if !ended.success() {
-        bail!("failed to build the conformance test ({ended})");
+        bail!("failed to build the tests ({ended})");
     }
     let text = fs::read_to_string(&list).with_context(|| format!("failed to read `{}`", list.display()))?;
-    let executable = text
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|message| message["target"]["name"] == CONFORMANCE)
-        .find_map(|message| message["executable"].as_str().map(PathBuf::from));
-    executable.context("cargo built no conformance test")
+    let messages: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let executable = |name: &str| {
+        let of_test = messages.iter().filter(|message| message["target"]["name"] == name);
+        of_test.filter_map(|message| message["executable"].as_str()).next().map(PathBuf::from)
+    };
+    let mut found = names.map(|_| PathBuf::new());
+    for (place, name) in found.iter_mut().zip(names) {
+        *place = executable(name).with_context(|| format!("cargo built no test `{name}`"))?;
+    }
+    Ok(found)
 }
 
 fn print_summary(outcomes: &[Outcome], took: Duration) {
