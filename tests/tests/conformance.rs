@@ -12,12 +12,14 @@ use policy::{Action, Generation};
 use tests::conformance::network::{ENDS, allowing, flow, node, small, with_rule};
 use tests::conformance::{DIRECTIONS, Judge, Lab, foreign, in_each_lab, in_lab, place, random};
 
-/// For random networks.
-const TIME: Duration = Duration::from_secs(45);
+/// How long random networks are drawn, in seconds; `RAMPART_RANDOM_SECONDS` says otherwise.
+const RANDOM_SECONDS: u64 = 45;
 
 #[test]
 fn interpreter_slice_tables_and_program_agree_on_random_networks() {
-    in_lab(|lab| random::agree(lab, TIME));
+    let given = std::env::var("RAMPART_RANDOM_SECONDS").ok();
+    let seconds = given.map_or(RANDOM_SECONDS, |given| given.parse().expect("RAMPART_RANDOM_SECONDS is a number"));
+    in_lab(|lab| random::agree(lab, Duration::from_secs(seconds)));
 }
 
 /// The packet that opens a flow of a node of [`ENDS`] to another.
