@@ -52,7 +52,11 @@ pub(crate) fn judge(context: &TcContext, case: &mut Case) -> u8 {
         return reason::FRAGMENT;
     }
     if case.packet.is_icmp_error() {
-        return if is_related(context, case, other.flags) { reason::ICMP_ERROR } else { reason::ICMP_ERROR_UNRELATED };
+        return if is_related(context, case, other.holder()) {
+            reason::ICMP_ERROR
+        } else {
+            reason::ICMP_ERROR_UNRELATED
+        };
     }
     if other.class == 0 {
         return if direction() == EGRESS { reason::UNKNOWN_DESTINATION } else { reason::UNKNOWN_SOURCE };
@@ -100,14 +104,13 @@ fn read_quote(context: &TcContext, case: &Case, quoted: &mut Packet) -> bool {
     case.packet.read_quote(&Bytes(context), quoted)
 }
 
-/// Whether an ICMP error is about a flow that is allowed (section 3.5). `other` are the flags of the other end's leaf.
+/// Whether an ICMP error is about a flow that is allowed (section 3.5). `holder` is that of the other end's leaf.
 ///
 /// The quoted packet was sent by the error's destination, so its direction is the opposite of the error's. An error that
-/// comes from elsewhere than the quoted destination is believed only of a recorded flow, and only from the same side of
-/// this hook as that destination: from an address of some cidr that is not this node's at ingress, from an address
-/// that this node stands for at egress. Which gateway serves which cidr is not in the tables.
+/// comes from elsewhere than the quoted destination is believed only of a recorded flow, and only from who stands for
+/// that destination: at ingress the same gateway, itself or an address behind it, at egress this node.
 #[inline(never)]
-fn is_related(context: &TcContext, case: &Case, other: u32) -> bool {
+fn is_related(context: &TcContext, case: &Case, holder: u32) -> bool {
     let mut quoted = Packet::default();
     if !read_quote(context, case, &mut quoted) || quoted.source != case.packet.destination {
         return false;
@@ -122,7 +125,7 @@ fn is_related(context: &TcContext, case: &Case, other: u32) -> bool {
             }
             own_class = target.class;
         } else {
-            if target.flags & LOCAL != 0 || other & LOCAL != 0 || case.other == 0 {
+            if holder == 0 || target.holder() != holder {
                 return false;
             }
             other_class = target.class;

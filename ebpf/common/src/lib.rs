@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! CONTROL.active ──► copy c of every table (0 or 1), read once a packet
-//! address ─ HEADER[c].roots ─► BLOCKS[c] … ─► LEAVES[c] = (class, cidr, local?)       one walk for s, one for d
+//! address ─ HEADER[c].roots ─► BLOCKS[c] … ─► LEAVES[c] = (class, cidr, holder)       one walk for s, one for d
 //! (direction, own class, other class) ─► MATRIX[c] = decision | page                  one load
 //! (page, service) ─► PAGES[c] ─► PORTS[c] ─► DECISIONS[c] = (verdict, reason, rule slot, flags)
 //! ```
@@ -25,7 +25,7 @@ pub mod reason;
 pub mod table;
 
 /// Version of everything in this crate; part of the pin path.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Names of the maps in the object, which are also the names of their pins.
 pub mod map {

@@ -3,7 +3,7 @@
 /// Blocks of 256 children in one copy of the stride table (1,064 bytes each). A densely filled IPv4 /16 of 10,000
 /// cidrs needs 256; sparse IPv6 /128s need one or two each.
 pub const BLOCKS: u32 = 8_192;
-/// Distinct (class, cidr, locality) triples in one copy.
+/// Distinct (class, cidr, holder) triples in one copy.
 pub const LEAVES: u32 = 65_536;
 /// Cells of one copy: 2 directions x classes of the node's own x classes it can talk to.
 pub const CELLS: u32 = 524_288;

@@ -131,12 +131,24 @@ pub struct Leaf {
     pub class: u32,
     /// The deepest cidr's id; 0: none.
     pub cidr: u32,
-    /// [`LOCAL`].
+    /// [`LOCAL`], or from [`HOLDER_SHIFT`] on a number.
     pub flags: u32,
+}
+
+impl Leaf {
+    /// Whose address it is, if a gateway's; see [`HOLDER_SHIFT`].
+    #[inline(always)]
+    pub const fn holder(self) -> u32 {
+        self.flags >> HOLDER_SHIFT
+    }
 }
 
 /// In [`Leaf::flags`]: this node stands for the address.
 pub const LOCAL: u32 = 1;
+/// In [`Leaf::flags`]: the bits from here on number the peer that stands for the address, if that peer is a gateway: its
+/// own addresses and those behind it have one number. 0: this node, no gateway, or an address in no cidr. The numbers
+/// say nothing beyond one copy of the tables.
+pub const HOLDER_SHIFT: u32 = 8;
 
 /// The index of leaf 0 of each copy: an address in no cidr.
 pub const UNKNOWN: u32 = 0;

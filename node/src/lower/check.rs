@@ -3,7 +3,9 @@
 
 use ebpf_common::limit;
 use ebpf_common::reason;
-use ebpf_common::table::{ALLOW, CELL_INDEX, CHILD, DENY, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD, UNIFORM};
+use ebpf_common::table::{
+    ALLOW, CELL_INDEX, CHILD, DENY, HOLDER_SHIFT, LOCAL, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD, UNIFORM,
+};
 
 use super::Tables;
 
@@ -86,10 +88,16 @@ impl Tables {
         if self.leaves.first() != Some(&Leaf::default()) {
             return Err(error("LEAVES", 0, "is not the unknown one"));
         }
-        match self.leaves.iter().position(|leaf| leaf.class >= self.header.classes) {
-            Some(index) => Err(error("LEAVES", index, "has a class that is not there")),
-            None => Ok(()),
+        for (index, leaf) in self.leaves.iter().enumerate() {
+            if leaf.class >= self.header.classes {
+                return Err(error("LEAVES", index, "has a class that is not there"));
+            }
+            let held = leaf.flags == leaf.holder() << HOLDER_SHIFT && (leaf.class != 0 || leaf.holder() == 0);
+            if leaf.flags != LOCAL && !held {
+                return Err(error("LEAVES", index, format!("has the flags {:#x}, which mean nothing", leaf.flags)));
+            }
         }
+        Ok(())
     }
 
     fn check_matrix(&self) -> Result<(), TableError> {

@@ -96,7 +96,7 @@ struct Classes {
 impl Classes {
     fn number(entries: &BTreeMap<ipnet::IpNet, own::Entry>) -> Self {
         let own: BTreeSet<ClassId> =
-            entries.values().filter(|entry| entry.local).filter_map(own::Entry::class).collect();
+            entries.values().filter(|entry| entry.holder == own::Holder::Local).filter_map(own::Entry::class).collect();
         let others: BTreeSet<ClassId> = entries.values().filter_map(own::Entry::class).collect();
         let numbers = own.iter().chain(others.difference(&own)).copied().zip(1..).collect();
         Self { own: own.len() as u32, numbers }

@@ -1,4 +1,4 @@
-//! Which addresses the node stands for, and what every prefix of the slice is.
+//! Who stands for which addresses, and what every prefix of the slice is.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,8 +10,18 @@ use policy::{CidrId, ClassId, Slice};
 pub(super) struct Entry {
     /// `None`: in no cidr.
     pub(super) place: Option<(ClassId, CidrId)>,
-    /// The node stands for them.
-    pub(super) local: bool,
+    pub(super) holder: Holder,
+}
+
+/// Who stands for an address, as far as the tables say it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Holder {
+    /// This node.
+    Local,
+    /// A peer that is a gateway, by its number from 1 on.
+    Gateway(u32),
+    /// Any other node, or none.
+    Other,
 }
 
 impl Entry {
@@ -20,29 +30,32 @@ impl Entry {
     }
 }
 
-/// Every prefix at which class, cidr or locality may change.
+/// Every prefix at which class, cidr or holder may change.
 pub(super) fn entries(slice: &Slice) -> BTreeMap<IpNet, Entry> {
-    let stands = Covering::new(stands_for(slice));
+    let holders = Covering::new(holders(slice));
     let places = Covering::new(slice.prefixes.iter().map(|(net, place)| (*net, *place)).collect());
-    let nets: BTreeSet<IpNet> = places.map.keys().chain(stands.map.keys()).copied().collect();
+    let nets: BTreeSet<IpNet> = places.map.keys().chain(holders.map.keys()).copied().collect();
     nets.into_iter()
         .map(|net| {
-            let entry = Entry { place: places.of(net).copied(), local: stands.of(net).copied().unwrap_or(false) };
-            (net, entry)
+            let holder = holders.of(net).copied().unwrap_or(Holder::Other);
+            (net, Entry { place: places.of(net).copied(), holder })
         })
         .collect()
 }
 
-/// The node's own addresses and the prefixes that it is the active gateway of, without what other gateways inside
-/// those serve.
-fn stands_for(slice: &Slice) -> BTreeMap<IpNet, bool> {
-    let gateway_for = &slice.local.gateway_for;
-    let served_by_others =
-        slice.local.external_routes.iter().filter(|net| gateway_for.iter().any(|own| own.contains(*net)));
-    let mut stands: BTreeMap<IpNet, bool> = gateway_for.iter().map(|net| (*net, true)).collect();
-    stands.extend(served_by_others.map(|net| (*net, false)));
-    stands.extend(slice.local.addresses.iter().map(|address| (IpNet::from(address), true)));
-    stands
+/// This node's own addresses and the prefixes that it is the active gateway of; of each peer that is a gateway likewise.
+/// Prefixes of gateways that are no peers are cut out of those around them. The addresses of other peers are not here:
+/// each would cost a prefix.
+fn holders(slice: &Slice) -> BTreeMap<IpNet, Holder> {
+    let local = &slice.local;
+    let mut holders: BTreeMap<IpNet, Holder> = local.gateway_for.iter().map(|net| (*net, Holder::Local)).collect();
+    holders.extend(local.external_routes.iter().map(|net| (*net, Holder::Other)));
+    let gateways = slice.peers.values().filter(|peer| !peer.allowed_ips.is_disjoint(&local.external_routes));
+    for (peer, number) in gateways.zip(1..) {
+        holders.extend(peer.allowed_ips.iter().map(|net| (*net, Holder::Gateway(number))));
+    }
+    holders.extend(local.addresses.iter().map(|address| (IpNet::from(address), Holder::Local)));
+    holders
 }
 
 /// Longest match by asking only for the lengths that occur.

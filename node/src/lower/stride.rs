@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use ebpf_common::limit;
-use ebpf_common::table::{Address, Block, CHILD, LOCAL, Leaf, NO_BLOCK, PLAIN, Root, UNKNOWN};
+use ebpf_common::table::{Address, Block, CHILD, HOLDER_SHIFT, LOCAL, Leaf, NO_BLOCK, PLAIN, Root, UNKNOWN};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use policy::Slice;
 
-use super::own::Entry;
+use super::own::{Entry, Holder};
 use super::{Classes, FEWER_PREFIXES, LowerError, within};
 
 #[derive(Debug)]
@@ -24,8 +24,12 @@ pub(super) fn lower(slice: &Slice, classes: &Classes, entries: &BTreeMap<IpNet, 
         .iter()
         .map(|(net, entry)| {
             let (class, cidr) = entry.place.map_or((0, 0), |(class, cidr)| (classes.get(class).unwrap_or(0), cidr.0));
-            let leaf = leaves.intern(Leaf { class, cidr, flags: if entry.local { LOCAL } else { 0 } });
-            Prefix::new(*net, leaf)
+            let flags = match entry.holder {
+                Holder::Local => LOCAL,
+                Holder::Gateway(number) if class != 0 => number << HOLDER_SHIFT,
+                Holder::Gateway(_) | Holder::Other => 0,
+            };
+            Prefix::new(*net, leaves.intern(Leaf { class, cidr, flags }))
         })
         .collect();
     // A prefix comes before those inside it.

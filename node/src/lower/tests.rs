@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use ebpf_common::table::{Address, CHILD, LOCAL, NO_BLOCK, PLAIN, UNIFORM};
+use ebpf_common::table::{Address, CHILD, HOLDER_SHIFT, LOCAL, Leaf, NO_BLOCK, PLAIN, UNIFORM};
 use ebpf_common::{EGRESS, INGRESS, reason};
 use policy::{
     Action, Change, Flow, Matrix, Network, NodeId, Revision, Slice, arbitrary, interpret, parse_flow_service,
@@ -11,6 +11,8 @@ use policy::{
 use proptest::prelude::*;
 
 use super::{LowerError, RuleSlots, Tables, lower};
+
+mod holders;
 
 fn slice_of(network: &Network, node: NodeId, previous: Option<&Slice>) -> Slice {
     let matrix = Matrix::compile(network).expect("within limits");
@@ -165,24 +167,25 @@ fn small() -> Network {
             },
         );
     }
+    join(&mut network, "n0", "web", None, 7);
+    network
+}
+
+/// Adds an active node, which may be a gateway.
+fn join(network: &mut Network, name: &str, cidr: &str, gateway_for: Option<&str>, key: u8) {
+    let name: policy::NodeName = name.parse().expect("a name");
     apply(
-        &mut network,
+        network,
         Change::AddNode {
-            name: "n0".parse().expect("a name"),
-            cidr: "web".parse().expect("a name"),
+            name: name.clone(),
+            cidr: cidr.parse().expect("a name"),
             addresses: None,
             groups: Vec::new(),
-            gateway_for: Vec::new(),
+            gateway_for: gateway_for.iter().map(|name| name.parse().expect("a name")).collect(),
         },
     );
-    apply(
-        &mut network,
-        Change::ActivateNode {
-            name: "n0".parse().expect("a name"),
-            public_key: policy::PublicKey::try_from([7; 32].as_slice()).expect("a key"),
-        },
-    );
-    network
+    let public_key = policy::PublicKey::try_from([key; 32].as_slice()).expect("a key");
+    apply(network, Change::ActivateNode { name, public_key });
 }
 
 fn apply(network: &mut Network, change: Change) {
@@ -265,7 +268,7 @@ fn tables_that_contradict_themselves_are_found() {
     apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
     let whole = lowered(&slice_of(&network, node(&network), None));
     type Break = fn(&mut Tables);
-    let breaks: [(&str, Break); 12] = [
+    let breaks: [(&str, Break); 15] = [
         ("HEADER", |tables| tables.header.roots_v4[0].block = tables.blocks.len() as u32),
         ("HEADER", |tables| tables.header.own = tables.header.classes),
         ("HEADER", |tables| tables.header.revision += 1),
@@ -274,6 +277,9 @@ fn tables_that_contradict_themselves_are_found() {
         ("BLOCKS", |tables| tables.blocks[0].otherwise = 99),
         ("BLOCKS", |tables| tables.blocks[0].position = 16),
         ("LEAVES", |tables| tables.leaves[1].class = tables.header.classes),
+        ("LEAVES", |tables| tables.leaves[1].flags = 2),
+        ("LEAVES", |tables| tables.leaves[1].flags = 1 << HOLDER_SHIFT | LOCAL),
+        ("LEAVES", |tables| tables.leaves.push(Leaf { class: 0, cidr: 0, flags: 1 << HOLDER_SHIFT })),
         ("MATRIX", |tables| tables.matrix[0] = 7),
         ("MATRIX", |tables| tables.matrix.push(UNIFORM)),
         ("PAGES", |tables| tables.pages[0].udp[255] = 2),

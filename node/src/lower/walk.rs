@@ -69,7 +69,7 @@ impl Tables {
         Some(Verdict { action, reason, rule: outcome.rule.and_then(|slot| self.rule_of(slot)) })
     }
 
-    /// Class, cidr and locality of an address. `None`: the tables are corrupt.
+    /// Class, cidr and holder of an address. `None`: the tables are corrupt.
     pub fn leaf(&self, address: IpAddr) -> Option<Leaf> {
         let roots: &[Root] = match address {
             IpAddr::V4(_) => &self.header.roots_v4,
