@@ -71,6 +71,10 @@ impl VerdictText {
         let name = rule.map(|id| network.rules().get(&id).map_or_else(|| id.to_string(), |rule| rule.name.to_string()));
         Self { verdict: action.to_string(), reason: reason.to_string(), rule: name }
     }
+
+    pub(crate) fn is_denied(&self) -> bool {
+        self.verdict == Action::Deny.to_string()
+    }
 }
 
 impl fmt::Display for VerdictText {

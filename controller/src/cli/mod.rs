@@ -116,6 +116,8 @@ pub(crate) enum Failure {
     Difference(String),
     /// 4.
     Denied(String),
+    /// 4: the answer has been printed, and it is that a flow is denied.
+    DeniedFlow,
     /// 5.
     Unreachable(String),
     /// Whoever read our output has gone: nothing to say, and nothing went wrong.
@@ -138,7 +140,7 @@ impl Failure {
             | Self::Difference(text)
             | Self::Denied(text)
             | Self::Unreachable(text) => Some(text),
-            Self::Gone => None,
+            Self::DeniedFlow | Self::Gone => None,
         }
     }
 
@@ -148,7 +150,7 @@ impl Failure {
             Self::Failed(_) => 1,
             Self::Usage(_) => 2,
             Self::Difference(_) => 3,
-            Self::Denied(_) => 4,
+            Self::Denied(_) | Self::DeniedFlow => 4,
             Self::Unreachable(_) => 5,
         }
     }

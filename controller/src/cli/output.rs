@@ -76,12 +76,18 @@ fn plain_table(rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     for row in rows {
-        table.add_row(row.into_iter().map(|cell| if cell.is_empty() { NONE.to_owned() } else { cell }));
+        table.add_row(row.into_iter().map(|cell| if cell.is_empty() { NONE.to_owned() } else { harmless(&cell) }));
     }
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));
     }
     table.lines().map(|line| line.trim_end().to_owned()).collect::<Vec<_>>().join("\n")
+}
+
+/// The text without characters that a terminal would obey: what nodes and other admins wrote is shown, not played.
+fn harmless(text: &str) -> String {
+    let escaped = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(escaped).collect()
 }
 
 /// Prints one line that is the whole answer.
@@ -144,6 +150,11 @@ mod tests {
             render(&rows, Format::Yaml, String::new).expect("YAML"),
             "- name: a\n  note: 1\n- name: longer\n  note: null\n"
         );
+    }
+
+    #[test]
+    fn a_cell_moves_no_cursor_and_makes_no_row() {
+        assert_eq!(table(&["A"], [vec!["\u{1b}[2J\nfake é".to_owned()]]), "A\n\\u{1b}[2J\\nfake é");
     }
 
     #[test]

@@ -104,6 +104,7 @@ impl Explain {
             answers.iter().map(Answer::text).collect::<Vec<_>>().join("\n\n")
         })?;
         match answers.iter().find(|answer| !answer.agree) {
+            None if answers.iter().any(|answer| answer.verdict.is_denied()) => Err(Failure::DeniedFlow),
             None => Ok(()),
             Some(answer) => Err(Failure::Difference(format!(
                 "interpreter and compiled matrix differ on `{}`: this is a bug; please report it with `meshctl policy explain -o json`",

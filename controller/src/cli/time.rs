@@ -20,8 +20,8 @@ pub(crate) struct LifetimeError {
 
 const UNITS: [(char, u64); 5] = [('w', 604_800), ('d', 86_400), ('h', 3_600), ('m', 60), ('s', 1)];
 
-/// Longer than this is a mistake.
-const LONGEST: u64 = 10 * 365 * 86_400;
+/// An invitation lasts no longer; refused here, before anything is added for it.
+const LONGEST: u64 = crate::enrol::INVITATION_MAX;
 
 impl FromStr for Lifetime {
     type Err = LifetimeError;
@@ -47,7 +47,7 @@ impl FromStr for Lifetime {
                 .checked_mul(size)
                 .and_then(|part| seconds.checked_add(part))
                 .filter(|seconds| *seconds <= LONGEST)
-                .ok_or_else(|| error("it is longer than ten years"))?;
+                .ok_or_else(|| error("it is longer than 30 days"))?;
             rest = &rest[digits + unit.len_utf8()..];
         }
         if seconds == 0 {
@@ -124,8 +124,8 @@ mod tests {
             ("1h1d", "in order"),
             ("1h1h", "in order"),
             ("0s", "at once"),
-            ("11w999999999999999999999s", "no number"),
-            ("99999999d", "ten years"),
+            ("4w999999999999999999999s", "no number"),
+            ("99999999d", "30 days"),
             ("-1h", "no number"),
             ("1 h", "unknown unit"),
             ("1µ", "unknown unit"),
