@@ -21,6 +21,7 @@ fn measure(parts: NetworkParts) {
     println!("{} cidrs, {} rules, default {}", parts.cidrs.len(), parts.rules.len(), parts.default);
     let network = timed("load", || Network::from_parts(parts).expect("a valid network"));
     let matrix = timed("compile", || Matrix::compile(&network).expect("within limits"));
+    timed("check", || matrix.check_slices(&network)).unwrap_or_else(|error| println!("  {error}: {}", error.limit));
     let node = network.nodes().values().next_back().expect("there are nodes").id;
     let old = timed("slice", || matrix.slice(&network, Revision(1), node, None).expect("an active node"));
     let new = timed("slice again", || matrix.slice(&network, Revision(2), node, Some(&old)).expect("an active node"));

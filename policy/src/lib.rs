@@ -37,7 +37,7 @@ pub use id::{
 pub use interpret::interpret;
 pub use key::{KeyError, PublicKey};
 pub use limit::{Bounded, LimitError};
-pub use matrix::{Cell, CellEntry, CellError, Matrix};
+pub use matrix::{Cell, CellEntry, CellError, Matrix, NodeLimitError};
 pub use network::{Change, ChangeError, DefaultPolicy, Kind, Named, Network, NetworkParts, ParseDefaultError, Warning};
 pub use node::{Endpoint, Node, NodeState};
 pub use prefix::{AddressError, Addresses, PrefixError, Prefixes, check_prefix, parse_prefix};

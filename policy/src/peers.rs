@@ -51,6 +51,15 @@ impl Stands {
         self.classes.get(&node).cloned().unwrap_or_default()
     }
 
+    /// Every set of classes that some node stands for, with the first of the nodes that do.
+    pub(crate) fn distinct(&self) -> BTreeMap<&BTreeSet<(ClassId, CidrId)>, NodeId> {
+        let mut distinct = BTreeMap::new();
+        for (&node, classes) in &self.classes {
+            distinct.entry(classes).or_insert(node);
+        }
+        distinct
+    }
+
     /// The active nodes that stand for addresses of a class.
     pub(crate) fn nodes_in(&self, class: ClassId) -> impl Iterator<Item = NodeId> + '_ {
         self.nodes.get(&class).into_iter().flatten().copied()

@@ -15,12 +15,14 @@ use crate::peers::Stands;
 use crate::slice::{Slice, build};
 use crate::verdict::{Flow, Verdict};
 
+mod bound;
 mod cell;
 mod classes;
 mod compile;
 mod row;
 mod table;
 
+pub use bound::NodeLimitError;
 pub use cell::{Cell, CellEntry, CellError};
 pub(crate) use row::Cross;
 

@@ -23,6 +23,16 @@ pub(super) struct Ranked {
     services: Services,
 }
 
+impl Ranked {
+    /// How many ranges of services it tells from others; none if it is about all of them.
+    pub(super) fn ranges(&self) -> usize {
+        match &self.services {
+            Services::Any => 0,
+            Services::Ranges(ranges) => ranges.len(),
+        }
+    }
+}
+
 #[derive(Debug)]
 enum Services {
     Any,

@@ -14,9 +14,11 @@ use crate::verdict::{Flow, Verdict};
 
 pub(crate) mod build;
 mod delta;
+mod size;
 mod validate;
 
 pub use delta::{Cells, SliceDelta};
+pub(crate) use size::Size;
 pub use validate::DeltaError;
 
 /// Everything that one node enforces and configures, at one revision.

@@ -6,12 +6,12 @@ use std::fmt;
 use ipnet::IpNet;
 use thiserror::Error;
 
+use super::size::Size;
 use super::{Cells, Local, Slice, SliceDelta};
 use crate::id::{ClassId, Revision};
 use crate::limit::{self, Bounded, LimitError};
 use crate::matrix::{Cell, CellError};
 use crate::prefix::{PrefixError, check_prefix};
-use crate::service::protocol;
 
 /// Why a delta or a slice is refused. Whoever sent it is wrong: ask for a whole slice.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -163,7 +163,7 @@ impl Slice {
         let own = self.own_classes();
         self.validate_cells(&classes, &own)?;
         self.validate_peers()?;
-        self.check_limits(&classes, own.len())?;
+        Size::of(self, &classes, own.len()).check()?;
         Ok(())
     }
 
@@ -244,58 +244,6 @@ impl Slice {
         }
         Ok(())
     }
-
-    fn check_limits(&self, classes: &BTreeSet<ClassId>, own: usize) -> Result<(), LimitError> {
-        let leaves: BTreeSet<_> = self.prefixes.values().collect();
-        let distinct: BTreeSet<&Cell> = self.cells.values().collect();
-        let verdicts: BTreeSet<_> = distinct.iter().flat_map(|cell| cell.verdicts()).collect();
-        let pages = distinct.iter().filter(|cell| !cell.entries.is_empty()).count();
-        // Each leaf may be local or not, and one is that of no cidr; the class of no cidr and the verdict of an absent
-        // cell are always there.
-        Bounded::SliceLeaves.check(2 * leaves.len() + 1, limit::MAX_SLICE_LEAVES)?;
-        Bounded::SliceCells.check(2 * own * (classes.len() + 1), limit::MAX_SLICE_CELLS)?;
-        Bounded::SliceRules.check(self.rules.len(), limit::MAX_SLICE_RULES)?;
-        Bounded::SliceDecisions.check(verdicts.len() + 1, limit::MAX_SLICE_DECISIONS)?;
-        Bounded::SlicePages.check(pages, limit::MAX_SLICE_PAGES)?;
-        Bounded::SlicePorts.check(port_runs(&distinct), limit::MAX_SLICE_PORTS)
-    }
-}
-
-/// Ports of one run of 256: the first and last of each part that is not as the rest, and the number of its verdict.
-type Run = Vec<(u8, u8, usize)>;
-
-/// How many distinct runs of 256 verdicts the cells have, counted without making them.
-fn port_runs(cells: &BTreeSet<&Cell>) -> usize {
-    let mut runs: BTreeSet<(Run, usize)> = BTreeSet::new();
-    let mut numbers: BTreeMap<_, usize> = BTreeMap::new();
-    for cell in cells.iter().filter(|cell| !cell.entries.is_empty()) {
-        let mut number = |verdict| {
-            let next = numbers.len();
-            *numbers.entry(verdict).or_insert(next)
-        };
-        let otherwise = number(cell.otherwise);
-        let mut blocks: BTreeMap<(Option<u8>, u8), Run> = BTreeMap::new();
-        for entry in &cell.entries {
-            let (range, verdict) = (entry.range, number(entry.verdict));
-            match range.protocol {
-                protocol::TCP | protocol::UDP | protocol::ICMP | protocol::ICMPV6 => {
-                    let ([first, low], [last, high]) = (range.low.to_be_bytes(), range.high.to_be_bytes());
-                    for block in first..=last {
-                        let low = if block == first { low } else { 0 };
-                        let high = if block == last { high } else { u8::MAX };
-                        blocks.entry((Some(range.protocol), block)).or_default().push((low, high, verdict));
-                    }
-                }
-                other => blocks.entry((None, 0)).or_default().push((other, other, verdict)),
-            }
-        }
-        runs.insert((Vec::new(), otherwise));
-        for block in blocks.into_values() {
-            let whole = matches!(block.as_slice(), [(0, u8::MAX, _)]);
-            runs.insert((block, if whole { 0 } else { otherwise }));
-        }
-    }
-    runs.len()
 }
 
 /// Applies one part of a delta to one part of a slice.

@@ -1,0 +1,106 @@
+//! How much room a slice takes in the tables of a node.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::Slice;
+use crate::id::ClassId;
+use crate::limit::{self, Bounded, LimitError};
+use crate::matrix::Cell;
+use crate::service::protocol;
+
+/// Each in the unit of the limit that it is held against.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Size {
+    pub(crate) leaves: usize,
+    pub(crate) cells: usize,
+    pub(crate) rules: usize,
+    pub(crate) decisions: usize,
+    pub(crate) pages: usize,
+    pub(crate) ports: usize,
+}
+
+impl Slice {
+    pub(crate) fn size(&self) -> Size {
+        Size::of(self, &self.classes(), self.own_classes().len())
+    }
+}
+
+impl Size {
+    /// `classes`: all classes of the slice; `own`: how many of them the node stands for.
+    pub(crate) fn of(slice: &Slice, classes: &BTreeSet<ClassId>, own: usize) -> Self {
+        let leaves: BTreeSet<_> = slice.prefixes.values().collect();
+        let distinct: BTreeSet<&Cell> = slice.cells.values().collect();
+        let verdicts: BTreeSet<_> = distinct.iter().flat_map(|cell| cell.verdicts()).collect();
+        Self {
+            leaves: Self::leaves(leaves.len()),
+            cells: Self::cells(own, classes.len()),
+            rules: slice.rules.len(),
+            decisions: Self::decisions(verdicts.len()),
+            pages: distinct.iter().filter(|cell| !cell.entries.is_empty()).count(),
+            ports: port_runs(&distinct),
+        }
+    }
+
+    /// Each pair of class and cidr may be local or not, and one leaf is that of no cidr.
+    pub(crate) fn leaves(places: usize) -> usize {
+        2 * places + 1
+    }
+
+    /// The class of no cidr is always there.
+    pub(crate) fn cells(own: usize, classes: usize) -> usize {
+        2 * own * (classes + 1)
+    }
+
+    /// The verdict of an absent cell is always there.
+    pub(crate) fn decisions(verdicts: usize) -> usize {
+        verdicts + 1
+    }
+
+    /// Refuses what a node has no room for.
+    pub(crate) fn check(&self) -> Result<(), LimitError> {
+        let Self { leaves, cells, rules, decisions, pages, ports } = *self;
+        Bounded::SliceLeaves.check(leaves, limit::MAX_SLICE_LEAVES)?;
+        Bounded::SliceCells.check(cells, limit::MAX_SLICE_CELLS)?;
+        Bounded::SliceRules.check(rules, limit::MAX_SLICE_RULES)?;
+        Bounded::SliceDecisions.check(decisions, limit::MAX_SLICE_DECISIONS)?;
+        Bounded::SlicePages.check(pages, limit::MAX_SLICE_PAGES)?;
+        Bounded::SlicePorts.check(ports, limit::MAX_SLICE_PORTS)
+    }
+}
+
+/// Ports of one run of 256: the first and last of each part that is not as the rest, and the number of its verdict.
+type Run = Vec<(u8, u8, usize)>;
+
+/// How many distinct runs of 256 verdicts the cells have, counted without making them.
+fn port_runs(cells: &BTreeSet<&Cell>) -> usize {
+    let mut runs: BTreeSet<(Run, usize)> = BTreeSet::new();
+    let mut numbers: BTreeMap<_, usize> = BTreeMap::new();
+    for cell in cells.iter().filter(|cell| !cell.entries.is_empty()) {
+        let mut number = |verdict| {
+            let next = numbers.len();
+            *numbers.entry(verdict).or_insert(next)
+        };
+        let otherwise = number(cell.otherwise);
+        let mut blocks: BTreeMap<(Option<u8>, u8), Run> = BTreeMap::new();
+        for entry in &cell.entries {
+            let (range, verdict) = (entry.range, number(entry.verdict));
+            match range.protocol {
+                protocol::TCP | protocol::UDP | protocol::ICMP | protocol::ICMPV6 => {
+                    let ([first, low], [last, high]) = (range.low.to_be_bytes(), range.high.to_be_bytes());
+                    for block in first..=last {
+                        let low = if block == first { low } else { 0 };
+                        let high = if block == last { high } else { u8::MAX };
+                        blocks.entry((Some(range.protocol), block)).or_default().push((low, high, verdict));
+                    }
+                }
+                other => blocks.entry((None, 0)).or_default().push((other, other, verdict)),
+            }
+        }
+        runs.insert((Vec::new(), otherwise));
+        for block in blocks.into_values() {
+            let whole = matches!(block.as_slice(), [(0, u8::MAX, _)]);
+            runs.insert((block, if whole { 0 } else { otherwise }));
+        }
+    }
+    runs.len()
+}
