@@ -55,6 +55,8 @@ struct Follower {
     report: Report,
     /// The slice that was sent last, as the node has it once it has read everything.
     slice: Option<Arc<Slice>>,
+    /// Whether the stream has brought anything yet.
+    greeted: bool,
     /// Dropped when a newer stream of the same node takes over.
     current: Option<oneshot::Sender<()>>,
 }
@@ -76,6 +78,7 @@ impl Followers {
         let (sender, replaced) = oneshot::channel();
         let follower = inner.nodes.entry(node).or_default();
         follower.stream = stream;
+        follower.greeted = false;
         follower.current = Some(sender);
         let error = String::new();
         follower.report = Report { connected: true, last_seen: now, version, error, ..follower.report.clone() };
@@ -119,8 +122,8 @@ pub enum Step {
     /// Nothing that concerns it.
     Nothing,
     Send(Box<SliceDelta>),
-    /// It has no part in the network (any more).
-    NotActive,
+    /// The node has no part in the network (any more): the last word, if it is known what it was.
+    Dismiss(Option<Box<SliceDelta>>),
     /// Another stream speaks for the node now.
     Replaced,
 }
@@ -144,7 +147,7 @@ impl Follow {
             Some(slice) if slice.revision == state.revision => slice.clone(),
             _ => match state.matrix.slice(&state.network, state.revision, self.node, previous) {
                 Some(slice) => slice,
-                None => return self.forget(),
+                None => return self.dismiss(state),
             },
         };
         let greeting = self.greeting;
@@ -159,6 +162,7 @@ impl Follow {
         let slice = Arc::new(slice);
         let Some(()) = self.record(|follower| {
             follower.report.sent = slice.revision;
+            follower.greeted = true;
             follower.slice = Some(Arc::clone(&slice));
         }) else {
             return Step::Replaced;
@@ -168,12 +172,22 @@ impl Follow {
         Step::Send(Box::new(delta))
     }
 
-    fn forget(&mut self) -> Step {
-        self.slice = None;
-        match self.record(|follower| follower.slice = None) {
-            Some(()) => Step::NotActive,
-            None => Step::Replaced,
-        }
+    /// What a node is told that is not active any more: that it has no peers, and that nothing is allowed. Should it come
+    /// back it begins anew.
+    pub fn dismiss(&mut self, state: &State) -> Step {
+        let last = self.slice.take().map(|slice| {
+            let local = Some(slice.local.clone());
+            Box::new(SliceDelta { revision: state.revision, local, ..SliceDelta::default() })
+        });
+        // A node that was deleted may be forgotten already.
+        self.record(|follower| {
+            follower.slice = None;
+            if last.is_some() {
+                follower.report.sent = state.revision;
+                follower.greeted = true;
+            }
+        });
+        Step::Dismiss(last)
     }
 
     /// What the node said of the revision that it enforces.
@@ -218,6 +232,7 @@ pub struct NeverSent {
 }
 
 impl Reporter {
+    /// Before the stream's first update a node may speak of what an earlier controller sent: that is no news.
     pub fn acknowledge(
         &self,
         revision: Revision,
@@ -226,8 +241,12 @@ impl Reporter {
         now: u64,
     ) -> Result<(), NeverSent> {
         record(&self.followers, self.node, self.stream, |follower| {
+            let greeted = follower.greeted;
             let report = &mut follower.report;
             report.last_seen = now;
+            if revision > report.sent && !greeted {
+                return Ok(());
+            }
             if revision > report.sent {
                 return Err(NeverSent { acknowledged: revision, sent: report.sent });
             }
@@ -249,7 +268,7 @@ const ERROR_MAX: usize = 500;
 mod tests {
     use super::*;
     use crate::fixture::{NOW, add_node, allow, apply, id, network, parse, public_key, state};
-    use policy::{Change, Flow, Network};
+    use policy::{Action, Change, Flow, Network};
 
     /// A node with the slice that it has been told.
     struct Node {
@@ -442,8 +461,10 @@ mod tests {
         let web = id(&network, "web1");
         let mut node = Node::open(&followers, web, None);
         let reporter = node.follow.reporter();
-        reporter.acknowledge(Revision(1), Generation(1), "", NOW).expect_err("nothing was sent");
+        reporter.acknowledge(Revision(9), Generation(1), "", NOW).expect("an earlier controller sent it");
+        assert_eq!(followers.report(web).enforced, Revision(0));
         node.hear(&state(1, &network));
+        reporter.acknowledge(Revision(9), Generation(1), "", NOW).expect_err("nobody sent it");
         assert_eq!(followers.count(), (1, 0));
         reporter.acknowledge(Revision(1), Generation(7), "no room in `BLOCKS`", NOW + 1).expect("was sent");
         assert_eq!(followers.count(), (1, 0), "a node that could not is not converged");
@@ -457,18 +478,26 @@ mod tests {
     }
 
     #[test]
-    fn a_disabled_node_is_told_nothing_more() {
+    fn a_disabled_node_is_emptied_and_begins_anew_when_it_is_enabled() {
         let (followers, mut network) = (Followers::new(), network());
         let web = id(&network, "web1");
         let mut node = Node::open(&followers, web, None);
         node.hear(&state(1, &network));
-        let held = node.slice.clone();
+        let held = node.slice.clone().expect("was told");
         apply(&mut network, &Change::DisableNode { name: parse("web1") });
-        assert_eq!(node.follow.step(&state(2, &network)), Step::NotActive);
+        let Step::Dismiss(Some(last)) = node.follow.step(&state(2, &network)) else { panic!("no last word") };
+        let last = Slice::from_snapshot(*last).expect("a whole slice");
+        assert_eq!((last.revision, &last.local), (Revision(2), &held.local));
+        assert!(last.peers.is_empty() && last.prefixes.is_empty() && last.cells.is_empty());
+        let flow = Flow { source: parse("10.42.1.1"), destination: parse("10.42.2.1"), protocol: 6, port: 8080 };
+        assert_eq!((held.verdict(&flow).action, last.verdict(&flow).action), (Action::Allow, Action::Deny));
+        assert_eq!(node.follow.dismiss(&state(2, &network)), Step::Dismiss(None), "once is enough");
         drop(node);
         apply(&mut network, &Change::EnableNode { name: parse("web1") });
-        let mut node = Node::open(&followers, web, held);
-        assert_eq!(node.hear(&state(3, &network)).expect("a snapshot").from, Revision(0));
+        for held in [held, last] {
+            let mut node = Node::open(&followers, web, Some(held));
+            assert_eq!(node.hear(&state(3, &network)).expect("a snapshot").from, Revision(0));
+        }
         apply(&mut network, &Change::DeleteNode { name: parse("web1") });
         followers.retain(&state(4, &network));
         assert_eq!(followers.report(web), Report::default());

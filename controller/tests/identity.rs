@@ -9,12 +9,13 @@ use controller::authority::{Authority, CertificateRequest};
 use controller::clock;
 use controller_api::client::{self, ConnectError};
 use controller_api::identity::Identity;
+use controller_api::refusal::Refusal;
 use controller_api::tls::{ClientIdentity, Trust};
 use controller_api::v1;
 use controller_api::v1::admin_client::AdminClient;
 use controller_api::v1::invite_request::Subject;
 use controller_api::v1::sync_client::SyncClient;
-use policy::{Change, NodeId};
+use policy::{Change, Local, NodeId, Revision, SliceDelta};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_health::pb::HealthCheckRequest;
@@ -74,25 +75,57 @@ async fn nodes_and_admins_and_root_have_doors_of_their_own() {
 }
 
 #[tokio::test]
-async fn a_disabled_node_is_sent_away_and_refused() {
+async fn a_disabled_node_is_emptied_sent_away_and_refused() {
     let controller = TestController::start().await;
     let (identity, node) = controller.join("web1", "web", 1).await;
     let channel = controller.connect(Some(&identity)).await;
     let mut follower = Follower::open(channel.clone(), None, "").await.expect("a stream");
-    follower.hear().await.expect("a snapshot");
-    controller.change(&[Change::DisableNode { name: parse("web1") }]).await;
-    check_refused(follower.hear().await, Code::PermissionDenied, &["`web1` is disabled", "meshctl node enable web1"]);
+    let held = follower.hear().await.expect("a snapshot").local;
+    let disabled = controller.change(&[Change::DisableNode { name: parse("web1") }]).await;
+    check_last_word(&mut follower, disabled, held.clone()).await;
+    let refused = follower.hear().await;
+    check_marked(&refused, Refusal::NotActive);
+    check_refused(refused, Code::PermissionDenied, &["`web1` is disabled", "meshctl node enable web1"]);
     check_refused(sync(channel.clone()).await, Code::PermissionDenied, &["`web1` is disabled"]);
-    let mut again = controller.connect(Some(&identity)).await;
-    check_refused(sync(again).await, Code::PermissionDenied, &["`web1` is disabled"]);
+    let again = sync(controller.connect(Some(&identity)).await).await;
+    check_marked(&again, Refusal::NotActive);
+    check_refused(again, Code::PermissionDenied, &["`web1` is disabled"]);
     controller.wait_for_status(node, |status| !status.connected).await;
 
     controller.change(&[Change::EnableNode { name: parse("web1") }]).await;
-    sync(channel.clone()).await.expect("enabled again");
-    controller.change(&[Change::DeleteNode { name: parse("web1") }]).await;
-    check_refused(sync(channel).await, Code::PermissionDenied, &["was deleted"]);
-    again = controller.connect(Some(&identity)).await;
-    check_refused(sync(again).await, Code::PermissionDenied, &["was deleted"]);
+    let mut follower = Follower::open(channel.clone(), follower.slice, "").await.expect("enabled again");
+    assert_eq!(follower.hear().await.expect("a snapshot").from, Revision(0));
+    let deleted = controller.change(&[Change::DeleteNode { name: parse("web1") }]).await;
+    check_last_word(&mut follower, deleted, held).await;
+    let refused = follower.hear().await;
+    check_marked(&refused, Refusal::Deleted);
+    check_refused(refused, Code::PermissionDenied, &["was deleted"]);
+    let again = sync(controller.connect(Some(&identity)).await).await;
+    check_marked(&again, Refusal::Deleted);
+    check_refused(again, Code::PermissionDenied, &["was deleted"]);
+}
+
+/// No peers and nothing allowed, for the same node.
+async fn check_last_word(follower: &mut Follower, revision: u64, local: Option<Local>) {
+    let last = follower.hear().await.expect("a last word");
+    assert_eq!(last, SliceDelta { revision: Revision(revision), local, ..SliceDelta::default() });
+}
+
+fn check_marked<T>(result: &Result<T, Status>, refusal: Refusal) {
+    assert_eq!(result.as_ref().err().and_then(Refusal::of), Some(refusal));
+}
+
+#[tokio::test]
+async fn only_a_node_that_is_certainly_meant_hears_that_it_has_no_part() {
+    let controller = TestController::start().await;
+    let (_, node) = controller.join("web1", "web", 1).await;
+    controller.change(&[Change::DisableNode { name: parse("web1") }]).await;
+    // Keys that the network has never let in, and an admin's.
+    for identity in [Identity::Node(NodeId(node)), Identity::Admin("bob".to_owned()), Identity::Controller] {
+        let channel = controller.connect(Some(&controller.sign(&identity, clock::now(), DAY))).await;
+        let status = sync(channel).await.expect_err("refused");
+        assert_eq!((status.code(), Refusal::of(&status)), (Code::PermissionDenied, None), "{status:?}");
+    }
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 //! - [`v1`]: the wire, generated from `proto/`; [`convert`]: between the wire and `policy`'s types, where everything that
 //!   arrives is checked.
 //! - [`tls`], [`identity`]: certificates of the network's own authority, and whom they name.
-//! - [`invitation`]: the one line that lets a machine or an admin in.
+//! - [`invitation`]: the one line that lets a machine or an admin in; [`refusal`]: what keeps a node out.
 //! - [`client`], [`endpoint`]: how to reach a controller.
 //! - [`defaults`]: every number and path that both sides take for granted.
 
@@ -26,6 +26,7 @@ pub mod defaults;
 pub mod endpoint;
 pub mod identity;
 pub mod invitation;
+pub mod refusal;
 pub mod tls;
 
 pub use convert::ConvertError;

@@ -3,6 +3,7 @@
 use controller_api::defaults::{ADMIN_CERTIFICATE_LIFETIME, NODE_CERTIFICATE_LIFETIME};
 use controller_api::identity::Identity;
 use controller_api::invitation::Secret;
+use controller_api::refusal;
 use controller_api::v1;
 use controller_api::v1::enrol_server::Enrol;
 use policy::PublicKey;
@@ -12,7 +13,8 @@ use super::listener::Peer;
 use super::{Context, refused, text};
 use crate::audit::Actor;
 use crate::authority::CertificateRequest;
-use crate::intent::Intent;
+use crate::enrol::RedeemError;
+use crate::intent::{Intent, Refusal};
 use crate::metrics;
 use crate::record::{Keys, SecretHash};
 use crate::writer::Ask;
@@ -49,7 +51,7 @@ impl EnrolService {
         };
         let answer = self.context.writer.ask(Ask::new(Actor::Controller, intent)).await;
         let redeemed = answer
-            .map_err(|refusal| refused(&refusal))?
+            .map_err(|refusal| marked(&refusal))?
             .outcome
             .redeemed
             .ok_or_else(|| Status::internal("invitation let nobody in; report this as a bug"))?;
@@ -68,6 +70,17 @@ impl EnrolService {
             name: redeemed.name,
             node,
         })
+    }
+}
+
+/// A node whose certificate has expired comes with its invitation again, and hears here that it has no part any more.
+fn marked(refusal: &Refusal) -> Status {
+    let status = refused(refusal);
+    match refusal {
+        // One that was redeemed is only forgotten with its node, or for a newer one that was.
+        Refusal::Redeem(RedeemError::Unknown { .. }) => refusal::Refusal::Deleted.mark(status),
+        Refusal::Redeem(RedeemError::NotActive { .. }) => refusal::Refusal::NotActive.mark(status),
+        _ => status,
     }
 }
 

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use controller_api::identity::Identity;
+use controller_api::refusal::Refusal;
 use policy::NodeId;
 use tonic::{Request, Status};
 
@@ -92,7 +93,8 @@ impl Gate {
     }
 }
 
-/// Whom a connection speaks for, at this state and time.
+/// Whom a connection speaks for, at this state and time. Only a node whose certificate is good in every other respect is
+/// told that it has no part in the network ([`Refusal`]).
 pub fn identify(peer: &Peer, state: &State, now: u64) -> Result<Caller, Status> {
     let (address, certificate) = match peer {
         Peer::Root => return Ok(Caller::Root),
@@ -105,6 +107,12 @@ pub fn identify(peer: &Peer, state: &State, now: u64) -> Result<Caller, Status> 
     };
     let PeerCertificate { network, identity, key, expires_at } = certificate;
     let denied = |text: String| Err(Status::permission_denied(text));
+    let known_key = || match state.records.accepts(identity, key) {
+        true => Ok(()),
+        false => {
+            Err(Status::permission_denied("certificate was replaced by one of other keys; ask for a new invitation"))
+        }
+    };
     if network != state.network.name() {
         return denied(format!("certificate is for network `{network}`, and this is `{}`", state.network.name()));
     }
@@ -114,13 +122,17 @@ pub fn identify(peer: &Peer, state: &State, now: u64) -> Result<Caller, Status> 
     let caller = match identity {
         Identity::Node(id) => {
             let Some(node) = state.network.nodes().get(id) else {
-                return denied(format!("node with id `{id}` was deleted; ask for a new invitation"));
+                let text = format!("node with id `{id}` was deleted; ask for a new invitation");
+                return Err(Refusal::Deleted.mark(Status::permission_denied(text)));
             };
+            // Whose keys were replaced hears nothing of the node that has its place.
+            known_key()?;
             if !state.is_active(*id, now) {
-                return denied(format!(
+                let text = format!(
                     "node `{}` is {}; an admin can enable it (`meshctl node enable {}`)",
                     node.name, node.state, node.name
-                ));
+                );
+                return Err(Refusal::NotActive.mark(Status::permission_denied(text)));
             }
             let address = address.ip().to_canonical();
             Caller::Node(NodeCaller { id: *id, name: node.name.clone(), certificate: certificate.clone(), address })
@@ -129,12 +141,10 @@ pub fn identify(peer: &Peer, state: &State, now: u64) -> Result<Caller, Status> 
             if state.records.admins.get(name).is_none_or(|admin| admin.revoked) {
                 return denied(format!("admin `{name}` was revoked; ask for a new invitation"));
             }
+            known_key()?;
             Caller::Admin { name: name.clone() }
         }
         Identity::Controller => return denied("controller's own certificate is for no caller".to_owned()),
     };
-    if !state.records.accepts(identity, key) {
-        return denied("certificate was replaced by one of other keys; ask for a new invitation".to_owned());
-    }
     Ok(caller)
 }

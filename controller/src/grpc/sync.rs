@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use controller_api::convert::address_from_wire;
 use controller_api::defaults::{NODE_CERTIFICATE_LIFETIME, UPDATE_QUEUE};
 use controller_api::identity::Identity;
+use controller_api::refusal::Refusal;
 use controller_api::v1;
 use controller_api::v1::follow_request::Kind;
 use controller_api::v1::sync_server::Sync;
-use policy::{Flow, Generation, Revision};
+use policy::{Flow, Generation, Revision, SliceDelta};
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -198,23 +199,22 @@ impl Session {
                 address: SocketAddr::new(self.node.address, 0),
                 certificate: self.node.certificate.clone(),
             };
-            if let Err(status) = identify(&peer, &state, self.context.now()) {
-                return Some(status);
-            }
+            let refused = identify(&peer, &state, self.context.now()).err();
             let start = Instant::now();
-            let step = follow.step(&state);
+            let step = match &refused {
+                None => follow.step(&state),
+                Some(status) if Refusal::of(status).is_some() => follow.dismiss(&state),
+                Some(_) => return refused,
+            };
             metrics::since(&self.context.metrics.publish_seconds, start);
             match step {
                 Step::Nothing => {}
-                Step::Send(delta) => {
-                    let update = v1::Update::from(&*delta);
-                    let kind =
-                        if delta.from == Revision(0) { metrics::Update::Snapshot } else { metrics::Update::Delta };
-                    self.context.metrics.update(kind, update.encoded_len());
-                    room.send(Ok(update));
-                }
-                Step::NotActive => {
-                    return Some(Status::permission_denied(format!("node `{}` is not active", self.node.name)));
+                Step::Send(delta) => room.send(Ok(self.update(&delta))),
+                Step::Dismiss(last) => {
+                    if let Some(delta) = last {
+                        room.send(Ok(self.update(&delta)));
+                    }
+                    return refused.or_else(|| Some(not_active(&self.node)));
                 }
                 Step::Replaced => return Some(taken_over()),
             }
@@ -227,6 +227,13 @@ impl Session {
                 }
             }
         }
+    }
+
+    fn update(&self, delta: &SliceDelta) -> v1::Update {
+        let update = v1::Update::from(delta);
+        let kind = if delta.from == Revision(0) { metrics::Update::Snapshot } else { metrics::Update::Delta };
+        self.context.metrics.update(kind, update.encoded_len());
+        update
     }
 
     /// Hears what the node enforces.
@@ -258,6 +265,10 @@ impl Session {
     fn end(&self, status: Status) {
         let _ = self.updates.try_send(Err(status));
     }
+}
+
+fn not_active(node: &NodeCaller) -> Status {
+    Refusal::NotActive.mark(Status::permission_denied(format!("node `{}` is not active", node.name)))
 }
 
 fn taken_over() -> Status {
