@@ -1,5 +1,5 @@
 //! Every default that the daemons and their tools share. The constants and the rows of [`TABLE`] are written once, by
-//! the macro below; the documentation's table is [`markdown`].
+//! the macro below; the documentation's page is [`markdown`].
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -81,7 +81,7 @@ defaults! {
     "reconcile-interval" RECONCILE_INTERVAL = 2 seconds, "how often a node compares the kernel with what it should be";
     "max-request" MAX_REQUEST = 4194304 bytes, "the largest request that the controller reads";
     "max-response" MAX_RESPONSE = 268435456 bytes, "the largest answer that a node or admin reads: a whole network or slice";
-    "update-queue" UPDATE_QUEUE = 64 count, "updates that wait for one node before it gets a snapshot instead";
+    "update-queue" UPDATE_QUEUE = 64 count, "updates that wait for one node; while it is slower than that, its changes become one update";
     "audit-limit" AUDIT_LIMIT = 100 count, "audit entries that are listed where no number is given";
 }
 
@@ -95,9 +95,12 @@ pub fn renew_after(lifetime: Duration) -> Duration {
     lifetime * RENEW_AFTER / 100
 }
 
-/// The documentation's table.
+/// The documentation's page.
 pub fn markdown() -> String {
-    let mut text = String::from("| default | value | meaning |\n| --- | --- | --- |\n");
+    let mut text = String::from(
+        "# Defaults\n\nThis page is made from the code (`controller/api/src/defaults.rs`).\n\n\
+         | default | value | meaning |\n| --- | --- | --- |\n",
+    );
     for Default { name, value, meaning } in TABLE {
         text.push_str(&format!("| `{name}` | `{value}` | {meaning} |\n"));
     }
@@ -116,7 +119,8 @@ mod tests {
         assert_eq!(names.len(), TABLE.len());
         let text = markdown();
         assert!(names.iter().all(|name| text.contains(&format!("| `{name}` |"))));
-        assert_eq!(text.lines().count(), TABLE.len() + 2);
+        assert!(text.starts_with("# Defaults\n\n"));
+        assert_eq!(text.lines().filter(|line| line.starts_with('|')).count(), TABLE.len() + 2);
     }
 
     #[test]
