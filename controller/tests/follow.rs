@@ -146,7 +146,7 @@ async fn where_a_node_is_reached_is_told_to_its_peers() {
     let audit =
         controller.root().await.list_audit(v1::ListAuditRequest { limit: 1 }).await.expect("audit").into_inner();
     assert_eq!(audit.entries[0].actor, "node:app1");
-    assert_eq!(audit.entries[0].change, "node endpoint app1 192.0.2.7:51820 --observed");
+    assert_eq!(audit.entries[0].change, "node seen app1 192.0.2.7:51820");
     controller.wait_for_status(web_id, |status| status.sent == audit.entries[0].revision).await;
 }
 
