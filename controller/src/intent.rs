@@ -61,13 +61,9 @@ pub struct Outcome {
 /// Why it is not done. Nothing has changed.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
-    #[error("{}{source}", position(*.index, *.count))]
-    Change {
-        index: usize,
-        count: usize,
-        // Printed above: what a caller reads is one line.
-        source: Box<ChangeError>,
-    },
+    // Not a source, which would be printed a second time: a single change has no words of its own before the reason.
+    #[error("{}{reason}", position(*.index, *.count))]
+    Change { index: usize, count: usize, reason: Box<ChangeError> },
     #[error("request has {found} changes, not 1 to {max}; split it", max = CHANGES_MAX)]
     Count { found: usize },
     #[error("policy would be too large: {0}")]
@@ -155,7 +151,7 @@ impl Draft {
         let mut network = Network::clone(&self.network);
         let mut warnings = Vec::new();
         for (index, change) in changes.iter().enumerate() {
-            let refusal = |source| Refusal::Change { index, count, source: Box::new(source) };
+            let refusal = |reason| Refusal::Change { index, count, reason: Box::new(reason) };
             let said = network.apply(change).map_err(refusal)?;
             warnings.extend(said.iter().map(|warning| format!("{}{warning}", position(index, count))));
         }
@@ -226,8 +222,8 @@ impl Draft {
             return Ok(Outcome::default());
         }
         let change = Change::SetEndpoint { name: known.name.clone(), endpoint: Some(endpoint) };
-        let source = |source| Refusal::Change { index: 0, count: 1, source: Box::new(source) };
-        Arc::make_mut(&mut self.network).apply(&change).map_err(source)?;
+        let refusal = |reason| Refusal::Change { index: 0, count: 1, reason: Box::new(reason) };
+        Arc::make_mut(&mut self.network).apply(&change).map_err(refusal)?;
         Ok(self.done(actor, describe(&change)))
     }
 

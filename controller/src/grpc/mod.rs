@@ -165,3 +165,29 @@ pub(crate) fn refused(refusal: &Refusal) -> Status {
     };
     Status::new(code, text(refusal))
 }
+
+#[cfg(test)]
+mod tests {
+    use policy::Change;
+
+    use super::*;
+    use crate::audit::Actor;
+    use crate::fixture::{NOW, add_cidr, network, parse, state};
+    use crate::intent::{Draft, Intent};
+
+    fn said(changes: Vec<Change>) -> String {
+        let mut draft = Draft::of(&state(1, &network()));
+        let refusal = draft.apply(&Actor::Root, &Intent::Change(changes), NOW).expect_err("refused");
+        refused(&refusal).message().to_owned()
+    }
+
+    #[test]
+    fn a_refusal_says_its_reason_once() {
+        let reason = network().apply(&Change::DeleteCidr { name: parse("nosuch") }).expect_err("refused").to_string();
+        let delete = Change::DeleteCidr { name: parse("nosuch") };
+        assert_eq!(said(vec![delete.clone()]), reason);
+        assert_eq!(said(vec![add_cidr("lab", "10.42.9.0/24"), delete]), format!("change 2 of 2: {reason}"));
+        let full = Refusal::Limit(policy::LimitError { what: policy::Bounded::Classes, count: 3, limit: 2 });
+        assert_eq!(refused(&full).message().matches("classes of addresses").count(), 1);
+    }
+}
