@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use controller_api::identity::Identity;
 use controller_api::invitation::Subject;
-use policy::{Change, ChangeError, Endpoint, LimitError, Network, NodeId, Revision};
+use policy::{Change, ChangeError, Endpoint, LimitError, Network, NodeId, NodeLimitError, Revision};
 
 use crate::audit::{Actor, describe};
 use crate::enrol::{self, InviteError, RedeemError, Redeemed};
@@ -68,6 +68,8 @@ pub enum Refusal {
     Count { found: usize },
     #[error("policy would be too large: {0}")]
     Limit(LimitError),
+    #[error(transparent)]
+    NodeLimit(#[from] NodeLimitError),
     #[error("network is at revision `{found}`, not at `{expected}`; look at what changed and repeat the change")]
     Revision { expected: Revision, found: Revision },
     #[error(transparent)]

@@ -1,7 +1,7 @@
 //! The one writer: every change of the network goes through its queue, one after the other.
 //!
 //! ```text
-//! intent ─► draft (pure) ─► limits (compile) ─► rows that differ ─► store, one transaction ─► new state, for everybody
+//! intent ─► draft (pure) ─► compile, limits ─► rows that differ ─► store, one transaction ─► new state, for everybody
 //! ```
 //!
 //! It has a thread of its own, because compiling and the disk both block.
@@ -180,6 +180,7 @@ impl Work {
         let matrix = if recompile {
             let start = Instant::now();
             let matrix = Matrix::compile(&network).map_err(Refusal::Limit)?;
+            matrix.check_slices(&network)?;
             metrics::since(&self.metrics.compile_seconds, start);
             Arc::new(matrix)
         } else {

@@ -136,7 +136,7 @@ pub(crate) fn text(error: &dyn Error) -> String {
 /// A refusal as gRPC says it: the code for programs, the whole text for people.
 pub(crate) fn refused(refusal: &Refusal) -> Status {
     let code = match refusal {
-        Refusal::Change { .. } | Refusal::Limit(_) => Code::FailedPrecondition,
+        Refusal::Change { .. } | Refusal::Limit(_) | Refusal::NodeLimit(_) => Code::FailedPrecondition,
         Refusal::Count { .. } => Code::InvalidArgument,
         Refusal::Revision { .. } => Code::Aborted,
         Refusal::Invite(error) => match error {
@@ -189,5 +189,16 @@ mod tests {
         assert_eq!(said(vec![add_cidr("lab", "10.42.9.0/24"), delete]), format!("change 2 of 2: {reason}"));
         let full = Refusal::Limit(policy::LimitError { what: policy::Bounded::Classes, count: 3, limit: 2 });
         assert_eq!(refused(&full).message().matches("classes of addresses").count(), 1);
+    }
+
+    #[test]
+    fn a_node_without_room_is_named_with_the_remedy() {
+        let limit = policy::LimitError { what: policy::Bounded::SlicePages, count: 1_025, limit: 1_024 };
+        let refusal = Refusal::from(policy::NodeLimitError { node: parse("web1"), limit });
+        assert_eq!(
+            refused(&refusal).message(),
+            "policy asks too much of node `web1`: 1025 sets of services in one node's slice are more than the 1024 that \
+             there is room for; let more of the rules that one node is an end of share their services"
+        );
     }
 }
