@@ -142,8 +142,8 @@ pub fn redeem(
     Ok((redeemed, true))
 }
 
-/// An admin who shows the same invitation again gets a new certificate, and the list of admins says until when.
-fn renew_admin(records: &mut Records, identity: &Identity, certificate_expires_at: u64) -> bool {
+/// An admin gets a new certificate, and the list of admins says until when. `false`: there is no such admin.
+pub fn renew_admin(records: &mut Records, identity: &Identity, certificate_expires_at: u64) -> bool {
     match identity {
         Identity::Admin(name) => match records.admins.get_mut(name) {
             Some(admin) => {

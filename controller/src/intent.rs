@@ -45,6 +45,12 @@ pub enum Intent {
         address: SocketAddr,
     },
     RevokeAdmin(String),
+    /// An admin renews a certificate, of the same key.
+    RenewAdmin {
+        name: String,
+        requested: KeyHash,
+        certificate_expires_at: u64,
+    },
     /// A node leaves for good.
     Leave(NodeId),
 }
@@ -80,6 +86,11 @@ pub enum Refusal {
     NoNode { node: NodeId },
     #[error("key of node `{node}` is not good any more; ask for a new invitation (`meshctl node invite NAME`)")]
     NoKey { node: NodeId },
+    #[error(
+        "certificate of admin `{name}` is renewed with its own key only, and not once revoked; ask for a new invitation \
+         (`meshctl admin invite {name}`)"
+    )]
+    NoAdminKey { name: String },
     #[error("there is no admin `{name}`{hint}; `meshctl admin list` shows them")]
     UnknownAdmin { name: String, hint: String },
     #[error(transparent)]
@@ -132,6 +143,14 @@ impl Draft {
             Intent::Rekey { node, shown, requested } => self.rekey(actor, *node, *shown, *requested)?,
             Intent::Observe { node, address } => self.observe(actor, *node, *address)?,
             Intent::RevokeAdmin(name) => self.revoke(actor, name)?,
+            Intent::RenewAdmin { name, requested, certificate_expires_at } => {
+                let identity = Identity::Admin(name.clone());
+                if !self.records.accepts(&identity, requested) {
+                    return Err(Refusal::NoAdminKey { name: name.clone() });
+                }
+                enrol::renew_admin(Arc::make_mut(&mut self.records), &identity, *certificate_expires_at);
+                self.done(actor, format!("admin renew {name}"))
+            }
             Intent::Leave(node) => {
                 let name = self.network.nodes().get(node).ok_or(Refusal::NoNode { node: *node })?.name.clone();
                 return self.change(actor, &[Change::DeleteNode { name }]);
@@ -392,7 +411,19 @@ mod tests {
         check_refused(&mut draft, first, keys(70, 60), NOW, &["WireGuard key is given", "`alice`"]);
         redeem(&mut draft, first, keys(70, 0), NOW).expect("let in");
         assert!(draft.records.accepts(&identity, &key_hash(70)));
+        let renew = |draft: &mut Draft, key| {
+            let intent = Intent::RenewAdmin {
+                name: "alice".to_owned(),
+                requested: key_hash(key),
+                certificate_expires_at: NOW + 999,
+            };
+            draft.apply(&Actor::Admin("alice".to_owned()), &intent, NOW).map(|outcome| outcome.changed)
+        };
+        assert!(matches!(renew(&mut draft, 71), Err(Refusal::NoAdminKey { .. })));
+        assert!(renew(&mut draft, 70).expect("renewed"));
+        assert_eq!(draft.records.admins["alice"].certificate_expires_at, NOW + 999);
         draft.apply(&Actor::Root, &Intent::RevokeAdmin("alice".to_owned()), NOW).expect("revoked");
+        assert!(matches!(renew(&mut draft, 70), Err(Refusal::NoAdminKey { .. })));
         assert!(!draft.records.accepts(&identity, &key_hash(70)));
         check_refused(&mut draft, first, keys(70, 0), NOW, &["not known"]);
         let unknown = draft.apply(&Actor::Root, &Intent::RevokeAdmin("alcie".to_owned()), NOW).expect_err("unknown");

@@ -12,7 +12,7 @@ use tonic::Request;
 use tonic::transport::Channel;
 
 use super::identity::AdminIdentity;
-use super::{Failure, say, warn};
+use super::{Failure, say, time, warn};
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Connection")]
@@ -48,18 +48,22 @@ impl Session {
         } else {
             None
         };
-        let channel = match identity {
-            None => client::connect_unix(&arguments.socket).await?,
+        let admin = |channel| AdminClient::new(channel).max_decoding_message_size(MAX_RESPONSE);
+        let client = match identity {
+            None => admin(client::connect_unix(&arguments.socket).await?),
             Some(identity) => {
                 let endpoints = match arguments.controller.is_empty() {
                     true => identity.endpoints.clone(),
                     false => arguments.controller.iter().map(ControllerEndpoint::to_string).collect(),
                 };
-                identity.warn_if_ending();
-                client::connect(&endpoints, &identity.trust(), Some(&identity.credentials)).await?
+                let channel = client::connect(&endpoints, &identity.trust(), Some(&identity.credentials)).await?;
+                let mut client = admin(channel);
+                if !arguments.dry_run {
+                    identity.renew_if_due(&mut client, time::now()).await.iter().for_each(warn);
+                }
+                client
             }
         };
-        let client = AdminClient::new(channel).max_decoding_message_size(MAX_RESPONSE);
         Ok(Self { client, dry_run: arguments.dry_run })
     }
 

@@ -7,13 +7,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use controller_api::defaults::renew_after;
-use controller_api::identity::validity;
+use controller_api::identity::{Identity, validity};
 use controller_api::tls::{self, ClientIdentity, Trust};
+use controller_api::v1;
+use controller_api::v1::admin_client::AdminClient;
 use rcgen::{CertificateParams, KeyPair};
 use serde::{Deserialize, Serialize};
+use tonic::transport::Channel;
 use zeroize::Zeroizing;
 
-use super::{Failure, time, warn, with_sources};
+use super::connection::timed;
+use super::{Failure, time, with_sources};
 
 const PROFILE: &str = "admin.toml";
 const KEY: &str = "key.pem";
@@ -38,6 +42,7 @@ pub(crate) struct Profile {
 pub(crate) struct AdminIdentity {
     pub(crate) endpoints: Vec<String>,
     pub(crate) credentials: ClientIdentity,
+    dir: PathBuf,
     name: String,
     authority: Vec<u8>,
 }
@@ -77,25 +82,49 @@ impl AdminIdentity {
         let authority =
             tls::certificates_from_pem(&read(&dir.join(AUTHORITY))?).map_err(|error| broken(dir, &error))?;
         let authority = authority.first().map(|certificate| certificate.to_vec()).unwrap_or_default();
-        Ok(Self { name: profile.name, endpoints: profile.endpoints, credentials, authority })
+        Ok(Self { dir: dir.to_owned(), name: profile.name, endpoints: profile.endpoints, credentials, authority })
     }
 
     pub(crate) fn trust(&self) -> Trust {
         Trust::authority(self.authority.clone())
     }
 
-    /// Says so when the certificate has used up most of its time.
-    pub(crate) fn warn_if_ending(&self) {
-        let Ok((begins, ends)) = validity(self.credentials.certificate()) else { return };
-        let due = begins + renew_after(Duration::from_secs(ends.saturating_sub(begins))).as_secs();
-        if time::now() >= due {
-            warn(format!(
-                "this admin's certificate is good until {}; get a new one with `meshctl admin invite {}` and \
-                 `meshctl admin join --replace`",
-                time::timestamp(ends),
-                self.name
-            ));
+    /// Gets a new certificate when this one has used up most of its time. What goes wrong comes back as a warning: it is no
+    /// reason to leave undone what was asked for. `now`: seconds since the epoch.
+    pub(crate) async fn renew_if_due(&self, client: &mut AdminClient<Channel>, now: u64) -> Option<String> {
+        let (begins, ends) = validity(self.credentials.certificate()).ok()?;
+        if now < begins + renew_after(Duration::from_secs(ends.saturating_sub(begins))).as_secs() {
+            return None;
         }
+        match self.renew(client).await {
+            // Whoever is not let in hears so from the call that was meant.
+            Ok(()) | Err(Failure::Denied(_)) => None,
+            Err(failure) => Some(format!(
+                "this admin's certificate, good until {}, could not be renewed: {}; if that stays so, get a new one with \
+                 `meshctl admin invite {}` and `meshctl admin join --replace`",
+                time::timestamp(ends),
+                failure.text().unwrap_or("nothing can be written"),
+                self.name
+            )),
+        }
+    }
+
+    async fn renew(&self, client: &mut AdminClient<Channel>) -> Result<(), Failure> {
+        let key = Zeroizing::new(read(&self.dir.join(KEY))?);
+        let pair = KeyPair::from_pem(&key).map_err(|_| Failure::failed("private key cannot be read"))?;
+        let certificate_request = certificate_request(&pair)
+            .map_err(|error| Failure::failed(format!("cannot make a certificate request: {error}")))?;
+        let request = timed(v1::RenewRequest { certificate_request });
+        let v1::RenewResponse { certificate } = client.renew(request).await?.into_inner();
+        let old = self.credentials.certificate();
+        let names = |certificate: &[u8]| Identity::of_certificate(certificate).ok();
+        let ends = |certificate: &[u8]| validity(certificate).map_or(0, |(_, ends)| ends);
+        let usable = ClientIdentity::from_pem(&pem(&certificate), &key).is_ok();
+        if !usable || names(&certificate) != names(old) || ends(&certificate) <= ends(old) {
+            return Err(Failure::failed("controller sent a certificate that is of no use here"));
+        }
+        let path = self.dir.join(CERTIFICATE);
+        write(&path, pem(&certificate).as_bytes()).map_err(|error| unwritable(&path, &error))
     }
 }
 
@@ -111,7 +140,7 @@ pub(crate) fn pending_key(dir: &Path) -> Result<KeyPair, Failure> {
     let key = KeyPair::generate().map_err(|error| Failure::failed(format!("cannot make a key: {error}")))?;
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|error| unwritable(dir, &error))?;
     let text = Zeroizing::new(key.serialize_pem());
-    write(&path, text.as_bytes(), 0o600).map_err(|error| unwritable(&path, &error))?;
+    write(&path, text.as_bytes()).map_err(|error| unwritable(&path, &error))?;
     Ok(key)
 }
 
@@ -120,7 +149,7 @@ pub(crate) fn store(dir: &Path, profile: &Profile, certificate: &[u8], authority
     let profile = toml::to_string(profile).map_err(Failure::failed)?;
     for (name, content) in [(CERTIFICATE, &pem(certificate)), (AUTHORITY, &pem(authority)), (PROFILE, &profile)] {
         let path = dir.join(name);
-        write(&path, content.as_bytes(), 0o644).map_err(|error| unwritable(&path, &error))?;
+        write(&path, content.as_bytes()).map_err(|error| unwritable(&path, &error))?;
     }
     let path = dir.join(KEY);
     fs::rename(dir.join(PENDING_KEY), &path).map_err(|error| unwritable(&path, &error))
@@ -131,14 +160,16 @@ pub(crate) fn certificate_request(key: &KeyPair) -> Result<Vec<u8>, rcgen::Error
     Ok(CertificateParams::default().serialize_request(key)?.der().to_vec())
 }
 
-/// A whole file or none: written beside, then renamed.
-fn write(path: &Path, content: &[u8], mode: u32) -> std::io::Result<()> {
-    let beside = path.with_extension("new");
+/// A whole file or none, for its owner alone: written beside, under a name that no other process uses, then renamed.
+fn write(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let beside = path.with_extension(format!("{}.new", std::process::id()));
     let _ = fs::remove_file(&beside);
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    fs::rename(&beside, path)
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
+    let written = file.write_all(content).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&beside, path));
+    if written.is_err() {
+        let _ = fs::remove_file(&beside);
+    }
+    written
 }
 
 fn pem(der: &[u8]) -> String {
@@ -170,6 +201,33 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
+
+    /// An identity in `dir`, its certificate signed by itself.
+    fn stored(dir: &Path) -> Vec<u8> {
+        let key = pending_key(dir).expect("a key");
+        let certificate = CertificateParams::default().self_signed(&key).expect("a certificate");
+        let profile =
+            Profile { network: "corp".to_owned(), name: "alice".to_owned(), endpoints: vec!["host:7443".to_owned()] };
+        store(dir, &profile, certificate.der(), certificate.der()).expect("stored");
+        certificate.der().to_vec()
+    }
+
+    /// Breaks if a controller that cannot renew keeps an admin from working.
+    #[tokio::test]
+    async fn a_renewal_that_fails_is_a_warning() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let certificate = stored(dir.path());
+        let identity = AdminIdentity::load(dir.path()).expect("loaded");
+        let nobody = tonic::transport::Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
+        let mut client = AdminClient::new(nobody);
+        let (begins, ends) = validity(&certificate).expect("a validity");
+        assert_eq!(identity.renew_if_due(&mut client, begins).await, None);
+        let warning = identity.renew_if_due(&mut client, ends).await.expect("a warning");
+        for words in ["could not be renewed: controller went away", "good until", "meshctl admin invite alice"] {
+            assert!(warning.contains(words), "{warning}");
+        }
+        assert_eq!(AdminIdentity::load(dir.path()).expect("as before").credentials.certificate(), certificate);
+    }
 
     #[test]
     fn an_identity_is_stored_for_its_owner_and_loaded_again() {

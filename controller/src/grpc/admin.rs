@@ -1,8 +1,8 @@
 //! What `meshctl` asks for.
 
-use controller_api::defaults::{AUDIT_LIMIT, INVITATION_LIFETIME};
+use controller_api::defaults::{ADMIN_CERTIFICATE_LIFETIME, AUDIT_LIMIT, INVITATION_LIFETIME};
 use controller_api::endpoint::ControllerEndpoint;
-use controller_api::identity::is_admin_name;
+use controller_api::identity::{Identity, is_admin_name};
 use controller_api::invitation::{Invitation, Secret, Subject};
 use controller_api::v1::admin_server::Admin;
 use controller_api::{ConvertError, v1};
@@ -14,6 +14,7 @@ use tonic::{Request, Response, Status};
 use super::gate::Caller;
 use super::{Context, refused, text};
 use crate::audit::Actor;
+use crate::authority::CertificateRequest;
 use crate::intent::Intent;
 use crate::record::SecretHash;
 use crate::store;
@@ -145,6 +146,29 @@ impl Admin for AdminService {
         let v1::RevokeAdminRequest { name } = request.into_inner();
         self.ask(Ask::new(actor, Intent::RevokeAdmin(name))).await?;
         Ok(Response::new(v1::RevokeAdminResponse {}))
+    }
+
+    async fn renew(&self, request: Request<v1::RenewRequest>) -> Result<Response<v1::RenewResponse>, Status> {
+        let name = match request.extensions().get::<Caller>() {
+            Some(Caller::Admin { name }) => name.clone(),
+            _ => {
+                return Err(Status::failed_precondition(
+                    "there is no certificate to renew; only an admin's connection over TLS has one",
+                ));
+            }
+        };
+        let v1::RenewRequest { certificate_request } = request.into_inner();
+        let request = CertificateRequest::parse(&certificate_request).map_err(|error| invalid(&error))?;
+        let now = self.context.now();
+        let certificate_expires_at = now + ADMIN_CERTIFICATE_LIFETIME.as_secs();
+        let intent = Intent::RenewAdmin { name: name.clone(), requested: request.key(), certificate_expires_at };
+        self.ask(Ask::new(Actor::Admin(name.clone()), intent)).await?;
+        let certificate = self
+            .context
+            .authority
+            .sign(&request, &Identity::Admin(name), now, ADMIN_CERTIFICATE_LIFETIME)
+            .map_err(|error| Status::internal(text(&error)))?;
+        Ok(Response::new(v1::RenewResponse { certificate }))
     }
 
     async fn list_audit(

@@ -153,7 +153,7 @@ pub(crate) fn refused(refusal: &Refusal) -> Status {
             RedeemError::WireGuardKey { .. } => Code::InvalidArgument,
         },
         Refusal::NoNode { .. } | Refusal::UnknownAdmin { .. } => Code::NotFound,
-        Refusal::NoKey { .. } => Code::PermissionDenied,
+        Refusal::NoKey { .. } | Refusal::NoAdminKey { .. } => Code::PermissionDenied,
         Refusal::Store(error) => match error {
             StoreError::Moved { .. } | StoreError::Conflict { .. } => Code::Aborted,
             StoreError::RequestReused { .. } => Code::AlreadyExists,
