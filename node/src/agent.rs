@@ -124,8 +124,8 @@ async fn serve(
 
     let held = state.as_ref().map(|state| Arc::new(state.slice.clone()));
     let enforcer = enforcer::start(setup(&settings, keys, machine, state, trace_datapath));
-    if let Some(slice) = &held {
-        enforcer.enforce(Arc::clone(slice))?;
+    if let Some(slice) = held.clone() {
+        enforcer.ask(move |enforcer| enforcer.resume(slice)).await?;
     }
     if let Some(error) = enforcer.ask(unattached).await? {
         bail!(error);

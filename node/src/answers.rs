@@ -131,10 +131,14 @@ pub fn policy(enforcer: &mut Enforcer, context: &Context) -> Result<Policy, Stri
     let intent = enforcer.intent.as_ref();
     let differences = match intent {
         Some(intent) => differences(intent, &seen, &observed),
-        None => vec![
-            "this is an earlier daemon's policy; there is none to hold it against until the controller answers"
+        None => vec![match enforcer.outdated {
+            Some(held) => format!(
+                "revision {} is newer than revision {held}, which is on disk; it stays until the controller answers",
+                status.revision
+            ),
+            None => "this is an earlier daemon's policy; there is none to hold it against until the controller answers"
                 .to_owned(),
-        ],
+        }],
     };
     let entries = Entries::new(intent, &seen, counters.pairs).collect();
     Ok(Policy { status, differences, entries })

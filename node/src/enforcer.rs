@@ -16,8 +16,8 @@ use crate::controller::{self, Enforced};
 use crate::kernel::{Inspect, KernelError, Link, PeerConfig, WireGuard};
 use crate::key::PrivateKey;
 use crate::lower::{RuleSlots, Tables, lower};
-use crate::reconcile::plan::{self, Holders};
-use crate::reconcile::{Desired, Kernel, Observed, Outcome, Step, apply};
+use crate::reconcile::holders;
+use crate::reconcile::{Desired, Holders, Kernel, Observed, Outcome, Step, apply, plan};
 use crate::state::{self, State};
 
 /// Everything that the thread needs, given once.
@@ -86,6 +86,8 @@ pub struct Enforcer {
     pub error: Option<String>,
     /// Why the newest slice could not even be tried.
     pub refused: Option<String>,
+    /// The revision on disk that is older than what the kernel enforces, until the controller answers.
+    pub outdated: Option<Revision>,
     /// Whether this process has attached the datapath, or taken over what was attached.
     pub attached: bool,
     key: PrivateKey,
@@ -178,6 +180,7 @@ impl Enforcer {
             repairs: BTreeMap::new(),
             error: None,
             refused: None,
+            outdated: None,
             attached: false,
             key,
             state_dir,
@@ -230,6 +233,24 @@ impl Enforcer {
         if self.error.is_some() { RETRY.min(interval) } else { interval }
     }
 
+    /// Begins with the slice from disk, unless the kernel has a newer policy: the former daemon was killed between the
+    /// switch and the disk, and nothing that was revoked then comes back. What the kernel has stays until the controller
+    /// answers.
+    pub fn resume(&mut self, slice: Arc<Slice>) {
+        let held = slice.revision;
+        match self.datapath.observe() {
+            Ok(state) if state.generation != Generation(0) && state.revision > held => {
+                tracing::warn!(
+                    %held,
+                    enforced = %state.revision,
+                    "last good state is older than the policy in force, which stays until the controller answers"
+                );
+                self.outdated = Some(held);
+            }
+            _ => self.enforce(slice),
+        }
+    }
+
     /// Makes a slice the intent and puts it in force. A slice that the kernel's tables cannot hold changes nothing.
     pub fn enforce(&mut self, slice: Arc<Slice>) {
         let revision = slice.revision;
@@ -240,17 +261,16 @@ impl Enforcer {
             Ok(tables) => tables,
             Err(error) => return self.refuse(revision, format!("revision {revision} cannot be put in force: {error}")),
         };
-        self.refused = None;
-        let holders = plan::holders(&slice, self.key.public());
-        let mut changed_holder = plan::changed_holder(&self.holders, &holders);
+        (self.refused, self.outdated) = (None, None);
+        let holders = holders::holders(&slice, self.key.public());
+        let mut changed_holder = holders::changed(&self.holders, &holders);
         let mut fresh_endpoints = fresh_endpoints(self.intent.as_ref().map(|intent| &*intent.slice), &slice);
         if let Some(old) = &self.intent {
             // What an earlier round still owes.
             changed_holder.extend(&old.changed_holder);
             fresh_endpoints.extend(&old.fresh_endpoints);
         }
-        // An address without a holder keeps its last one: its records die if another takes it over.
-        self.holders.extend(holders);
+        self.holders = holders::remembered(&self.holders, holders);
         self.intent = Some(Intent { slice, tables, generation: None, settled: false, fresh_endpoints, changed_holder });
         self.round();
     }
@@ -292,10 +312,11 @@ impl Enforcer {
 
     fn reconcile(&mut self, observed: &Observed) -> Outcome {
         let desired = self.desired(observed);
-        let steps = plan::plan(desired.as_ref(), observed);
+        let steps = plan(desired.as_ref(), observed);
         let mut kernel =
             Kernel { wireguard: &mut *self.wireguard, link: &mut *self.link, datapath: &mut *self.datapath };
-        apply(&mut kernel, &self.key, self.intent.as_ref().map(|intent| &intent.tables), steps)
+        let outcome = apply(&mut kernel, &self.key, self.intent.as_ref().map(|intent| &intent.tables), steps);
+        Outcome { unseen: observed.unseen.clone(), ..outcome }
     }
 
     fn desired(&mut self, observed: &Observed) -> Option<Desired> {
@@ -336,11 +357,11 @@ impl Enforcer {
                 _ => {}
             }
         }
-        if outcome.failed.is_empty() {
+        if outcome.is_complete() {
             // A peer that has the endpoint already needed no step.
             intent.fresh_endpoints.clear();
         }
-        intent.settled = outcome.failed.is_empty();
+        intent.settled = outcome.is_complete();
         if outcome.generation.is_some() {
             self.release_slots();
         }
@@ -416,7 +437,11 @@ impl Enforcer {
 
     /// Reads the device, for those who ask.
     pub fn observe(&mut self) -> Result<Observed, KernelError> {
-        self.kernel().observe()
+        let observed = self.kernel().observe()?;
+        match observed.unseen {
+            Some(unseen) => Err(KernelError::new(unseen)),
+            None => Ok(observed),
+        }
     }
 
     /// How the peers should be, for those who ask.

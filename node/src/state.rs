@@ -13,7 +13,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::disk::{self, DiskError};
 use crate::lower::RuleSlots;
-use crate::reconcile::plan::Holders;
+use crate::reconcile::Holders;
 
 /// The file's name in the state directory.
 pub const FILE: &str = "state";
@@ -156,13 +156,13 @@ mod tests {
     use super::*;
     use crate::fixture;
     use crate::lower::lower;
-    use crate::reconcile::plan;
+    use crate::reconcile::holders;
 
     fn example() -> State {
         let slice = fixture::slice(&fixture::network(), "app1", 9, None);
         let mut slots = RuleSlots::new();
         lower(&slice, &mut slots).unwrap();
-        let holders = plan::holders(&slice, fixture::public_key("app1"));
+        let holders = holders::holders(&slice, fixture::public_key("app1"));
         // As they are when they have been read back: claimed by the next slice.
         let slots = RuleSlots::from_pairs(slots.pairs());
         State { slice: (*slice).clone(), slots, holders, time: 1_700_000_000 }

@@ -176,3 +176,17 @@ fn metrics_name_peers_rules_and_cidrs() {
         assert!(text.lines().any(|seen| seen == line), "{line} is not in\n{text}");
     }
 }
+
+#[test]
+fn a_policy_in_force_that_the_disk_does_not_have_yet_is_shown_as_such() {
+    let network = fixture::network();
+    let node = enforcing(&network);
+    node.kernel.world().datapath.as_mut().unwrap().revision = policy::Revision(6);
+    let mut node = node.restart();
+    let shown = policy(&mut node.enforcer, &context()).unwrap();
+    assert_eq!(
+        shown.differences,
+        ["revision 6 is newer than revision 5, which is on disk; it stays until the controller answers"]
+    );
+    assert!(!shown.entries.is_empty());
+}

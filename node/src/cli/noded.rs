@@ -187,6 +187,9 @@ impl Leave {
 
 fn remove(settings: &Settings, machine: Machine) -> anyhow::Result<()> {
     let Machine { mut wireguard, mut link, mut datapath } = machine;
+    for prefix in link.barriers()? {
+        link.remove_barrier(prefix)?;
+    }
     leave::remove(settings, &mut *wireguard, &mut *link, &mut datapath)?;
     Ok(())
 }

@@ -5,13 +5,13 @@ use policy::Change;
 use super::*;
 use crate::fixture;
 use crate::kernel::Backend;
-use crate::kernel::fake::FakeKernel;
+use crate::kernel::fake::{FakeKernel, World};
 
 pub(crate) struct Node {
     pub(crate) kernel: FakeKernel,
     pub(crate) enforcer: Enforcer,
     enforced: watch::Receiver<Enforced>,
-    state_dir: tempfile::TempDir,
+    pub(crate) state_dir: tempfile::TempDir,
 }
 
 fn enforcer(kernel: &FakeKernel, state_dir: PathBuf, state: Option<State>) -> (Enforcer, watch::Receiver<Enforced>) {
@@ -42,7 +42,7 @@ impl Node {
     }
 
     /// The daemon is killed and another one started.
-    fn restart(self) -> Self {
+    pub(crate) fn restart(self) -> Self {
         let Self { kernel, enforcer: former, state_dir, .. } = self;
         let slice = former.intent.as_ref().map(|intent| Arc::clone(&intent.slice));
         drop(former);
@@ -52,7 +52,7 @@ impl Node {
         let (mut enforcer, enforced) = enforcer(&kernel, state_dir.path().to_owned(), state);
         enforcer.round();
         if let Some(slice) = slice {
-            enforcer.enforce(slice);
+            enforcer.resume(slice);
         }
         Self { kernel, enforcer, enforced, state_dir }
     }
@@ -165,6 +165,52 @@ fn a_restarted_daemon_takes_over_and_cuts_nothing() {
     assert_eq!(node.kernel.take_steps(), ["attach", "switch 5"]);
     assert_eq!(node.kernel.world().flows, [flow]);
     assert_eq!(node.kernel.world().violations, [""; 0]);
+}
+
+/// What is revoked stays so: the former daemon was killed after the switch, and the disk has the policy before.
+#[test]
+fn a_daemon_killed_right_after_a_switch_does_not_come_back_with_the_policy_before() {
+    let mut network = fixture::network();
+    let mut node = Node::new();
+    node.enforcer.enforce(fixture::slice(&network, "web1", 5, None));
+    network.apply(&Change::DeleteRule { name: "web-to-app".parse().unwrap() }).unwrap();
+    node.enforcer.state_dir = node.state_dir.path().join("not there");
+    node.enforcer.enforce(fixture::slice(&network, "web1", 6, None));
+    node.kernel.take_steps();
+    let mut node = node.restart();
+    assert_eq!(node.kernel.take_steps(), ["attach"]);
+    assert_eq!(node.enforcer.outdated, Some(Revision(5)));
+    node.enforcer.round();
+    assert_eq!(node.kernel.world().datapath.as_ref().unwrap().revision, Revision(6));
+    // What the controller sends counts, whatever its number.
+    node.enforcer.enforce(fixture::slice(&network, "web1", 4, None));
+    assert_eq!(node.kernel.world().datapath.as_ref().unwrap().revision, Revision(4));
+    assert_eq!(node.enforcer.outdated, None);
+    // After a reboot the kernel has none, and the disk's is put in force.
+    *node.kernel.world() = FakeKernel::new(Backend::Kernel).world().clone();
+    let node = node.restart();
+    assert_eq!(node.kernel.world().datapath.as_ref().unwrap().revision, Revision(4));
+}
+
+#[test]
+fn a_device_that_cannot_be_read_keeps_no_policy_out_and_is_reported() {
+    let network = fixture::network();
+    for hide in [|world: &mut World| world.hide_device = true, |world: &mut World| world.hide_link = true] {
+        let mut node = Node::new();
+        node.enforcer.enforce(fixture::slice(&network, "web1", 5, None));
+        hide(&mut node.kernel.world());
+        node.kernel.take_steps();
+        node.enforcer.enforce(fixture::slice(&network, "web1", 6, None));
+        assert_eq!(node.kernel.take_steps(), ["switch 6"]);
+        assert!(node.enforced.borrow().error.as_ref().unwrap().contains("reading back"));
+        assert_eq!(node.enforcer.pause(Duration::from_secs(2)), RETRY);
+        assert!(node.enforcer.observe().is_err(), "who asks is told");
+        (node.kernel.world().hide_device, node.kernel.world().hide_link) = (false, false);
+        node.enforcer.round();
+        let expected = Enforced { revision: Revision(6), generation: Generation(2), error: None };
+        assert_eq!(*node.enforced.borrow(), expected);
+        assert!(node.enforcer.repairs.is_empty());
+    }
 }
 
 #[test]

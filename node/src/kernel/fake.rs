@@ -29,6 +29,7 @@ pub struct FakeKernel(Arc<Mutex<World>>);
 pub struct World {
     pub backend: Backend,
     pub link: Option<LinkState>,
+    pub barriers: BTreeSet<IpNet>,
     /// `None`: nothing serves the link.
     pub device: Option<Device>,
     /// `None`: nothing is attached or pinned.
@@ -45,8 +46,12 @@ pub struct World {
     pub violations: Vec<String>,
     /// The step of this number, counted from 0 over [`World::steps`], fails and changes nothing.
     pub fail_at: Option<usize>,
-    /// Whether reading back fails.
-    pub fail_observe: bool,
+    /// Steps whose words begin so fail and change nothing.
+    pub refuse: Option<&'static str>,
+    /// Whether the link cannot be read back.
+    pub hide_link: bool,
+    /// Whether the device cannot be read back.
+    pub hide_device: bool,
 }
 
 impl FakeKernel {
@@ -55,6 +60,7 @@ impl FakeKernel {
         Self(Arc::new(Mutex::new(World {
             backend,
             link: None,
+            barriers: BTreeSet::new(),
             device: None,
             datapath: None,
             tables: None,
@@ -63,7 +69,9 @@ impl FakeKernel {
             steps: Vec::new(),
             violations: Vec::new(),
             fail_at: None,
-            fail_observe: false,
+            refuse: None,
+            hide_link: false,
+            hide_device: false,
         })))
     }
 
@@ -104,8 +112,10 @@ impl FakeKernel {
     ) -> Result<T, KernelError> {
         let mut world = self.world();
         let number = world.steps.len();
-        world.steps.push(step.to_string());
-        if world.fail_at == Some(number) {
+        let step = step.to_string();
+        let refused = world.refuse.is_some_and(|words| step.starts_with(words));
+        world.steps.push(step.clone());
+        if refused || world.fail_at == Some(number) {
             return Err(KernelError::new(format!("step {number}, `{step}`, was told to fail")));
         }
         let result = change(&mut world);
@@ -113,12 +123,17 @@ impl FakeKernel {
         result
     }
 
-    fn observe<T>(&self, read: impl FnOnce(&World) -> T) -> Result<T, KernelError> {
+    /// Reads what is not hidden.
+    fn read<T>(&self, hidden: impl FnOnce(&World) -> bool, read: impl FnOnce(&World) -> T) -> Result<T, KernelError> {
         let world = self.world();
-        if world.fail_observe {
+        if hidden(&world) {
             return Err(KernelError::new("reading back was told to fail"));
         }
         Ok(read(&world))
+    }
+
+    fn observe<T>(&self, read: impl FnOnce(&World) -> T) -> Result<T, KernelError> {
+        self.read(|_| false, read)
     }
 }
 
@@ -191,7 +206,7 @@ impl WireGuard for FakeWireGuard {
     }
 
     fn observe(&mut self) -> Result<Option<Device>, KernelError> {
-        self.0.observe(|world| world.device.clone())
+        self.0.read(|world| world.hide_device, |world| world.device.clone())
     }
 
     fn set_device(&mut self, key: &PrivateKey, listen_port: u16) -> Result<(), KernelError> {
@@ -258,7 +273,7 @@ impl FakeLink {
 
 impl Link for FakeLink {
     fn observe(&mut self) -> Result<Option<LinkState>, KernelError> {
-        self.0.observe(|world| world.link.clone())
+        self.0.read(|world| world.hide_link, |world| world.link.clone())
     }
 
     fn set_mtu(&mut self, mtu: u32) -> Result<(), KernelError> {
@@ -302,6 +317,24 @@ impl Link for FakeLink {
     fn remove_route(&mut self, prefix: IpNet) -> Result<(), KernelError> {
         self.edit(format_args!("remove route {prefix}"), |link| {
             link.routes.remove(&prefix);
+        })
+    }
+
+    fn barriers(&mut self) -> Result<BTreeSet<IpNet>, KernelError> {
+        self.0.observe(|world| world.barriers.clone())
+    }
+
+    fn add_barrier(&mut self, prefix: IpNet) -> Result<(), KernelError> {
+        self.0.change(format_args!("add barrier {prefix}"), |world| {
+            world.barriers.insert(prefix);
+            Ok(())
+        })
+    }
+
+    fn remove_barrier(&mut self, prefix: IpNet) -> Result<(), KernelError> {
+        self.0.change(format_args!("remove barrier {prefix}"), |world| {
+            world.barriers.remove(&prefix);
+            Ok(())
         })
     }
 }

@@ -25,6 +25,10 @@ pub const ROUTE_PROTOCOL: u8 = 117;
 /// The alias by which our links are known (`ip link show` prints it). Only links that have it are touched.
 pub const OWNER: &str = "managed by rampart";
 
+/// Metric of our IPv6 routes: the kernel's would be 1024, and whoever adds an equal route with a lower one would get the
+/// packets. (For IPv4 it is 0, which none is below.)
+const METRIC_V6: u32 = 1;
+
 /// Bytes of an interface's name, as the kernel limits it (IFNAMSIZ less its NUL).
 const NAME_LENGTH: usize = 15;
 
@@ -54,6 +58,15 @@ impl NetlinkLink {
         }
     }
 
+    /// The barriers of this interface, and not of another's `noded`: known by their metric, which comes from the name and
+    /// is above any that somebody would choose.
+    fn nowhere(&self) -> Way {
+        const ABOVE_OTHERS: u32 = 1 << 31;
+        // FNV-1a.
+        let hash = |hash: u32, byte: u8| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193);
+        Way::Nowhere { metric: self.name.bytes().fold(0x811c_9dc5, hash) | ABOVE_OTHERS }
+    }
+
     fn error(&self, what: impl std::fmt::Display, error: io::Error) -> KernelError {
         KernelError::with(format!("failed to {what} on `{}`", self.name), error)
     }
@@ -65,18 +78,20 @@ impl NetlinkLink {
         Ok(messages.iter().filter_map(address_of).filter(|address| !is_link_local(address)).collect())
     }
 
-    fn routes(&self, index: u32) -> io::Result<BTreeSet<IpNet>> {
+    fn routes(&self, way: Way) -> io::Result<BTreeSet<IpNet>> {
         let mut routes = BTreeSet::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut message = RouteMessage::default();
             message.header.address_family = family;
             message.header.table = RouteHeader::RT_TABLE_MAIN;
             message.header.protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
-            message.header.kind = RouteType::Unicast;
-            message.attributes.push(RouteAttribute::Oif(index));
+            message.header.kind = way.kind();
+            if let Way::Link(index) = way {
+                message.attributes.push(RouteAttribute::Oif(index));
+            }
             let answer = self.netlink.handle.route().get(message).execute().try_collect::<Vec<_>>();
             match self.netlink.wait(answer) {
-                Ok(messages) => routes.extend(messages.iter().filter_map(|message| route_of(message, index))),
+                Ok(messages) => routes.extend(messages.iter().filter_map(|message| way.of(message))),
                 // No table yet, or no such family.
                 Err(error) if is(&error, &[libc::ENOENT, libc::EAFNOSUPPORT, libc::EOPNOTSUPP]) => {}
                 Err(error) => return Err(error),
@@ -96,7 +111,7 @@ impl Link for NetlinkLink {
             up: link.up,
             mtu: link.mtu,
             addresses: self.addresses(link.index).map_err(|error| self.error("list addresses", error))?,
-            routes: self.routes(link.index).map_err(|error| self.error("list routes", error))?,
+            routes: self.routes(Way::Link(link.index)).map_err(|error| self.error("list routes", error))?,
         }))
     }
 
@@ -140,11 +155,11 @@ impl Link for NetlinkLink {
     }
 
     fn add_route(&mut self, prefix: IpNet) -> Result<(), KernelError> {
-        let index = self.ours()?.index;
-        let request = self.netlink.handle.route().add(route_message(index, prefix));
+        let way = Way::Link(self.ours()?.index);
+        let request = self.netlink.handle.route().add(way.message(prefix));
         match self.netlink.wait(request.execute()) {
             Ok(()) => Ok(()),
-            Err(error) if is(&error, &[libc::EEXIST]) => match self.routes(index) {
+            Err(error) if is(&error, &[libc::EEXIST]) => match self.routes(way) {
                 Ok(routes) if routes.contains(&prefix.trunc()) => Ok(()),
                 Ok(_) => Err(KernelError::new(format!(
                     "route `{prefix}` is there already and not Rampart's, so packets would pass by `{}`; remove it \
@@ -158,10 +173,34 @@ impl Link for NetlinkLink {
     }
 
     fn remove_route(&mut self, prefix: IpNet) -> Result<(), KernelError> {
-        let request = self.netlink.handle.route().del(route_message(self.ours()?.index, prefix));
+        let request = self.netlink.handle.route().del(Way::Link(self.ours()?.index).message(prefix));
         match self.netlink.wait(request.execute()) {
             Err(error) if is(&error, &[libc::ESRCH]) => Ok(()),
             other => other.map_err(|error| self.error(format_args!("remove route `{prefix}`"), error)),
+        }
+    }
+
+    fn barriers(&mut self) -> Result<BTreeSet<IpNet>, KernelError> {
+        self.routes(self.nowhere()).map_err(|error| {
+            KernelError::with(format!("failed to list the unreachable routes of `{}`", self.name), error)
+        })
+    }
+
+    fn add_barrier(&mut self, prefix: IpNet) -> Result<(), KernelError> {
+        let request = self.netlink.handle.route().add(self.nowhere().message(prefix));
+        match self.netlink.wait(request.execute()) {
+            Err(error) if is(&error, &[libc::EEXIST]) => Ok(()),
+            other => other.map_err(|error| KernelError::with(format!("failed to make `{prefix}` unreachable"), error)),
+        }
+    }
+
+    fn remove_barrier(&mut self, prefix: IpNet) -> Result<(), KernelError> {
+        let request = self.netlink.handle.route().del(self.nowhere().message(prefix));
+        match self.netlink.wait(request.execute()) {
+            Err(error) if is(&error, &[libc::ESRCH]) => Ok(()),
+            other => other.map_err(|error| {
+                KernelError::with(format!("failed to remove the unreachable route `{prefix}`"), error)
+            }),
         }
     }
 }
@@ -214,34 +253,79 @@ fn address_of(message: &AddressMessage) -> Option<IpNet> {
     IpNet::new(address?, message.header.prefix_len).ok()
 }
 
-fn route_message(index: u32, prefix: IpNet) -> RouteMessage {
-    let protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
-    match prefix.trunc() {
-        IpNet::V4(net) => RouteMessageBuilder::<Ipv4Addr>::new()
-            .destination_prefix(net.addr(), net.prefix_len())
-            .output_interface(index)
-            .protocol(protocol)
-            .scope(RouteScope::Link)
-            .build(),
-        IpNet::V6(net) => RouteMessageBuilder::<Ipv6Addr>::new()
-            .destination_prefix(net.addr(), net.prefix_len())
-            .output_interface(index)
-            .protocol(protocol)
-            .build(),
+/// What becomes of packets for a route's prefix.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    /// They take the link of this index.
+    Link(u32),
+    /// Their sender hears at once that there is no way.
+    Nowhere { metric: u32 },
+}
+
+impl Way {
+    fn kind(self) -> RouteType {
+        match self {
+            Self::Link(_) => RouteType::Unicast,
+            Self::Nowhere { .. } => RouteType::Unreachable,
+        }
+    }
+
+    fn metric(self, family: AddressFamily) -> u32 {
+        match self {
+            Self::Link(_) if family == AddressFamily::Inet => 0,
+            Self::Link(_) => METRIC_V6,
+            Self::Nowhere { metric } => metric,
+        }
+    }
+
+    /// The route to add or to remove.
+    fn message(self, prefix: IpNet) -> RouteMessage {
+        let protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
+        let mut message = match prefix.trunc() {
+            IpNet::V4(net) => {
+                let builder = RouteMessageBuilder::<Ipv4Addr>::new();
+                builder.destination_prefix(net.addr(), net.prefix_len()).protocol(protocol).kind(self.kind()).build()
+            }
+            IpNet::V6(net) => {
+                let builder = RouteMessageBuilder::<Ipv6Addr>::new();
+                builder.destination_prefix(net.addr(), net.prefix_len()).protocol(protocol).kind(self.kind()).build()
+            }
+        };
+        if let Self::Link(index) = self {
+            message.attributes.push(RouteAttribute::Oif(index));
+            if message.header.address_family == AddressFamily::Inet {
+                message.header.scope = RouteScope::Link;
+            }
+        }
+        let metric = self.metric(message.header.address_family);
+        if metric != 0 {
+            message.attributes.push(RouteAttribute::Priority(metric));
+        }
+        message
+    }
+
+    /// The route's prefix where it is ours and goes this way; filters again what a kernel without strict checks sends
+    /// unfiltered.
+    fn of(self, message: &RouteMessage) -> Option<IpNet> {
+        let RouteMessage { header, attributes, .. } = message;
+        let has = |attribute| attributes.contains(&attribute);
+        let metric = match self.metric(header.address_family) {
+            0 => !attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Priority(_))),
+            metric => has(RouteAttribute::Priority(metric)),
+        };
+        let through = match self {
+            Self::Link(index) => has(RouteAttribute::Oif(index)),
+            Self::Nowhere { .. } => true,
+        };
+        let ours = header.table == RouteHeader::RT_TABLE_MAIN
+            && header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL)
+            && header.kind == self.kind();
+        (metric && through && ours).then(|| destination(message)).flatten()
     }
 }
 
-/// The route's prefix where it is ours; filters again what a kernel without strict checks sends unfiltered.
-fn route_of(message: &RouteMessage, index: u32) -> Option<IpNet> {
+fn destination(message: &RouteMessage) -> Option<IpNet> {
     let header = &message.header;
-    let through = message.attributes.contains(&RouteAttribute::Oif(index));
-    if !through
-        || header.table != RouteHeader::RT_TABLE_MAIN
-        || header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL)
-        || header.kind != RouteType::Unicast
-    {
-        return None;
-    }
     let destination = message.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(IpAddr::V4(*address)),
         RouteAttribute::Destination(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),

@@ -108,6 +108,11 @@ pub trait Link: Send {
     fn remove_address(&mut self, address: IpNet) -> Result<(), KernelError>;
     fn add_route(&mut self, prefix: IpNet) -> Result<(), KernelError>;
     fn remove_route(&mut self, prefix: IpNet) -> Result<(), KernelError>;
+    /// Prefixes to which packets get no further where no other route takes them: they do not leave in clear while the
+    /// link is down or gone. They do not go with it.
+    fn barriers(&mut self) -> Result<BTreeSet<IpNet>, KernelError>;
+    fn add_barrier(&mut self, prefix: IpNet) -> Result<(), KernelError>;
+    fn remove_barrier(&mut self, prefix: IpNet) -> Result<(), KernelError>;
 }
 
 /// How the programs hang on the interface.

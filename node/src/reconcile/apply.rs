@@ -21,16 +21,33 @@ impl std::fmt::Debug for Kernel<'_> {
 }
 
 impl Kernel<'_> {
-    /// Reads back everything that a plan needs.
+    /// Reads back what a plan needs. Where the link or the device cannot be read, the datapath still is.
     pub fn observe(&mut self) -> Result<Observed, KernelError> {
-        let link = self.link.observe()?;
+        // What cannot be read back is attached anew.
+        let datapath = |kernel: &mut Self| kernel.datapath.observe().ok();
+        let seen = self.link.observe().and_then(|link| Ok((link, self.link.barriers()?)));
+        let (link, barriers) = match seen {
+            Ok(seen) => seen,
+            Err(error) => {
+                // What has our programs is our link.
+                let datapath = datapath(self).filter(|datapath| datapath.egress && datapath.ingress);
+                let unseen = Some(chain(&error));
+                return datapath.ok_or(error).map(|datapath| Observed {
+                    unseen,
+                    datapath: Some(datapath),
+                    ..Observed::default()
+                });
+            }
+        };
         // Without a link of ours there is nothing to attach to and nothing to serve.
         if link.as_ref().is_none_or(|link| link.kind == LinkKind::Foreign) {
-            return Ok(Observed { link, device: None, datapath: None });
+            return Ok(Observed { link, barriers, ..Observed::default() });
         }
-        // What cannot be read back is attached anew.
-        let datapath = self.datapath.observe().ok();
-        Ok(Observed { link, device: self.wireguard.observe()?, datapath })
+        let (device, unseen) = match self.wireguard.observe() {
+            Ok(device) => (device, None),
+            Err(error) => (None, Some(chain(&error))),
+        };
+        Ok(Observed { link, device, unseen, datapath: datapath(self), barriers })
     }
 }
 
@@ -41,45 +58,49 @@ pub struct Outcome {
     pub failed: Vec<(Step, KernelError)>,
     /// Steps that were not tried because one before them failed.
     pub skipped: Vec<Step>,
+    /// What could not be read, so that no step was planned about it, and why.
+    pub unseen: Option<String>,
     /// Of the switch, if there was one.
     pub generation: Option<Generation>,
 }
 
 impl Outcome {
+    /// Whether nothing is left to do.
+    pub fn is_complete(&self) -> bool {
+        self.failed.is_empty() && self.unseen.is_none()
+    }
+
     /// One line for people: what failed, and why.
     pub fn error(&self) -> Option<String> {
-        let lines: Vec<_> =
-            self.failed.iter().map(|(step, error)| format!("failed to {step}: {}", chain(error))).collect();
+        let failed = self.failed.iter().map(|(step, error)| format!("failed to {step}: {}", chain(error)));
+        let lines: Vec<_> = self.unseen.iter().cloned().chain(failed).collect();
         if lines.is_empty() { None } else { Some(lines.join("; ")) }
     }
 }
 
-/// Takes the steps in their order. One that gates the others ([`Step::gates`]) and fails ends the round: the policy in
-/// force stays in force, and the next round plans again from what is there. The steps after the switch each stand for
-/// themselves: one peer that the kernel refuses does not keep the others out.
+/// Takes the steps in their order, but for those that wait for one that failed ([`Step::waits_for`]); the next round plans
+/// again from what is there.
 pub fn apply(kernel: &mut Kernel<'_>, key: &PrivateKey, tables: Option<&Tables>, steps: Vec<Step>) -> Outcome {
     let mut outcome = Outcome::default();
-    let mut steps = steps.into_iter();
-    for step in steps.by_ref() {
+    for step in steps {
+        if outcome.failed.iter().any(|(failed, _)| step.waits_for(failed)) {
+            outcome.skipped.push(step);
+            continue;
+        }
         match take(kernel, key, tables, &step) {
             Ok(generation) => {
                 outcome.generation = generation.or(outcome.generation);
                 outcome.done.push(step);
             }
             Err(error) => {
-                let gates = step.gates();
                 if step == Step::AttachDatapath {
                     // Nothing may pass a link without the datapath. (It may be down already, or gone.)
                     let _ = kernel.link.set_up(false);
                 }
                 outcome.failed.push((step, error));
-                if gates {
-                    break;
-                }
             }
         }
     }
-    outcome.skipped = steps.collect();
     outcome
 }
 
@@ -91,6 +112,8 @@ fn take(
 ) -> Result<Option<Generation>, KernelError> {
     let Kernel { wireguard, link, datapath } = kernel;
     match step {
+        Step::AddBarrier(prefix) => link.add_barrier(*prefix)?,
+        Step::RemoveBarrier(prefix) => link.remove_barrier(*prefix)?,
         Step::CreateLink => wireguard.create()?,
         Step::AttachDatapath => datapath.attach()?,
         Step::ServeWireGuard => wireguard.serve()?,

@@ -3,7 +3,9 @@
 //! [`plan`] is pure; [`apply`] is the one place that carries steps out.
 
 pub mod apply;
+pub mod holders;
 pub mod plan;
 
 pub use apply::{Kernel, Outcome, apply};
+pub use holders::Holders;
 pub use plan::{Desired, Observed, Step, plan};

@@ -2,14 +2,16 @@
 //!
 //! The order is the policy's (SEMANTICS.md, section 3): what was withdrawn goes first, then the tables switch, then what
 //! is new comes. So no packet is ever carried under an identity that the tables in force do not mean, and an address that
-//! moves from one peer to another has no holder in between. Deny-all is attached before the link comes up.
+//! moves from one peer to another has no holder in between: neither of the two, nor a peer with a shorter prefix around it.
+//! Deny-all is attached before the link comes up, and what is no part of the policy waits until the tables have switched.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use ipnet::IpNet;
-use policy::{PublicKey, Revision, Slice};
+use policy::{PublicKey, Revision};
 
+use super::holders::{self, Holders};
 use crate::kernel::{DatapathState, Device, DevicePeer, LinkKind, LinkState, PeerConfig};
 
 /// What the interface should be while a policy is in force.
@@ -36,27 +38,33 @@ pub struct Desired {
 pub struct Observed {
     pub link: Option<LinkState>,
     pub device: Option<Device>,
+    /// Why the link, if that is `None`, or the device could not be read. Nothing is planned about what was not seen.
+    pub unseen: Option<String>,
     /// `None`: there is no link to attach to, or nothing of ours is attached.
     pub datapath: Option<DatapathState>,
+    /// Prefixes that are unreachable without the link.
+    pub barriers: BTreeSet<IpNet>,
 }
 
 /// One thing to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
+    AddBarrier(IpNet),
     CreateLink,
     AttachDatapath,
+    RemovePeer(PublicKey),
+    /// The peer with only those of its allowed-ips that it keeps.
+    NarrowPeer(PeerConfig),
+    SwitchTables(Revision),
+    ForgetFlows(Vec<IpNet>),
     ServeWireGuard,
     SetDevice {
         listen_port: u16,
     },
     SetMtu(u32),
-    RemovePeer(PublicKey),
-    /// The peer with only those of its allowed-ips that it keeps.
-    NarrowPeer(PeerConfig),
     RemoveRoute(IpNet),
     RemoveAddress(IpNet),
-    SwitchTables(Revision),
-    ForgetFlows(Vec<IpNet>),
+    RemoveBarrier(IpNet),
     AddAddress(IpNet),
     SetUp,
     SetPeer(PeerConfig),
@@ -68,22 +76,26 @@ impl Step {
     pub const KINDS: [&'static str; 10] =
         ["link", "attachment", "process", "device", "mtu", "peer", "route", "address", "tables", "flows"];
 
-    /// Whether the steps after this one may only be taken once this one is done: everything up to the switch, and
-    /// forgetting the flows of addresses that are about to get another holder.
-    pub fn gates(&self) -> bool {
-        match self {
-            Self::CreateLink
-            | Self::AttachDatapath
-            | Self::ServeWireGuard
+    /// Whether this step, later in the same round, is not to be taken after `failed`.
+    ///
+    /// Nothing goes on without the programs. Otherwise the tables switch whatever failed before: they may deny what was
+    /// allowed. But no peer comes while one that should have gone may still be there, or under the old tables, or to an
+    /// address whose flows are another's; and not around a prefix of a peer that could not be set.
+    pub fn waits_for(&self, failed: &Self) -> bool {
+        match failed {
+            Self::CreateLink | Self::AttachDatapath | Self::SwitchTables(_) => true,
+            Self::RemovePeer(_) | Self::NarrowPeer(_) | Self::ForgetFlows(_) => matches!(self, Self::SetPeer(_)),
+            Self::ServeWireGuard => matches!(self, Self::SetDevice { .. } | Self::SetPeer(_)),
+            Self::SetPeer(inner) => matches!(self, Self::SetPeer(outer) if is_around(outer, inner)),
+            Self::AddBarrier(_)
+            | Self::RemoveBarrier(_)
             | Self::SetDevice { .. }
             | Self::SetMtu(_)
-            | Self::RemovePeer(_)
-            | Self::NarrowPeer(_)
             | Self::RemoveRoute(_)
             | Self::RemoveAddress(_)
-            | Self::SwitchTables(_)
-            | Self::ForgetFlows(_) => true,
-            Self::AddAddress(_) | Self::SetUp | Self::SetPeer(_) | Self::AddRoute(_) => false,
+            | Self::AddAddress(_)
+            | Self::SetUp
+            | Self::AddRoute(_) => false,
         }
     }
 
@@ -96,7 +108,7 @@ impl Step {
             Self::SetDevice { .. } => "device",
             Self::SetMtu(_) => "mtu",
             Self::RemovePeer(_) | Self::NarrowPeer(_) | Self::SetPeer(_) => "peer",
-            Self::RemoveRoute(_) | Self::AddRoute(_) => "route",
+            Self::RemoveRoute(_) | Self::AddRoute(_) | Self::AddBarrier(_) | Self::RemoveBarrier(_) => "route",
             Self::RemoveAddress(_) | Self::AddAddress(_) => "address",
             Self::SwitchTables(_) => "tables",
             Self::ForgetFlows(_) => "flows",
@@ -107,6 +119,8 @@ impl Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::AddBarrier(prefix) => write!(f, "add unreachable route {prefix}"),
+            Self::RemoveBarrier(prefix) => write!(f, "remove unreachable route {prefix}"),
             Self::CreateLink => f.write_str("create the link"),
             Self::AttachDatapath => f.write_str("attach the datapath"),
             Self::ServeWireGuard => f.write_str("serve the device"),
@@ -131,88 +145,171 @@ fn list<'a>(prefixes: impl IntoIterator<Item = &'a IpNet>) -> String {
     if list.is_empty() { "nothing".to_owned() } else { list.join(" ") }
 }
 
+/// Whether a prefix of one peer contains a longer one of another.
+fn is_around(outer: &PeerConfig, inner: &PeerConfig) -> bool {
+    let longer = |prefix: &IpNet| inner.allowed_ips.iter().any(|inner| inner != prefix && prefix.contains(inner));
+    outer.allowed_ips.iter().any(longer)
+}
+
 /// The steps from `observed` to `desired`. Without a policy (`None`) only an attached datapath is asked for: what the
 /// kernel enforces already stays, and a new link denies everything and stays down.
 pub fn plan(desired: Option<&Desired>, observed: &Observed) -> Vec<Step> {
     let mut steps = Vec::new();
+    let link_seen = observed.link.is_some() || observed.unseen.is_none();
+    if let Some(desired) = desired.filter(|_| link_seen) {
+        steps.extend(desired.routes.difference(&observed.barriers).copied().map(Step::AddBarrier));
+    }
     // `create` refuses a foreign link and says so.
-    if observed.link.as_ref().is_none_or(|link| link.kind == LinkKind::Foreign) {
+    if link_seen && observed.link.as_ref().is_none_or(|link| link.kind == LinkKind::Foreign) {
         steps.push(Step::CreateLink);
     }
     if !observed.datapath.as_ref().is_some_and(|datapath| datapath.egress && datapath.ingress) {
         steps.push(Step::AttachDatapath);
     }
-    if observed.device.is_none() {
-        steps.push(Step::ServeWireGuard);
-    }
-    let Some(desired) = desired else { return steps };
-
-    let link = observed.link.as_ref();
-    let nothing = Device::default();
-    let device = observed.device.as_ref().unwrap_or(&nothing);
-    withdraw(&mut steps, desired, link, device);
+    let serve = (observed.device.is_none() && observed.unseen.is_none()).then_some(Step::ServeWireGuard);
+    let Some(desired) = desired else {
+        steps.extend(serve);
+        return steps;
+    };
+    let peers = observed.unseen.is_none().then(|| Peers::new(desired, observed.device.as_ref()));
+    steps.extend(peers.iter().flat_map(Peers::withdraw));
     if desired.reload || observed.datapath.as_ref().is_none_or(|datapath| datapath.revision != desired.revision) {
         steps.push(Step::SwitchTables(desired.revision));
     }
     if !desired.changed_holder.is_empty() {
         steps.push(Step::ForgetFlows(desired.changed_holder.clone()));
     }
-    extend(&mut steps, desired, link, device);
+    steps.extend(serve);
+    if peers.is_some() && !has_device(desired, observed.device.as_ref()) {
+        steps.push(Step::SetDevice { listen_port: desired.listen_port });
+    }
+    if link_seen {
+        trim(&mut steps, desired, observed);
+    }
+    steps.extend(peers.iter().flat_map(Peers::extend));
+    if link_seen {
+        add_routes(&mut steps, desired, observed.link.as_ref());
+    }
     steps
 }
 
-/// What comes before the switch.
-fn withdraw(steps: &mut Vec<Step>, desired: &Desired, link: Option<&LinkState>, device: &Device) {
-    if device.public_key != Some(desired.public_key) || device.listen_port != desired.listen_port {
-        steps.push(Step::SetDevice { listen_port: desired.listen_port });
-    }
+fn has_device(desired: &Desired, device: Option<&Device>) -> bool {
+    device.is_some_and(|device| {
+        device.public_key == Some(desired.public_key) && device.listen_port == desired.listen_port
+    })
+}
+
+/// The link as it should be, but for its routes, which want peers first.
+fn trim(steps: &mut Vec<Step>, desired: &Desired, observed: &Observed) {
+    let link = observed.link.as_ref();
     if link.is_none_or(|link| link.mtu != desired.mtu) {
         steps.push(Step::SetMtu(desired.mtu));
     }
-    for (key, peer) in &device.peers {
-        match desired.peers.get(key) {
-            None => steps.push(Step::RemovePeer(*key)),
-            Some(wanted) => steps.extend(narrowed(wanted, peer).map(Step::NarrowPeer)),
-        }
-    }
-    if let Some(link) = link {
-        steps.extend(link.routes.difference(&desired.routes).copied().map(Step::RemoveRoute));
-        steps.extend(link.addresses.difference(&desired.addresses).copied().map(Step::RemoveAddress));
-    }
-}
-
-/// What comes after it.
-fn extend(steps: &mut Vec<Step>, desired: &Desired, link: Option<&LinkState>, device: &Device) {
     let none = BTreeSet::new();
     let (addresses, routes) = link.map_or((&none, &none), |link| (&link.addresses, &link.routes));
+    steps.extend(routes.difference(&desired.routes).copied().map(Step::RemoveRoute));
+    steps.extend(addresses.difference(&desired.addresses).copied().map(Step::RemoveAddress));
+    steps.extend(observed.barriers.difference(&desired.routes).copied().map(Step::RemoveBarrier));
     steps.extend(desired.addresses.difference(addresses).copied().map(Step::AddAddress));
     if !link.is_some_and(|link| link.up) {
         steps.push(Step::SetUp);
     }
-    for (key, wanted) in &desired.peers {
-        let observed = device.peers.get(key).cloned().map(|peer| match narrowed(wanted, &peer) {
-            // As it is by now.
-            Some(PeerConfig { allowed_ips, persistent_keepalive, .. }) => {
-                DevicePeer { allowed_ips, persistent_keepalive, ..peer }
-            }
-            None => peer,
-        });
-        if let Some(peer) = peer_change(wanted, observed.as_ref(), desired.fresh_endpoints.contains(key)) {
-            steps.push(Step::SetPeer(peer));
-        }
-    }
-    // The kernel drops an interface's IPv4 routes when its last address goes.
-    let lost = link.is_some_and(|link| link.addresses.is_disjoint(&desired.addresses));
-    steps.extend(desired.routes.iter().filter(|route| lost || !routes.contains(route)).copied().map(Step::AddRoute));
 }
 
-/// The peer with only what it keeps, if it has allowed-ips to lose.
-fn narrowed(wanted: &PeerConfig, observed: &DevicePeer) -> Option<PeerConfig> {
-    if observed.allowed_ips.is_subset(&wanted.allowed_ips) {
-        return None;
+fn add_routes(steps: &mut Vec<Step>, desired: &Desired, link: Option<&LinkState>) {
+    // The kernel drops an interface's IPv4 routes when its last address goes.
+    let lost = link.is_none_or(|link| link.addresses.is_disjoint(&desired.addresses));
+    let there = |route: &IpNet| !lost && link.is_some_and(|link| link.routes.contains(route));
+    steps.extend(desired.routes.iter().filter(|route| !there(route)).copied().map(Step::AddRoute));
+}
+
+/// Peers as they should be and as they are.
+struct Peers<'a> {
+    desired: &'a Desired,
+    observed: BTreeMap<PublicKey, DevicePeer>,
+    /// Prefixes that go before anything in them does, and come after it.
+    around_changes: BTreeSet<IpNet>,
+}
+
+impl<'a> Peers<'a> {
+    fn new(desired: &'a Desired, device: Option<&Device>) -> Self {
+        let observed = device.map(|device| device.peers.clone()).unwrap_or_default();
+        let seen = observed.iter().flat_map(|(key, peer)| peer.allowed_ips.iter().map(|prefix| (*prefix, *key)));
+        let around_changes = holders::around_changes(&seen.collect(), &wanted_holders(desired));
+        Self { desired, observed, around_changes }
     }
-    let allowed_ips = observed.allowed_ips.intersection(&wanted.allowed_ips).copied().collect();
-    Some(PeerConfig { allowed_ips, endpoint: None, ..wanted.clone() })
+
+    /// What comes before the switch.
+    fn withdraw(&self) -> Vec<Step> {
+        let (mut first, mut then) = (Vec::new(), Vec::new());
+        for (key, peer) in &self.observed {
+            let narrowed = |allowed_ips| PeerConfig {
+                public_key: *key,
+                endpoint: None,
+                allowed_ips,
+                persistent_keepalive: self
+                    .desired
+                    .peers
+                    .get(key)
+                    .map_or(peer.persistent_keepalive, |peer| peer.persistent_keepalive),
+            };
+            let mut left = peer.allowed_ips.clone();
+            left.retain(|prefix| !self.around_changes.contains(prefix));
+            if left != peer.allowed_ips {
+                first.push(Step::NarrowPeer(narrowed(left.clone())));
+            }
+            match self.desired.peers.get(key) {
+                None => then.push(Step::RemovePeer(*key)),
+                Some(wanted) if left.is_subset(&wanted.allowed_ips) => {}
+                Some(wanted) => then.push(Step::NarrowPeer(narrowed(&left & &wanted.allowed_ips))),
+            }
+        }
+        first.extend(then);
+        first
+    }
+
+    /// What comes after it: a prefix around another peer's comes when that is there, the longest first.
+    fn extend(&self) -> Vec<Step> {
+        let mut steps = Vec::new();
+        let around_others = holders::around_others(&wanted_holders(self.desired));
+        let mut late = Vec::new();
+        for (key, wanted) in &self.desired.peers {
+            // As it is by now.
+            let observed = self.observed.get(key).cloned().map(|mut peer| {
+                peer.allowed_ips
+                    .retain(|prefix| wanted.allowed_ips.contains(prefix) && !self.around_changes.contains(prefix));
+                peer
+            });
+            let mut early = wanted.clone();
+            early.allowed_ips.retain(|prefix| {
+                let is_late = around_others.contains(prefix)
+                    && !observed.as_ref().is_some_and(|peer| peer.allowed_ips.contains(prefix));
+                if is_late {
+                    late.push((std::cmp::Reverse(prefix.prefix_len()), *prefix, *key));
+                }
+                !is_late
+            });
+            let fresh_endpoint = self.desired.fresh_endpoints.contains(key);
+            steps.extend(peer_change(&early, observed.as_ref(), fresh_endpoint).map(Step::SetPeer));
+        }
+        late.sort_unstable();
+        let mut later: BTreeSet<_> = late.iter().map(|(_, prefix, _)| *prefix).collect();
+        for (_, prefix, key) in late {
+            later.remove(&prefix);
+            let mut peer = PeerConfig { endpoint: None, ..self.desired.peers[&key].clone() };
+            peer.allowed_ips.retain(|prefix| !later.contains(prefix));
+            steps.push(Step::SetPeer(peer));
+        }
+        steps
+    }
+}
+
+fn wanted_holders(desired: &Desired) -> Holders {
+    let prefixes = |(key, peer): (&PublicKey, &PeerConfig)| {
+        let key = *key;
+        peer.allowed_ips.iter().map(move |prefix| (*prefix, key)).collect::<Vec<_>>()
+    };
+    desired.peers.iter().flat_map(prefixes).collect()
 }
 
 /// The peer as it must be set, or `None` if it is already right. WireGuard may have learned a better endpoint than the one
@@ -226,24 +323,6 @@ fn peer_change(wanted: &PeerConfig, observed: Option<&DevicePeer>, fresh_endpoin
     let same =
         observed.allowed_ips == wanted.allowed_ips && observed.persistent_keepalive == wanted.persistent_keepalive;
     (!same || endpoint.is_some()).then(|| PeerConfig { endpoint, ..wanted.clone() })
-}
-
-/// Who holds an address: the peer's key, or the node's own.
-pub type Holders = BTreeMap<IpNet, PublicKey>;
-
-/// The holders that a slice names; `own` is this node's key.
-pub fn holders(slice: &Slice, own: PublicKey) -> Holders {
-    let peers = slice.peers.values().flat_map(|peer| peer.allowed_ips.iter().map(|prefix| (*prefix, peer.public_key)));
-    let local = slice.local.addresses.iter().map(|address| (IpNet::from(address), own));
-    peers.chain(local).chain(slice.local.gateway_for.iter().map(|prefix| (*prefix, own))).collect()
-}
-
-/// The prefixes that `new` gives to another holder than `old` remembers.
-pub fn changed_holder(old: &Holders, new: &Holders) -> Vec<IpNet> {
-    new.iter()
-        .filter(|(prefix, key)| old.get(prefix).is_some_and(|old| old != *key))
-        .map(|(prefix, _)| *prefix)
-        .collect()
 }
 
 #[cfg(test)]

@@ -111,6 +111,68 @@ fn routes_of_others_are_neither_seen_nor_taken() {
     });
 }
 
+/// Packets for the mesh never take the default route, whatever becomes of the link.
+#[test]
+fn without_the_link_the_mesh_is_unreachable_at_once() {
+    in_namespace(|| {
+        ip("link set lo up");
+        let _default = our_link("uplink0");
+        ip("link set uplink0 up");
+        ip("addr add 192.0.2.2/24 dev uplink0");
+        ip("addr add 2001:db8::2/64 dev uplink0 nodad");
+        ip("route add default dev uplink0");
+        ip("-6 route add default dev uplink0");
+        let mut link = our_link("rampart0");
+        let mesh = BTreeSet::from([net("10.42.0.0/16"), net("fd42::/48")]);
+        for _ in 0..2 {
+            mesh.iter().for_each(|prefix| link.add_barrier(*prefix).unwrap());
+        }
+        assert_eq!(link.barriers().unwrap(), mesh);
+        link.set_up(true).unwrap();
+        mesh.iter().for_each(|prefix| link.add_route(*prefix).unwrap());
+        assert_eq!((link.observe().unwrap().unwrap().routes, link.barriers().unwrap()), (mesh.clone(), mesh.clone()));
+        let device = |address: &str| {
+            let output = Command::new("ip").args(["route", "get", address]).output().unwrap();
+            String::from_utf8_lossy(&output.stdout)
+                .split_whitespace()
+                .skip_while(|word| *word != "dev")
+                .nth(1)
+                .map(str::to_owned)
+        };
+        let addresses = ["10.42.7.7", "fd42::7"];
+        // An equal route of another with the metric that the kernel gives does not win.
+        ip("-6 route add fd42::/48 dev uplink0");
+        addresses.iter().for_each(|address| assert_eq!(device(address).as_deref(), Some("rampart0")));
+        ip("-6 route delete fd42::/48 dev uplink0");
+        // As the kernel lets drift happen: it takes the link's own route, and the barrier stays.
+        ip("route delete 10.42.0.0/16 dev rampart0");
+        ip("link set rampart0 down");
+        let unreachable = || {
+            for address in addresses {
+                let started = std::time::Instant::now();
+                let to = std::net::SocketAddr::new(address.parse().unwrap(), 80);
+                let error = std::net::TcpStream::connect(to).unwrap_err();
+                assert!(is(&error, &[libc::EHOSTUNREACH, libc::ENETUNREACH]), "{address}: {error}");
+                assert!(started.elapsed() < std::time::Duration::from_secs(1), "{address}");
+            }
+        };
+        unreachable();
+        ip("link delete rampart0");
+        unreachable();
+        assert_eq!(link.barriers().unwrap(), mesh);
+        // Another interface's daemon has its own.
+        let mut other = NetlinkLink::new("rampart1").unwrap();
+        assert_eq!(other.barriers().unwrap(), BTreeSet::new());
+        mesh.iter().for_each(|prefix| other.add_barrier(*prefix).unwrap());
+        for _ in 0..2 {
+            mesh.iter().for_each(|prefix| link.remove_barrier(*prefix).unwrap());
+        }
+        assert_eq!((link.barriers().unwrap(), other.barriers().unwrap()), (BTreeSet::new(), mesh.clone()));
+        mesh.iter().for_each(|prefix| other.remove_barrier(*prefix).unwrap());
+        addresses.iter().for_each(|address| assert_eq!(device(address).as_deref(), Some("uplink0")));
+    });
+}
+
 #[test]
 fn foreign_link_is_seen_and_never_changed() {
     in_namespace(|| {

@@ -76,8 +76,8 @@ fn a_slice_is_put_in_force_and_the_second_round_finds_nothing_to_do() {
 }
 
 /// With a failure at each step in turn, from an empty machine and from a running one: the link is never up without
-/// programs, no peer of the new policy is there under the old tables, none of the old under the new, and the next rounds
-/// repair everything.
+/// programs, the tables switch unless they or the programs cannot be had, no peer of the new policy is there under the old
+/// tables or beside one that should have gone, and the next rounds repair everything.
 #[test]
 fn a_failure_at_any_step_leaves_nothing_half_applied() {
     let (_, before, after) = slices();
@@ -90,28 +90,88 @@ fn a_failure_at_any_step_leaves_nothing_half_applied() {
             node.kernel.take_steps();
             node.kernel.fail_after(at);
             let outcome = node.round(&after);
-            if outcome.failed.is_empty() {
+            let Some((failed, _)) = outcome.failed.first() else {
                 assert!(at >= 3, "the plan has fewer steps than it must have");
                 break;
-            }
-            check_between(&node, &before, &after);
+            };
+            let datapath = matches!(failed, Step::CreateLink | Step::AttachDatapath | Step::SwitchTables(_));
+            let revision = node.kernel.world().datapath.as_ref().map(|datapath| datapath.revision);
+            assert_eq!(revision == Some(after.revision), !datapath, "after a failure to {failed}");
+            check_peers(&node, &before, &after, failed);
             node.kernel.world().fail_at = None;
             node.settle(&after);
-            check_between(&node, &before, &after);
+            let device = node.kernel.world().device.clone().unwrap();
+            assert_eq!(device.peers.into_keys().collect::<BTreeSet<_>>(), keys(&after));
             assert_eq!(node.kernel.world().violations, [""; 0]);
         }
     }
 }
 
-fn check_between(node: &Node, before: &Slice, after: &Slice) {
+fn keys(slice: &Slice) -> BTreeSet<policy::PublicKey> {
+    slice.peers.values().map(|peer| peer.public_key).collect()
+}
+
+fn check_peers(node: &Node, before: &Slice, after: &Slice, failed: &Step) {
     let world = node.kernel.world();
     let Some(device) = &world.device else { return };
-    let revision = world.datapath.as_ref().map(|datapath| datapath.revision);
-    let allowed = |slice: &Slice| slice.peers.values().map(|peer| peer.public_key).collect::<BTreeSet<_>>();
-    let new_in_force = revision == Some(after.revision);
-    let allowed = if new_in_force { allowed(after) } else { allowed(before) };
+    let switched = world.datapath.as_ref().is_some_and(|datapath| datapath.revision == after.revision);
+    let allowed = match failed {
+        Step::RemovePeer(_) => keys(before),
+        _ if switched => keys(after),
+        _ => keys(before),
+    };
     let peers: BTreeSet<_> = device.peers.keys().copied().collect();
-    assert!(peers.is_subset(&allowed), "revision {revision:?}: {peers:?}");
+    assert!(peers.is_subset(&allowed), "after a failure to {failed}: {peers:?}");
+}
+
+/// Whatever else is broken for good, what was revoked is denied after the round.
+#[test]
+fn no_other_trouble_holds_a_revocation_back() {
+    let (mut network, before, _) = slices();
+    for change in ["web-to-db", "app-to-db"] {
+        network.apply(&policy::Change::DeleteRule { name: change.parse().unwrap() }).unwrap();
+    }
+    let after = fixture::slice(&network, "web1", 2, Some(&before));
+    for refused in ["set device", "set mtu", "remove peer", "remove route", "remove address", "add", "up", "set peer"] {
+        let mut node = Node::new();
+        node.settle(&before);
+        {
+            let mut world = node.kernel.world();
+            world.refuse = Some(refused);
+            world.device.as_mut().unwrap().listen_port = 1;
+            let link = world.link.as_mut().unwrap();
+            (link.up, link.mtu) = (false, 9_000);
+            link.routes = ["10.77.0.0/16".parse().unwrap()].into();
+            link.addresses = ["10.77.0.1/32".parse().unwrap()].into();
+            world.barriers.clear();
+        }
+        let outcome = node.round(&after);
+        assert!(!outcome.failed.is_empty() || refused == "set peer", "nothing was refused that begins with {refused}");
+        assert_eq!(node.kernel.world().tables.as_ref().unwrap().revision, after.revision, "{refused}");
+    }
+}
+
+#[test]
+fn no_peer_comes_while_one_that_should_have_gone_is_there() {
+    let (_, before, after) = slices();
+    let mut node = Node::new();
+    node.settle(&before);
+    node.kernel.world().refuse = Some("remove peer");
+    let outcome = node.round(&after);
+    assert!(matches!(outcome.failed[..], [(Step::RemovePeer(_), _)]));
+    assert!(matches!(outcome.skipped[..], [Step::SetPeer(_)]));
+}
+
+#[test]
+fn a_process_that_does_not_start_is_not_configured() {
+    let (_, before, after) = slices();
+    let mut node = Node::new();
+    node.settle(&before);
+    node.kernel.world().device = None;
+    node.kernel.world().refuse = Some("serve");
+    let outcome = node.round(&after);
+    assert_eq!(outcome.done, [Step::SwitchTables(after.revision)]);
+    assert!(matches!(outcome.skipped[..], [Step::SetDevice { .. }, Step::SetPeer(_)]));
 }
 
 #[test]

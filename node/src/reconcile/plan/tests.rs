@@ -1,7 +1,6 @@
 //! Plans as tables: what is there, what should be, and the steps in between.
 
 use std::net::SocketAddr;
-use std::str::FromStr;
 use std::time::Duration;
 
 use policy::Generation;
@@ -73,6 +72,8 @@ fn settled(peers: &[(PublicKey, DevicePeer)]) -> Observed {
             listen_port: 51_820,
             peers: peers.iter().cloned().collect(),
         }),
+        unseen: None,
+        barriers: nets("10.42.0.0/16 fd42::/48"),
         datapath: Some(DatapathState {
             attachment: Attachment::Tcx,
             egress: true,
@@ -102,12 +103,14 @@ fn a_new_interface_denies_before_it_is_up_and_has_its_policy_before_its_peers() 
         &desired(&[wanted(1, "10.42.2.2/32")]),
         &Observed::default(),
         &[
+            "add unreachable route 10.42.0.0/16",
+            "add unreachable route fd42::/48",
             "create the link",
             "attach the datapath",
+            "switch the tables to revision 7",
             "serve the device",
             "set the key and listen on port 51820",
             "set the mtu to 1420",
-            "switch the tables to revision 7",
             "add address 10.42.1.2/32",
             "add address fd42::2/128",
             "set the link up",
@@ -209,6 +212,11 @@ fn what_others_changed_is_put_right() {
     );
     check(
         &desired,
+        &changed(&|o| o.barriers = nets("10.42.0.0/16 10.43.0.0/16")),
+        &["add unreachable route fd42::/48", "remove unreachable route 10.43.0.0/16"],
+    );
+    check(
+        &desired,
         &link(&|link| {
             link.up = false;
             link.routes.clear()
@@ -231,7 +239,7 @@ fn a_process_that_died_is_started_and_configured() {
 fn a_foreign_link_is_left_to_be_refused() {
     let mut link = settled(&[]).link.unwrap();
     link.kind = LinkKind::Foreign;
-    let observed = Observed { link: Some(link), device: None, datapath: None };
+    let observed = Observed { link: Some(link), barriers: settled(&[]).barriers, ..Observed::default() };
     assert_eq!(plan(Some(&desired(&[])), &observed).first(), Some(&Step::CreateLink));
 }
 
@@ -254,11 +262,72 @@ fn a_learned_endpoint_stays_until_there_is_news() {
 }
 
 #[test]
-fn the_holder_of_an_address_is_a_key() {
-    let holders = |list: &[(&str, u8)]| -> Holders {
-        list.iter().map(|(net, byte)| (net.parse().unwrap(), key(*byte))).collect()
-    };
-    let old = holders(&[("10.42.2.2/32", 1), ("10.42.2.3/32", 1), ("10.42.2.4/32", 2)]);
-    let new = holders(&[("10.42.2.2/32", 1), ("10.42.2.3/32", 2), ("10.42.2.5/32", 2)]);
-    assert_eq!(changed_holder(&old, &new), [IpNet::from_str("10.42.2.3/32").unwrap()]);
+fn nothing_is_planned_about_what_was_not_seen() {
+    let desired = Desired { revision: Revision(8), ..desired(&[wanted(1, "10.42.2.2/32")]) };
+    let unseen = Some("no answer".to_owned());
+    let observed = Observed { device: None, unseen: unseen.clone(), ..settled(&[]) };
+    check(&desired, &observed, &["switch the tables to revision 8"]);
+    let mut down = observed.clone();
+    down.link.as_mut().unwrap().mtu = 9_000;
+    check(&desired, &down, &["switch the tables to revision 8", "set the mtu to 1420"]);
+    let observed = Observed { datapath: observed.datapath, unseen, ..Observed::default() };
+    check(&desired, &observed, &["switch the tables to revision 8"]);
+}
+
+#[test]
+fn a_part_of_anothers_network_moves_without_the_other_holding_it_in_between() {
+    let outer = || wanted(1, "10.50.0.0/16");
+    let both = || [outer(), wanted(2, "10.50.1.0/24")];
+    check(
+        &desired(&both()),
+        &settled(&[]),
+        &["set peer {a} with nothing", "set peer {b} with 10.50.1.0/24", "set peer {a} with 10.50.0.0/16"],
+    );
+    check(
+        &desired(&both()),
+        &settled(&[seen(1, "10.50.0.0/16")]),
+        &["narrow peer {a} to nothing", "set peer {b} with 10.50.1.0/24", "set peer {a} with 10.50.0.0/16"],
+    );
+    check(
+        &desired(&[outer()]),
+        &settled(&[seen(1, "10.50.0.0/16"), seen(2, "10.50.1.0/24")]),
+        &["narrow peer {a} to nothing", "remove peer {b}", "set peer {a} with 10.50.0.0/16"],
+    );
+    // Each has a part of the other's.
+    let crossed = [wanted(1, "10.50.0.0/16 10.60.1.0/24"), wanted(2, "10.50.1.0/24 10.60.0.0/15")];
+    check(
+        &desired(&crossed),
+        &settled(&[]),
+        &[
+            "set peer {a} with 10.60.1.0/24",
+            "set peer {b} with 10.50.1.0/24",
+            "set peer {a} with 10.50.0.0/16 10.60.1.0/24",
+            "set peer {b} with 10.50.1.0/24 10.60.0.0/15",
+        ],
+    );
+    check(
+        &desired(&crossed),
+        &settled(&[seen(1, "10.50.0.0/16 10.60.1.0/24"), seen(2, "10.50.1.0/24 10.60.0.0/15")]),
+        &[],
+    );
+    // A change elsewhere touches nothing of it.
+    check(
+        &desired(&[outer(), wanted(2, "10.50.1.0/24 10.42.2.2/32")]),
+        &settled(&[seen(1, "10.50.0.0/16"), seen(2, "10.50.1.0/24")]),
+        &["set peer {b} with 10.42.2.2/32 10.50.1.0/24"],
+    );
+}
+
+#[test]
+fn a_peer_around_one_that_could_not_be_set_waits_for_it() {
+    let set = |byte, allowed_ips| Step::SetPeer(wanted(byte, allowed_ips));
+    let inner = set(2, "10.42.2.2/32 10.50.1.0/24");
+    for (step, waits) in [
+        (set(1, "10.50.0.0/16"), true),
+        (set(1, "10.42.2.3/32"), false),
+        (set(1, "10.50.1.0/24"), false),
+        (Step::AddRoute("10.50.0.0/16".parse().unwrap()), false),
+    ] {
+        assert_eq!(step.waits_for(&inner), waits, "{step}");
+    }
 }
