@@ -14,6 +14,7 @@ use tonic::{Code, Status};
 mod admin;
 mod audit;
 mod cidr;
+mod completion;
 mod connection;
 mod group;
 mod identity;
@@ -83,15 +84,19 @@ enum Command {
     /// Who may use this tool from elsewhere
     #[command(subcommand)]
     Admin(admin::Command),
+    /// Print what a shell needs to complete commands and options
+    Completion(completion::Arguments),
 }
 
 impl Command {
     async fn run(self, connection: &ConnectionArgs) -> Result<(), Failure> {
-        if let Self::Admin(admin::Command::Join(join)) = self {
-            return admin::join(join, connection).await;
-        }
+        let command = match self {
+            Self::Admin(admin::Command::Join(join)) => return admin::join(join, connection).await,
+            Self::Completion(arguments) => return arguments.run(),
+            command => command,
+        };
         let mut session = Session::open(connection).await?;
-        match self {
+        match command {
             Self::Cidr(command) => command.run(&mut session).await,
             Self::Node(command) => command.run(&mut session).await,
             Self::Group(command) => command.run(&mut session).await,
@@ -101,6 +106,8 @@ impl Command {
             Self::Status(arguments) => arguments.run(&mut session).await,
             Self::Audit(command) => command.run(&mut session).await,
             Self::Admin(command) => command.run(&mut session).await,
+            // It needs no session, and was taken care of before there was one.
+            Self::Completion(_) => Ok(()),
         }
     }
 }
