@@ -73,6 +73,7 @@ impl Machine {
 /// Runs until SIGTERM or SIGINT. What is enforced then stays enforced.
 pub fn run(settings: Settings, trace_datapath: bool) -> anyhow::Result<()> {
     startup::check_rights()?;
+    startup::raise_descriptor_limit();
     let identity = Identity::load(&settings.state_dir)?;
     let _lock = Lock::take(&settings)?;
     let keys = Keys::load(&settings.state_dir)?;
@@ -211,11 +212,7 @@ impl Agent {
                 let agent = Arc::clone(&agent);
                 Box::pin(async move { agent.ask(metrics::collect).await })
             });
-            tokio::spawn(async move {
-                if let Err(error) = metrics::serve(listener, source).await {
-                    tracing::warn!(%error, "metrics are no longer served");
-                }
-            });
+            tokio::spawn(metrics::serve(listener, source));
         }
     }
 

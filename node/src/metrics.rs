@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
@@ -12,12 +13,17 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use ebpf_common::counter::{LOSS_EVENT_FULL, LOSS_EVENT_LIMITED, LOSS_FLOW, LOSS_PAIR};
 use ebpf_common::reason;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto;
+use hyper_util::service::TowerToHyperService;
 use policy::CidrId;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, text};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
 
 use crate::answers::{Context, seconds};
 use crate::enforcer::Enforcer;
@@ -42,6 +48,11 @@ pub enum Kind {
     Counter,
     Gauge,
 }
+
+/// Connections served at a time, for one scrape each; more wait. Any user of this machine may connect.
+const CONCURRENT: usize = 8;
+/// How long a connection may take.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How a scrape gets its figures.
 pub type Source = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = Result<Vec<Family>, String>> + Send>> + Send + Sync>;
@@ -310,8 +321,33 @@ pub fn prometheus_text(open_metrics: &str) -> String {
 }
 
 /// Serves `/metrics` until it is dropped.
-pub async fn serve(listener: TcpListener, source: Source) -> std::io::Result<()> {
-    axum::serve(listener, Router::new().route("/metrics", get(scrape)).with_state(source)).await
+pub async fn serve(listener: TcpListener, source: Source) {
+    serve_within(listener, source, PATIENCE).await;
+}
+
+async fn serve_within(listener: TcpListener, source: Source, patience: Duration) {
+    let service = TowerToHyperService::new(Router::new().route("/metrics", get(scrape)).with_state(source));
+    let permits = Arc::new(Semaphore::new(CONCURRENT));
+    loop {
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "metrics cannot be served");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                continue;
+            }
+        };
+        let service = service.clone();
+        tokio::spawn(async move {
+            let mut builder = auto::Builder::new(TokioExecutor::new()).http1_only();
+            builder.http1().keep_alive(false);
+            if let Ok(Err(error)) = timeout(patience, builder.serve_connection(TokioIo::new(stream), service)).await {
+                tracing::debug!(error, "metrics connection broke");
+            }
+            drop(permit);
+        });
+    }
 }
 
 /// Binds the listener, with the remedy in the error.
@@ -374,6 +410,38 @@ mod tests {
              # HELP rampart_policy_revision Revision.\n# TYPE rampart_policy_revision gauge\n\
              rampart_policy_revision 7\n"
         );
+    }
+
+    /// Those who hold connections open wait for nothing but their end, and cost no more than their places.
+    #[tokio::test]
+    async fn connections_are_bounded_and_end() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let served = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let count = Arc::clone(&served);
+        let source: Source = Arc::new(move || {
+            count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            Box::pin(async { Ok(example()) })
+        });
+        let patience = Duration::from_millis(300);
+        tokio::spawn(serve_within(listener, source, patience));
+        let began = std::time::Instant::now();
+        let mut silent = Vec::new();
+        for _ in 0..CONCURRENT {
+            silent.push(tokio::net::TcpStream::connect(address).await.unwrap());
+        }
+        let mut scrape = tokio::net::TcpStream::connect(address).await.unwrap();
+        scrape.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        // It ends although nobody asked for that.
+        scrape.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        assert!(began.elapsed() >= patience, "it waited for a place");
+        assert_eq!(served.load(std::sync::atomic::Ordering::Relaxed), 1);
+        for mut stream in silent {
+            assert_eq!(stream.read(&mut [0; 8]).await.unwrap(), 0, "it was closed");
+        }
     }
 
     #[tokio::test]
