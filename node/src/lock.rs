@@ -1,9 +1,16 @@
-//! One daemon for one interface, and for one state directory.
+//! One daemon for one interface of a network namespace, and for one state directory.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
+use std::os::fd::AsRawFd;
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
+
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, UnixCredentials, connect, getsockopt, socket, sockopt,
+};
 
 use crate::config::Settings;
 use crate::disk::{self, DiskError};
@@ -12,6 +19,8 @@ use crate::disk::{self, DiskError};
 #[derive(Debug)]
 pub struct Lock {
     _interface: File,
+    /// Where the daemons of one network namespace meet, whatever their directories. `None`: another program has the name.
+    _namespace: Option<UnixListener>,
     _state_dir: File,
 }
 
@@ -23,6 +32,12 @@ pub enum LockError {
     Interface { interface: String, pid: String },
     #[error("another `noded` (pid {pid}) uses `{}`: stop it first, or choose another with `--state-dir`", path.display())]
     StateDir { path: PathBuf, pid: String },
+    #[error("failed to bind the socket `@{name}`")]
+    Socket {
+        name: String,
+        #[source]
+        source: io::Error,
+    },
     #[error(transparent)]
     Directory(#[from] DiskError),
     #[error("failed to lock `{}`", path.display())]
@@ -37,15 +52,47 @@ pub enum LockError {
 pub const FILE: &str = "lock";
 
 impl Lock {
-    /// Takes the locks of the interface (it lies beside the socket) and of the state directory that the settings name.
+    /// Takes the locks of the interface (a file beside the socket, and a name in the network namespace) and of the state
+    /// directory that the settings name.
     pub fn take(settings: &Settings) -> Result<Self, LockError> {
         let directory = settings.socket.parent().unwrap_or(Path::new("/run/rampart"));
-        let interface = lock(directory, &format!("{}.lock", settings.interface))?
-            .map_err(|pid| LockError::Interface { interface: settings.interface.to_string(), pid })?;
+        let taken = |pid| LockError::Interface { interface: settings.interface.to_string(), pid };
+        let interface = lock(directory, &format!("{}.lock", settings.interface))?.map_err(taken)?;
+        let namespace = bind(&format!("rampart/{}", settings.interface))?.map_err(taken)?;
         let state_dir = lock(&settings.state_dir, FILE)?
             .map_err(|pid| LockError::StateDir { path: settings.state_dir.clone(), pid })?;
-        Ok(Self { _interface: interface, _state_dir: state_dir })
+        Ok(Self { _interface: interface, _namespace: namespace, _state_dir: state_dir })
     }
+}
+
+/// The abstract socket of this name, or the pid of the daemon that has it. Anybody may bind such a name: one whom it is not
+/// for keeps no daemon from its work.
+fn bind(name: &str) -> Result<Result<Option<UnixListener>, String>, LockError> {
+    let failed = |source| LockError::Socket { name: name.to_owned(), source };
+    let address = SocketAddr::from_abstract_name(name).map_err(failed)?;
+    match UnixListener::bind_addr(&address) {
+        Ok(listener) => Ok(Ok(Some(listener))),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => match owner(name) {
+            Ok(owner) if owner.uid() == 0 || owner.uid() == nix::unistd::geteuid().as_raw() => {
+                // Zero: it is in a pid namespace that this process does not see.
+                Ok(Err(if owner.pid() == 0 { "unknown".to_owned() } else { owner.pid().to_string() }))
+            }
+            other => {
+                let uid = other.ok().map(|owner| owner.uid());
+                tracing::warn!(name, ?uid, "another program than `noded` has this node's abstract socket; going on");
+                Ok(Ok(None))
+            }
+        },
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Who listens at the abstract socket of this name.
+fn owner(name: &str) -> nix::Result<UnixCredentials> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new_abstract(name.as_bytes())?)?;
+    getsockopt(&socket, sockopt::PeerCredentials)
 }
 
 /// The locked file, or the pid of the one who has it.
@@ -109,5 +156,29 @@ mod tests {
         Lock::take(&settings("wg8", "b")).unwrap();
         drop(first);
         Lock::take(&settings("wg7", "a")).unwrap();
+    }
+
+    /// Two directories do not make two interfaces.
+    #[test]
+    fn another_directory_does_not_hide_the_daemon_of_an_interface() {
+        let settings = |directory: &Path| {
+            config::load(&Flags {
+                socket: Some(directory.join("noded.sock")),
+                interface: Some("wg9".parse().unwrap()),
+                state_dir: Some(directory.join("state")),
+                ..Flags::default()
+            })
+            .unwrap()
+        };
+        let directories = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let first = Lock::take(&settings(directories[0].path())).unwrap();
+        let error = Lock::take(&settings(directories[1].path())).unwrap_err().to_string();
+        assert!(error.contains("`wg9`") && error.contains(&format!("pid {}", std::process::id())), "{error}");
+        drop(first);
+        // Somebody has the name who is no daemon: nobody listens there.
+        let address = UnixAddr::new_abstract(b"rampart/wg9").unwrap();
+        let squatter = socket(AddressFamily::Unix, SockType::Stream, SockFlag::empty(), None).unwrap();
+        nix::sys::socket::bind(squatter.as_raw_fd(), &address).unwrap();
+        Lock::take(&settings(directories[1].path())).unwrap();
     }
 }
