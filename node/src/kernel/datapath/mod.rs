@@ -144,12 +144,13 @@ impl EbpfDatapath {
         // Not dropped before its successors are in place: it may hold links whose pins are gone.
         let mut former = self.running.take();
         let mut method = self.forced.or(former.as_ref().map(|former| former.method));
+        // A table that was lost is empty now, and contradicts the others. Maps without programs are of a former
+        // interface, or of a namespace that had this one's number.
+        let anew = former.is_none() && (!complete || !is_enforced(&self.hooks(index), &pins)?);
         if let Some(former) = &mut former {
             // What is known of the tables' contents is still true.
             std::mem::swap(&mut copies, &mut former.copies);
-        } else if !complete || !is_enforced(&self.hooks(index), &pins)? {
-            // A table that was lost is empty now, and contradicts the others. Maps without programs are of a former
-            // interface, or of a namespace that had this one's number.
+        } else if anew {
             copies.close()?;
             flows.clear()?;
         }
@@ -159,6 +160,11 @@ impl EbpfDatapath {
         let method = method.unwrap_or(Attachment::Tcx);
         for hook in [egress_hook, ingress_hook] {
             hook.detach(&pins.link(hook.direction), Some(method))?;
+        }
+        if anew {
+            // A packet that the former programs still judged by the former tables may have left a record.
+            copies.settle()?;
+            flows.clear()?;
         }
         self.running = Some(Running { pins, maps, copies, counters, flows, method, egress, ingress });
         self.probe = None;
@@ -276,6 +282,8 @@ impl Datapath for EbpfDatapath {
     }
 
     fn forget_flows(&mut self, addresses: &[IpNet]) -> Result<usize, KernelError> {
+        // Until no packet is judged by the former tables, records of theirs may come.
+        self.settle()?;
         self.running()?.flows.forget(addresses)
     }
 
