@@ -38,7 +38,9 @@ pub const MAX_CLASSES: usize = 131_072;
 
 // Of a slice: the maps of `ebpf-common::limit`, which a test in `node` holds these against.
 
-/// Distinct (class, cidr) pairs, each of which may be local or not.
+/// Blocks of the table that finds out what an address is.
+pub const MAX_SLICE_BLOCKS: usize = 8_192;
+/// Distinct (class, cidr) pairs, each of which may be local or not, or held by a gateway.
 pub const MAX_SLICE_LEAVES: usize = 65_536;
 /// 2 directions x own classes x all classes, the unknown one included.
 pub const MAX_SLICE_CELLS: usize = 524_288;
@@ -75,6 +77,7 @@ pub enum Bounded {
     CommentBytes,
     Prefixes,
     Classes,
+    SliceBlocks,
     SliceLeaves,
     SliceCells,
     SliceRules,
@@ -102,6 +105,9 @@ impl Bounded {
             Self::Prefixes | Self::Classes | Self::SliceLeaves | Self::SliceCells => {
                 "let rules name cidrs rather than nodes, groups and literal prefixes"
             }
+            Self::SliceBlocks => {
+                "give out prefixes and addresses side by side, or let rules name cidrs rather than nodes"
+            }
             Self::SliceRules | Self::SliceDecisions => "join rules that one node is an end of",
             Self::SlicePages | Self::SlicePorts => {
                 "let more of the rules that one node is an end of share their services"
@@ -125,6 +131,7 @@ impl fmt::Display for Bounded {
             Self::CommentBytes => "bytes of comment",
             Self::Prefixes => "prefixes of the compiled matrix",
             Self::Classes => "classes of addresses",
+            Self::SliceBlocks => "blocks of the address table in one node's slice",
             Self::SliceLeaves => "pairs of class and cidr in one node's slice",
             Self::SliceCells => "cells in one node's slice",
             Self::SliceRules => "rules in one node's slice",

@@ -65,6 +65,11 @@ impl Stands {
         self.nodes.get(&class).into_iter().flatten().copied()
     }
 
+    /// The nodes that are the active gateway of something.
+    pub(crate) fn gateways(&self) -> BTreeSet<NodeId> {
+        self.gateways.values().copied().collect()
+    }
+
     /// The external prefixes that a node is the active gateway of.
     pub(crate) fn behind(&self, node: NodeId) -> impl Iterator<Item = IpNet> + '_ {
         self.gateways.iter().filter(move |(_, gateway)| **gateway == node).map(|(prefix, _)| *prefix)

@@ -13,6 +13,7 @@ use proptest::prelude::*;
 use super::{LowerError, RuleSlots, Tables, lower};
 
 mod holders;
+mod room;
 
 fn slice_of(network: &Network, node: NodeId, previous: Option<&Slice>) -> Slice {
     let matrix = Matrix::compile(network).expect("within limits");
@@ -311,6 +312,7 @@ fn limits_of_the_policy_fit_the_tables() {
     use ebpf_common::limit;
     use policy::limit::*;
     let fits = [
+        ("blocks", MAX_SLICE_BLOCKS, limit::BLOCKS),
         ("leaves", MAX_SLICE_LEAVES, limit::LEAVES),
         ("cells in two directions", MAX_SLICE_CELLS, limit::CELLS),
         ("rules", MAX_SLICE_RULES, limit::RULES),

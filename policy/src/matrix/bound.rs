@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use thiserror::Error;
 
+use super::blocks::Blocks;
 use super::classes::Class;
 use super::compile::Used;
 use super::table::{Rank, RuleTable};
@@ -32,8 +33,9 @@ impl Matrix {
     /// Refuses a policy of which some active node could not hold its part. `network` is what the matrix was compiled from.
     pub fn check_slices(&self, network: &Network) -> Result<(), NodeLimitError> {
         let above = above(network, &self.rules);
+        let blocks = Blocks::of(self, network);
         for (own, id) in self.stands.distinct() {
-            if self.bound(&above, own).check().is_ok() {
+            if self.bound(&above, &blocks, own).check().is_ok() {
                 continue;
             }
             let Some(slice) = self.slice(network, Revision::default(), id, None) else { continue };
@@ -43,13 +45,16 @@ impl Matrix {
     }
 
     /// At least the size of the slice of a node that stands for these classes.
-    fn bound(&self, above: &[Vec<Used>], own: &BTreeSet<Place>) -> Size {
+    fn bound(&self, above: &[Vec<Used>], blocks: &Blocks, own: &BTreeSet<Place>) -> Size {
         let places = self.places().len();
+        let mut selectors: BTreeSet<Used> = BTreeSet::new();
         let mut incident: BTreeSet<Rank> = BTreeSet::new();
         let (mut pages, mut ports) = (0, 0);
         let classes: BTreeSet<ClassId> = own.iter().map(|&(class, _)| class).collect();
         for class in classes.into_iter().filter_map(|class| self.classes.get(class)) {
+            selectors.extend(&class.selected);
             for line in self.lines(class) {
+                selectors.extend(line.iter().flat_map(|&(_, others)| others));
                 let (line_pages, line_ports) = self.parts(above, class, &line).room();
                 pages += line_pages;
                 ports += line_ports;
@@ -57,7 +62,8 @@ impl Matrix {
             }
         }
         Size {
-            leaves: Size::leaves(places),
+            blocks: blocks.bound(own, &selectors),
+            leaves: Size::leaves(places, blocks.held),
             cells: Size::cells(own.len(), places),
             rules: incident.len(),
             // Those of rules, that of the lineage default, and that of no rule.
@@ -227,11 +233,13 @@ mod tests {
         fn the_bound_is_never_below_the_slice(network in arbitrary::network()) {
             let matrix = Matrix::compile(&network).unwrap();
             let above = above(&network, &matrix.rules);
+            let blocks = Blocks::of(&matrix, &network);
             for node in network.nodes().keys() {
                 let Some(slice) = matrix.slice(&network, Revision(1), *node, None) else { continue };
                 let size = slice.size();
-                let bound = matrix.bound(&above, &matrix.stands.classes_of(*node));
+                let bound = matrix.bound(&above, &blocks, &matrix.stands.classes_of(*node));
                 for (exact, bound) in [
+                    (size.blocks, bound.blocks),
                     (size.leaves, bound.leaves),
                     (size.cells, bound.cells),
                     (size.rules, bound.rules),

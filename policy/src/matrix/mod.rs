@@ -15,6 +15,7 @@ use crate::peers::Stands;
 use crate::slice::{Slice, build};
 use crate::verdict::{Flow, Verdict};
 
+mod blocks;
 mod bound;
 mod cell;
 mod classes;

@@ -9,9 +9,14 @@ use super::{Peer, Slice};
 use crate::prefix::longest_match;
 
 /// Trees that the table of a node may have, at most: 2 for IPv4, 8 for IPv6.
-pub const TREES: usize = 10;
+const TREES: usize = 10;
 
-/// At least how many blocks the table of a node has for these prefixes, and for any selection of them.
+/// What one more prefix costs at most: the block in which it ends, and one where it parts from the others.
+pub(crate) const BLOCKS_EACH: usize = 2;
+/// What a node's own addresses cost, of which there is at most one of each family.
+pub(crate) const OWN_BLOCKS: usize = 2 * BLOCKS_EACH;
+
+/// An upper bound of the blocks that the table of a node has for these prefixes, or for any selection of them.
 ///
 /// In one tree there is a block wherever a prefix ends, and wherever prefixes part: where these blocks are sorted, between
 /// two neighbours. A table may be several trees instead, each of which may repeat one block of another, or consist of a
@@ -58,35 +63,33 @@ impl Block {
 }
 
 impl Slice {
-    /// The prefixes that the table of the node is made of: all at which class, cidr or holder may change.
-    fn table_prefixes(&self) -> impl Iterator<Item = IpNet> {
-        let local = &self.local;
-        let routes = local.external_routes.iter().chain(&local.gateway_for);
-        let gateways = self.gateways().flat_map(|peer| &peer.allowed_ips);
-        let own = local.addresses.iter().map(IpNet::from);
-        self.prefixes.keys().chain(routes).chain(gateways).copied().chain(own)
-    }
-
     /// The peers that stand for more than themselves.
     fn gateways(&self) -> impl Iterator<Item = &Peer> {
         self.peers.values().filter(|peer| !peer.allowed_ips.is_disjoint(&self.local.external_routes))
     }
 
-    /// At least how many blocks the table of the node has.
+    /// An upper bound of the blocks that the table of the node has, which is made of all prefixes at which class, cidr or
+    /// holder may change. The same for every node that stands for the same classes.
     pub fn blocks(&self) -> usize {
-        stride_blocks(self.table_prefixes())
+        let local = &self.local;
+        let routes = local.external_routes.iter().chain(&local.gateway_for);
+        let gateways = self.gateways().flat_map(|peer| &peer.allowed_ips);
+        stride_blocks(self.prefixes.keys().chain(routes).chain(gateways).copied()) + OWN_BLOCKS
     }
 
-    /// At least how many kinds of addresses the table tells apart because of the gateways that hold them.
-    pub(crate) fn held_leaves(&self) -> usize {
-        let numbered = self.gateways().enumerate();
-        let gateways: BTreeMap<IpNet, usize> =
-            numbered.flat_map(|(number, peer)| peer.allowed_ips.iter().map(move |&net| (net, number))).collect();
-        if gateways.is_empty() {
+    /// How many kinds of addresses the table tells apart because a gateway holds them.
+    pub fn held_leaves(&self) -> usize {
+        let local = &self.local;
+        let mut holders: BTreeMap<IpNet, Option<usize>> =
+            local.external_routes.iter().chain(&local.gateway_for).map(|&net| (net, None)).collect();
+        for (number, peer) in self.gateways().enumerate() {
+            holders.extend(peer.allowed_ips.iter().map(|&net| (net, Some(number))));
+        }
+        if holders.is_empty() {
             return 0;
         }
-        let held = self.prefixes.keys().chain(gateways.keys()).filter_map(|&net| {
-            let (_, gateway) = longest_match(&gateways, net)?;
+        let held = self.prefixes.keys().chain(holders.keys()).filter_map(|&net| {
+            let gateway = (*longest_match(&holders, net)?.1)?;
             let (_, place) = longest_match(&self.prefixes, net)?;
             Some((place, gateway))
         });
@@ -120,7 +123,8 @@ mod tests {
 
     #[test]
     fn a_selection_has_no_more() {
-        let texts = ["10.0.0.0/8", "10.1.0.0/20", "10.1.16.1/32", "10.2.0.0/15", "fd42::/48", "fd42:0:0:1::/64", "::/0"];
+        let texts =
+            ["10.0.0.0/8", "10.1.0.0/20", "10.1.16.1/32", "10.2.0.0/15", "fd42::/48", "fd42:0:0:1::/64", "::/0"];
         let all: Vec<IpNet> = texts.iter().map(|text| text.parse().unwrap()).collect();
         for chosen in 0..1_u32 << all.len() {
             let some = all.iter().enumerate().filter(|(index, _)| chosen >> index & 1 == 1).map(|(_, net)| *net);

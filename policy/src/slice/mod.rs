@@ -12,11 +12,14 @@ use crate::prefix::{Addresses, Prefixes, longest_match};
 use crate::rule::Action;
 use crate::verdict::{Flow, Verdict};
 
+mod blocks;
 pub(crate) mod build;
 mod delta;
 mod size;
 mod validate;
 
+pub use blocks::stride_blocks;
+pub(crate) use blocks::{BLOCKS_EACH, OWN_BLOCKS};
 pub use delta::{Cells, SliceDelta};
 pub(crate) use size::Size;
 pub use validate::DeltaError;

@@ -11,6 +11,7 @@ use crate::service::protocol;
 /// Each in the unit of the limit that it is held against.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Size {
+    pub(crate) blocks: usize,
     pub(crate) leaves: usize,
     pub(crate) cells: usize,
     pub(crate) rules: usize,
@@ -32,7 +33,8 @@ impl Size {
         let distinct: BTreeSet<&Cell> = slice.cells.values().collect();
         let verdicts: BTreeSet<_> = distinct.iter().flat_map(|cell| cell.verdicts()).collect();
         Self {
-            leaves: Self::leaves(leaves.len()),
+            blocks: slice.blocks(),
+            leaves: Self::leaves(leaves.len(), slice.held_leaves()),
             cells: Self::cells(own, classes.len()),
             rules: slice.rules.len(),
             decisions: Self::decisions(verdicts.len()),
@@ -41,9 +43,9 @@ impl Size {
         }
     }
 
-    /// Each pair of class and cidr may be local or not, and one leaf is that of no cidr.
-    pub(crate) fn leaves(places: usize) -> usize {
-        2 * places + 1
+    /// Each pair of class and cidr may be local or not, and so may be what is in no cidr. `held`: those that gateways hold.
+    pub(crate) fn leaves(places: usize, held: usize) -> usize {
+        2 * (places + 1) + held
     }
 
     /// The class of no cidr is always there.
@@ -58,7 +60,8 @@ impl Size {
 
     /// Refuses what a node has no room for.
     pub(crate) fn check(&self) -> Result<(), LimitError> {
-        let Self { leaves, cells, rules, decisions, pages, ports } = *self;
+        let Self { blocks, leaves, cells, rules, decisions, pages, ports } = *self;
+        Bounded::SliceBlocks.check(blocks, limit::MAX_SLICE_BLOCKS)?;
         Bounded::SliceLeaves.check(leaves, limit::MAX_SLICE_LEAVES)?;
         Bounded::SliceCells.check(cells, limit::MAX_SLICE_CELLS)?;
         Bounded::SliceRules.check(rules, limit::MAX_SLICE_RULES)?;
