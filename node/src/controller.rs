@@ -1,14 +1,16 @@
 //! Following the controller: one stream on which the node's slice comes, and acknowledgements of what it enforces go.
 //!
 //! What arrives is applied to a copy and checked whole before anybody else sees it. A change that does not fit makes the
-//! node ask for everything anew; the kernel keeps what it has meanwhile.
+//! node ask for everything anew; the kernel keeps what it has meanwhile. It keeps it too while the controller is away, but
+//! not when the controller says that this node has no part in the network (any more): then nothing is allowed, and
+//! nobody a peer, until it is active again.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use controller_api::client::{self, ConnectError};
+use controller_api::refusal::Refusal;
 use controller_api::v1::sync_client::SyncClient;
 use controller_api::{ConvertError, defaults, v1};
 use policy::{DeltaError, Generation, NodeId, Revision, Slice, SliceDelta};
@@ -20,6 +22,7 @@ use tonic::{Code, Status, Streaming};
 
 use crate::config::Settings;
 use crate::identity::{Identity, IdentityError, Keys};
+use crate::join::{self, JoinError, ReachError};
 
 /// What the kernel enforces, as the controller hears it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -59,9 +62,11 @@ enum SessionError {
     #[error(transparent)]
     Identity(#[from] IdentityError),
     #[error(transparent)]
-    Connect(#[from] ConnectError),
+    Reach(ReachError),
     #[error("the controller refuses this node: {0}")]
     Refused(String),
+    #[error("this node has no part in the network: {0}")]
+    NoPart(String),
     #[error("the stream broke: {0}")]
     Broken(String),
     #[error("the controller ended the stream")]
@@ -124,10 +129,14 @@ impl Follower {
             let was_connected = self.connection.borrow().channel.is_some();
             let text = crate::reconcile::apply::chain(&error);
             let known = self.connection.borrow().error.as_deref() == Some(text.as_str());
-            if was_connected || !known {
-                tracing::warn!(error = text, "controller is away; the policy in force stays");
-            } else {
-                tracing::debug!(error = text, attempt, "controller is still away");
+            let no_part = matches!(error, SessionError::NoPart(_));
+            if no_part {
+                self.dismiss();
+            }
+            match (was_connected || !known, no_part) {
+                (true, true) => tracing::warn!(error = text, "nothing is allowed and nobody a peer until that changes"),
+                (true, false) => tracing::warn!(error = text, "controller is away; the policy in force stays"),
+                (false, _) => tracing::debug!(error = text, attempt, "it is still so"),
             }
             self.connection.send_modify(|connection| {
                 if connection.channel.take().is_some() || connection.since == 0 {
@@ -149,9 +158,11 @@ impl Follower {
             connection.endpoints.clone_from(&identity.endpoints);
             connection.certificate_expires_at = identity.validity().map_or(0, |(_, end)| end);
         });
-        let shown = keys.client_identity(&identity)?;
-        let channel = client::connect(&identity.endpoints, &identity.trust(), Some(&shown)).await?;
-        let mut revision = self.received.borrow().as_ref().map_or(Revision(0), |slice| slice.revision);
+        let channel = join::reach(&self.state_dir, &mut identity, &keys).await?;
+        self.connection.send_modify(|connection| {
+            connection.certificate_expires_at = identity.validity().map_or(0, |(_, end)| end);
+        });
+        let mut revision = self.received.borrow().as_ref().map_or(Revision(0), |slice| known_revision(slice));
         loop {
             match self.follow(&channel, &mut identity, &keys, revision).await {
                 Err(SessionError::Update(error)) if revision != Revision(0) => {
@@ -184,8 +195,7 @@ impl Follower {
         let mut sync = sync_client(channel.clone());
         let mut updates = sync.follow(ReceiverStream::new(requests)).await.map_err(status_error)?.into_inner();
         self.connected(channel, revision);
-        // What is enforced already is news to this stream.
-        self.enforced.mark_changed();
+        let mut greeted = false;
         let mut held = (revision != Revision(0)).then(|| self.received.borrow().clone()).flatten();
         let mut renewal = Box::pin(tokio::time::sleep(until_renewal(identity)));
         loop {
@@ -199,11 +209,18 @@ impl Follower {
                         held = Some(Arc::clone(&slice));
                         self.received.send_replace(Some(slice));
                     }
+                    if !greeted {
+                        greeted = true;
+                        // What is enforced already is news to this stream.
+                        self.enforced.mark_changed();
+                    }
                 }
-                changed = self.enforced.changed() => {
+                // Before the first update nobody knows whether this controller ever sent what is enforced.
+                changed = self.enforced.changed(), if greeted => {
                     changed.map_err(|_| SessionError::Ended)?;
                     let enforced = self.enforced.borrow_and_update().clone();
-                    if enforced.revision != Revision(0) {
+                    let newest = held.as_ref().map_or(Revision(0), |slice| slice.revision);
+                    if (Revision(1)..=newest).contains(&enforced.revision) {
                         outbox.send(acknowledgement(enforced)).await.map_err(|_| SessionError::Ended)?;
                     }
                 }
@@ -212,6 +229,16 @@ impl Follower {
                     renewal = Box::pin(tokio::time::sleep(wait));
                 }
             }
+        }
+    }
+
+    /// Lets go of everything but what this node is called.
+    fn dismiss(&self) {
+        let held = self.received.borrow().clone();
+        let Some(held) = held.filter(|held| known_revision(held) != Revision(0)) else { return };
+        match dismissed(&held) {
+            Ok(empty) => drop(self.received.send_replace(Some(Arc::new(empty)))),
+            Err(error) => tracing::error!(error = crate::reconcile::apply::chain(&error), "policy in force stays"),
         }
     }
 
@@ -282,6 +309,19 @@ pub fn receive(held: Option<&Slice>, update: v1::Update, node: NodeId) -> Result
     Ok(slice)
 }
 
+/// The slice of a node that has no part in the network (any more). It is newer than what the node held, and no newer than
+/// the revision that dismissed it.
+fn dismissed(held: &Slice) -> Result<Slice, DeltaError> {
+    let (revision, local) = (Revision(held.revision.0.saturating_add(1)), Some(held.local.clone()));
+    Slice::from_snapshot(SliceDelta { revision, local, ..SliceDelta::default() })
+}
+
+/// What the controller may build upon; not upon the slice of a [`dismissed`] node, which it need not know. That of an
+/// active one has at least the prefixes of its own cidr.
+fn known_revision(slice: &Slice) -> Revision {
+    if slice.prefixes.is_empty() { Revision(0) } else { slice.revision }
+}
+
 async fn next(updates: &mut Streaming<v1::Update>) -> Result<v1::Update, SessionError> {
     updates.message().await.map_err(status_error)?.ok_or(SessionError::Ended)
 }
@@ -309,7 +349,19 @@ async fn renewed(sync: &mut SyncClient<Channel>, identity: &Identity, keys: &Key
     Ok(fresh)
 }
 
+impl From<ReachError> for SessionError {
+    fn from(error: ReachError) -> Self {
+        match error {
+            ReachError::Again { error: JoinError::NoPart { text, .. }, .. } => Self::NoPart(text),
+            other => Self::Reach(other),
+        }
+    }
+}
+
 fn status_error(status: Status) -> SessionError {
+    if Refusal::of(&status).is_some() {
+        return SessionError::NoPart(status.message().to_owned());
+    }
     match status.code() {
         Code::PermissionDenied | Code::Unauthenticated | Code::NotFound | Code::FailedPrecondition => {
             SessionError::Refused(status.message().to_owned())
@@ -389,6 +441,37 @@ mod tests {
         assert!(receive(Some(&before), unnamed, node).is_err(), "a cell names a rule that nobody knows");
         let garbled = v1::Update { removed_peers: vec![0], ..change };
         assert!(matches!(receive(Some(&before), garbled, node), Err(UpdateError::Convert(_))));
+    }
+
+    #[test]
+    fn a_dismissed_node_allows_nothing_and_asks_for_everything() {
+        let mut network = fixture::network();
+        let before = fixture::slice(&network, "app1", 3, None);
+        let empty = dismissed(&before).unwrap();
+        assert_eq!((&empty.local, empty.revision), (&before.local, Revision(4)));
+        assert!(empty.peers.is_empty() && empty.prefixes.is_empty() && empty.cells.is_empty());
+        assert_eq!((known_revision(&before), known_revision(&empty)), (Revision(3), Revision(0)));
+        // What the controller says at the end says the same.
+        let last = SliceDelta { revision: Revision(4), local: Some(before.local.clone()), ..SliceDelta::default() };
+        assert_eq!(receive(Some(&before), v1::Update::from(&last), before.local.node).unwrap(), empty);
+        // A node that nothing is allowed to still knows where it is.
+        for rule in ["web-to-app", "app-to-db"] {
+            network.apply(&policy::Change::DeleteRule { name: rule.parse().unwrap() }).unwrap();
+        }
+        assert_eq!(known_revision(&fixture::slice(&network, "app1", 5, None)), Revision(5));
+
+        let tables = crate::lower::lower(&empty, &mut crate::lower::RuleSlots::new()).unwrap();
+        tables.check().unwrap();
+        let own: std::net::IpAddr = before.local.addresses.v4().unwrap().into();
+        let other = "10.42.1.1".parse().unwrap();
+        for (source, destination, direction, reason) in [
+            (own, other, ebpf_common::EGRESS, ebpf_common::reason::UNKNOWN_DESTINATION),
+            (other, own, ebpf_common::INGRESS, ebpf_common::reason::UNKNOWN_SOURCE),
+        ] {
+            let flow = policy::Flow { source, destination, protocol: 6, port: 8080 };
+            let outcome = tables.verdict(&flow, direction);
+            assert_eq!((outcome.passes, outcome.reason), (false, reason), "{flow}");
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use controller_api::identity as names;
+use controller_api::invitation::Invitation;
 use controller_api::tls::{self, ClientIdentity, Fingerprint, TlsError, Trust};
 use policy::{NetworkName, NodeId, NodeName};
 use rcgen::{CertificateParams, KeyPair};
@@ -20,7 +21,8 @@ use crate::key::{KeyError, PrivateKey};
 const WIREGUARD_KEY: &str = "wireguard.key";
 const TLS_KEY: &str = "tls.key";
 const IDENTITY: &str = "identity.toml";
-/// Longer than any of the three files.
+const INVITATION: &str = "invitation";
+/// Longer than any of these files.
 const FILE_MAX: u64 = 256 * 1024;
 
 /// Both private keys. Made here, they never leave this machine.
@@ -176,10 +178,26 @@ impl Identity {
     }
 }
 
-/// Removes keys and identity for good.
+/// Keeps the invitation that this machine was let in by: with the same keys, and no others, it is good for a new
+/// certificate when the old one has expired.
+pub fn keep_invitation(state_dir: &Path, invitation: &Invitation) -> Result<(), DiskError> {
+    let line = Zeroizing::new(invitation.to_string());
+    disk::write_private(&state_dir.join(INVITATION), line.as_bytes())
+}
+
+/// What [`keep_invitation`] kept; `None` where there is nothing.
+pub fn kept_invitation(state_dir: &Path) -> Result<Option<Invitation>, IdentityError> {
+    let path = state_dir.join(INVITATION);
+    if is_missing(&path)? {
+        return Ok(None);
+    }
+    read_text(&path)?.parse().map(Some).map_err(|error| damaged(&path, error))
+}
+
+/// Removes keys, invitation and identity for good.
 pub fn remove(state_dir: &Path) -> Result<(), DiskError> {
     // The identity last: as long as it is there, `noded leave` can be repeated.
-    for file in [TLS_KEY, WIREGUARD_KEY, IDENTITY] {
+    for file in [TLS_KEY, WIREGUARD_KEY, INVITATION, IDENTITY] {
         disk::remove(&state_dir.join(file))?;
     }
     Ok(())

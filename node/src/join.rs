@@ -1,18 +1,21 @@
-//! Joining a network: an invitation's secret against a certificate.
+//! Joining a network: an invitation's secret against a certificate, and against a new one where that has expired.
 
+use std::path::Path;
 use std::time::Duration;
 
 use controller_api::client::{self, ConnectError};
 use controller_api::identity as names;
 use controller_api::invitation::{Invitation, Subject};
+use controller_api::refusal::Refusal;
 use controller_api::tls::{self, Trust};
 use controller_api::v1;
 use controller_api::v1::enrol_client::EnrolClient;
 use policy::{NetworkName, NodeName};
+use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use crate::config::Settings;
-use crate::identity::{Identity, IdentityError, Keys};
+use crate::identity::{self, Identity, IdentityError, Keys};
 use crate::state;
 
 /// What became of it.
@@ -50,6 +53,9 @@ pub enum JoinError {
     Connect(#[from] ConnectError),
     #[error("the controller refused the invitation: {0}")]
     Refused(String),
+    /// It says besides that whoever was let in by this invitation has no part in the network (any more).
+    #[error("the controller refused the invitation: {text}")]
+    NoPart { refusal: Refusal, text: String },
     #[error("the controller failed to answer ({0}): try again")]
     Failed(String),
     #[error("the controller's answer makes no sense ({0}): ask for a new invitation")]
@@ -100,7 +106,8 @@ async fn redeem_and_store(
     present: Option<&Identity>,
     now: u64,
 ) -> Result<Identity, JoinError> {
-    if invitation.is_expired(now) {
+    // Whom it has let in already it goes on letting in.
+    if present.is_none() && invitation.is_expired(now) {
         let at = jiff::Timestamp::from_second(invitation.expires_at.cast_signed()).map(|at| at.to_string());
         let at = at.unwrap_or_else(|_| invitation.expires_at.to_string());
         return Err(JoinError::Expired { network: invitation.network.clone(), node: name.clone(), at });
@@ -114,8 +121,56 @@ async fn redeem_and_store(
         // The node was deleted and made anew: what it knew as another is not its own.
         state::remove(&settings.state_dir).map_err(IdentityError::from)?;
     }
+    identity::keep_invitation(&settings.state_dir, invitation).map_err(IdentityError::from)?;
     identity.store(&settings.state_dir)?;
     Ok(identity)
+}
+
+/// Why this node does not get through to its controller.
+#[derive(Debug, thiserror::Error)]
+pub enum ReachError {
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error("{refused}; and redeeming the invitation again gave no new certificate")]
+    Again {
+        refused: ConnectError,
+        #[source]
+        error: JoinError,
+    },
+}
+
+/// A connection with this node's certificate. A node that was away for longer than its certificate was good for gets a
+/// new one for the same keys, by the invitation that it joined with.
+pub async fn reach(state_dir: &Path, identity: &mut Identity, keys: &Keys) -> Result<Channel, ReachError> {
+    let shown = keys.client_identity(identity)?;
+    let refused = match client::connect(&identity.endpoints, &identity.trust(), Some(&shown)).await {
+        Err(error @ ConnectError::Refused { .. }) => error,
+        other => return Ok(other?),
+    };
+    let Some(invitation) = identity::kept_invitation(state_dir)? else { return Err(refused.into()) };
+    let fresh = match redeem_again(&invitation, identity, keys).await {
+        Ok(fresh) => fresh,
+        Err(error) => return Err(ReachError::Again { refused, error }),
+    };
+    fresh.store(state_dir)?;
+    tracing::info!(reason = %refused, "certificate was refused; the invitation was redeemed again and gave a new one");
+    *identity = fresh;
+    let shown = keys.client_identity(identity)?;
+    Ok(client::connect(&identity.endpoints, &identity.trust(), Some(&shown)).await?)
+}
+
+async fn redeem_again(invitation: &Invitation, identity: &Identity, keys: &Keys) -> Result<Identity, JoinError> {
+    if invitation.fingerprint != identity.fingerprint() {
+        return Err(JoinError::OtherNetwork { network: identity.network.clone(), name: identity.name.clone() });
+    }
+    let fresh = accept(invitation, redeem(invitation, keys).await?)?;
+    if fresh.node != identity.node {
+        return Err(JoinError::Answer("it names another node"));
+    }
+    keys.client_identity(&fresh)?;
+    Ok(fresh)
 }
 
 async fn redeem(invitation: &Invitation, keys: &Keys) -> Result<v1::RedeemResponse, JoinError> {
@@ -132,6 +187,9 @@ async fn redeem(invitation: &Invitation, keys: &Keys) -> Result<v1::RedeemRespon
 }
 
 fn refusal(status: Status) -> JoinError {
+    if let Some(refusal) = Refusal::of(&status) {
+        return JoinError::NoPart { refusal, text: status.message().to_owned() };
+    }
     match status.code() {
         Code::Unavailable
         | Code::DeadlineExceeded

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use controller_api::client::{self, ConnectError};
+use controller_api::refusal::Refusal;
 use controller_api::v1;
 use tonic::Code;
 
@@ -11,8 +11,10 @@ use crate::config::Settings;
 use crate::controller::sync_client;
 use crate::disk::{self, DiskError};
 use crate::identity::{self, Identity, IdentityError, Keys};
+use crate::join::{self, JoinError, ReachError};
 use crate::kernel::{Datapath, KernelError, Link, WireGuard};
 use crate::lock;
+use crate::reconcile::apply::chain;
 use crate::state;
 
 /// Why this machine has not left. It can be tried again.
@@ -37,33 +39,33 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// Tells the controller that this node is to be deleted. `Ok(false)`: it could not be told, and `force` says that this is
 /// no reason to stay.
 pub async fn tell(settings: &Settings, force: bool) -> Result<bool, LeaveError> {
-    let identity = match Identity::load(&settings.state_dir) {
+    let mut identity = match Identity::load(&settings.state_dir) {
         Ok(identity) => identity,
         // Nothing joined, or nothing readable: there may still be an interface and files to remove.
         Err(IdentityError::NotJoined) if !force => return Err(IdentityError::NotJoined.into()),
         Err(_) if force => return Ok(false),
         Err(error) => return Err(error.into()),
     };
-    match try_tell(settings, &identity).await {
+    match try_tell(settings, &mut identity).await {
         Ok(()) => Ok(true),
         Err(_) if force => Ok(false),
         Err(reason) => Err(LeaveError::Untold { name: identity.name.to_string(), reason }),
     }
 }
 
-async fn try_tell(settings: &Settings, identity: &Identity) -> Result<(), String> {
-    let text = |error: &dyn std::error::Error| error.to_string();
-    let keys = Keys::load(&settings.state_dir).map_err(|error| text(&error))?;
-    let shown = keys.client_identity(identity).map_err(|error| text(&error))?;
-    let channel = client::connect(&identity.endpoints, &identity.trust(), Some(&shown))
-        .await
-        .map_err(|error: ConnectError| text(&error))?;
+async fn try_tell(settings: &Settings, identity: &mut Identity) -> Result<(), String> {
+    let keys = Keys::load(&settings.state_dir).map_err(|error| chain(&error))?;
+    let channel = match join::reach(&settings.state_dir, identity, &keys).await {
+        Ok(channel) => channel,
+        Err(ReachError::Again { error: JoinError::NoPart { refusal: Refusal::Deleted, .. }, .. }) => return Ok(()),
+        Err(error) => return Err(chain(&error)),
+    };
     let mut request = tonic::Request::new(v1::LeaveRequest {});
     request.set_timeout(ANSWER);
     match sync_client(channel).leave(request).await {
         Ok(_) => Ok(()),
         // Deleted already: this node has been told of, by an admin or by an earlier attempt.
-        Err(status) if status.code() == Code::NotFound => Ok(()),
+        Err(status) if status.code() == Code::NotFound || Refusal::of(&status) == Some(Refusal::Deleted) => Ok(()),
         Err(status) => Err(status.message().to_owned()),
     }
 }
