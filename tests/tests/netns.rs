@@ -245,3 +245,61 @@ fn a_disabled_node_is_cut_off() -> Result<()> {
     mesh.meshctl_ok(&["node", "enable", "app1"])?;
     wait_for("app1 to be reached again", START_LIMIT, reaches)
 }
+
+/// Two disabled nodes are not each other's peers either: not while they follow, not after a restart from what is on disk,
+/// and not if they were away when it happened.
+#[test]
+fn disabled_nodes_do_not_talk_to_each_other() -> Result<()> {
+    let (mut mesh, _servers) = story()?;
+    check_disabled(&mut mesh, false)?;
+    check_disabled(&mut mesh, true)?;
+    mesh.converge()?;
+    check_lines(&mesh, "after all is enabled again")
+}
+
+const PAIR: [&str; 2] = ["web1", "app1"];
+
+fn check_disabled(mesh: &mut Mesh, away: bool) -> Result<()> {
+    for node in PAIR.into_iter().filter(|_| away) {
+        mesh.stop_node(node, Signal::SIGKILL)?;
+    }
+    for node in PAIR {
+        mesh.meshctl_ok(&["node", "disable", node])?;
+    }
+    for node in PAIR.into_iter().filter(|_| away) {
+        mesh.start_node(node)?;
+    }
+    for node in PAIR {
+        wait_for(&format!("`{node}` to have no peers"), START_LIMIT, || has_no_peers(mesh, node))
+            .with_context(|| mesh.log(node))?;
+    }
+    ensure!(!web_reaches_app(mesh)?, "a disabled node reaches another (away: {away})");
+    for node in PAIR {
+        mesh.stop_node(node, Signal::SIGKILL)?;
+    }
+    mesh.stop_controller(Signal::SIGKILL)?;
+    for node in PAIR {
+        mesh.start_node(node)?;
+        mesh.wait_until_up(node)?;
+    }
+    ensure!(!web_reaches_app(mesh)?, "restarts made a disabled node reach another (away: {away})");
+    for node in PAIR {
+        ensure!(has_no_peers(mesh, node)?, "a restart gave `{node}` its peers back (away: {away})");
+    }
+    mesh.start_controller()?;
+    for node in PAIR {
+        mesh.meshctl_ok(&["node", "enable", node])?;
+    }
+    wait_for("app1 to be reached again", START_LIMIT, || web_reaches_app(mesh)).with_context(|| mesh.logs())
+}
+
+fn has_no_peers(mesh: &Mesh, node: &str) -> Result<bool> {
+    let output = mesh.nodectl(node, &["peers", "-o", "json"])?;
+    let peers: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    Ok(output.status.success() && peers.as_array().is_some_and(Vec::is_empty))
+}
+
+fn web_reaches_app(mesh: &Mesh) -> Result<bool> {
+    let (web, app) = (mesh.node("web1")?.namespace(), mesh.node("app1")?.v4.into());
+    Ok(probe::attempt(web, app, Traffic::Tcp(8080), Duration::from_secs(1))? == Seen::Answered)
+}
