@@ -234,3 +234,6 @@ fn read<T: Pod>(map: &MapData, name: &str, first: u32, count: u32, limit: u32) -
     sys::read_array(map.fd().as_fd(), first, count as usize)
         .map_err(|error| KernelError::with(format!("failed to read `{name}`"), error))
 }
+
+#[cfg(test)]
+mod tests;
