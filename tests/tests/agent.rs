@@ -1,5 +1,6 @@
 //! A node's own half against this controller: it joins, follows, is let go, and comes back.
 
+#[path = "../../controller/tests/common/mod.rs"]
 mod common;
 
 use std::os::unix::fs::PermissionsExt as _;
