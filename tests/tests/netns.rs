@@ -1,6 +1,7 @@
 //! The whole of Rampart in network namespaces on this kernel: four programs, real WireGuard, real traffic.
 
-use std::net::SocketAddr;
+use std::io::ErrorKind;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -228,6 +229,37 @@ fn drift_is_repaired_and_reported() -> Result<()> {
         })?;
     }
     check_lines(&mesh, "after all repairs")
+}
+
+/// Packets for the mesh do not take the underlay's default route when the link is gone, until the node has left.
+#[test]
+fn nothing_for_the_mesh_leaves_in_clear() -> Result<()> {
+    let (mut mesh, _servers) = story()?;
+    mesh.stop_node("web1", Signal::SIGKILL)?; // it would make the link again
+    let app = mesh.node("app1")?;
+    let addresses = [SocketAddr::new(app.v4.into(), 8080), SocketAddr::new(app.v6.into(), 8080)];
+    let web = mesh.node("web1")?.namespace();
+    for change in [["set", "rampart0", "down"].as_slice(), &["delete", "rampart0"]] {
+        web.run("ip", &[&["link"], change].concat())?;
+        for address in addresses {
+            let started = Instant::now();
+            let connected = web.enter(|| Ok(TcpStream::connect_timeout(&address, START_LIMIT)))?;
+            let error = connected.err().with_context(|| format!("{address} was reached without the link"))?;
+            ensure!(
+                matches!(error.kind(), ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable)
+                    && started.elapsed() < Duration::from_secs(1),
+                "{address}: {error} after {:?}",
+                started.elapsed()
+            );
+        }
+    }
+    let left = web.output(mesh.program("noded").args(["leave", "--state-dir", "/run/rampart-node"]))?;
+    ensure!(left.status.success(), "{left:?}");
+    for family in ["-4", "-6"] {
+        let routes = web.run("ip", &[family, "route", "show", "proto", "117"])?;
+        ensure!(routes.is_empty(), "`noded leave` left routes behind: {routes}");
+    }
+    Ok(())
 }
 
 /// A disabled node is nobody's peer, and is refused by the controller; enabled again it is back.
