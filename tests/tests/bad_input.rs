@@ -155,8 +155,8 @@ fn the_daemons_refuse_what_they_cannot_do() -> Result<()> {
     contains(&again, &["/run/rampart-controller"])?;
     // A link of somebody else.
     web.run("ip", &["link", "add", "taken0", "type", "veth", "peer", "name", "taken1"])?;
-    let foreign =
-        run(web, "noded", &["run", "--state-dir", "/run/rampart-node", "--interface", "taken0", "--metrics", "off"])?;
+    web.run("cp", &["-r", "/run/rampart-node", "/run/copy"])?; // the node itself runs
+    let foreign = run(web, "noded", &["run", "--state-dir", "/run/copy", "--interface", "taken0", "--metrics", "off"])?;
     ensure!(foreign.status.code() == Some(1), "a foreign link: {foreign:?}");
     contains(&foreign, &["taken0", "--interface"])?;
     ensure!(web.run("ip", &["link", "show", "taken0"]).is_ok(), "the foreign link was touched");
