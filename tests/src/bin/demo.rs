@@ -165,10 +165,12 @@ fn show_counters(mesh: &Mesh, story: &mut Story) -> Result<()> {
 }
 
 fn print_doors(mesh: &Mesh) {
-    println!("\nThe mesh stays. Enter a node, then try `nodectl status` or `ping`:");
+    let programs = tests::mesh::program_folder().map(|folder| folder.display().to_string()).unwrap_or_default();
+    println!("\nThe mesh stays. Enter a host, then try `nodectl status`, `meshctl status` or `ping`:");
     let namespaces = mesh.nodes().map(|(_, node)| node.namespace()).chain([mesh.controller()]);
     for namespace in namespaces {
-        println!("  {:<10} nsenter --target {} --net --mount --pid", namespace.name(), namespace.holder());
+        let (name, holder) = (namespace.name(), namespace.holder());
+        println!("  {name:<10} nsenter --target {holder} --net --mount --pid env PATH={programs}:$PATH sh");
     }
     let nodes: Vec<_> = mesh.nodes().map(|(name, node)| format!("{name} {}", IpAddr::from(node.v4))).collect();
     println!("Addresses: {}", nodes.join(", "));
