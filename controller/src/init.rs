@@ -7,6 +7,7 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use controller_api::tls;
+use ipnet::IpNet;
 use policy::{ChangeError, DefaultPolicy, Network, NetworkName, Prefixes};
 
 use crate::audit::Actor;
@@ -35,6 +36,11 @@ pub struct Plan {
 pub enum InitError {
     #[error("`{}` holds a network already; choose another `--state-dir`, or remove it if that network is to be lost", path.display())]
     Exists { path: PathBuf },
+    #[error(
+        "root `{root}` holds `{range}`, which is {what} and no part of any network; choose a prefix without it, such as \
+         `10.42.0.0/16` or `fd42::/48`"
+    )]
+    Root { root: IpNet, range: IpNet, what: &'static str },
     #[error("failed to {what} `{}`", path.display())]
     Io {
         what: &'static str,
@@ -53,10 +59,13 @@ pub enum InitError {
 /// Makes the network in `directory`. `now`: seconds since the epoch.
 pub fn init(directory: &Path, plan: &Plan, now: u64) -> Result<(), InitError> {
     let database = directory.join(DATABASE);
-    if database.exists() {
+    if database.try_exists().map_err(io_error("look for", &database))? {
         return Err(InitError::Exists { path: directory.to_owned() });
     }
     // Refused before anything is touched.
+    if let Some((root, range, what)) = plan.roots.reserved_within() {
+        return Err(InitError::Root { root, range, what });
+    }
     let network = Network::new(plan.network.clone(), plan.roots, plan.default)?;
     make_directory(directory)?;
     let work = directory.join(WORK);
@@ -168,6 +177,23 @@ mod tests {
             names.iter().all(|name| name.starts_with("authority.") || name.starts_with("controller.")),
             "{names:?}"
         );
+    }
+
+    #[test]
+    fn a_root_that_holds_what_no_network_can_use_is_refused() {
+        let directory = tempfile::tempdir().expect("a directory");
+        for (root, range) in [
+            ("0.0.0.0/0", "0.0.0.0/32"),
+            ("::/0", "::/128"),
+            ("126.0.0.0/7", "127.0.0.0/8"),
+            ("128.0.0.0/1", "169.254.0.0/16"),
+            ("fc00::/6", "fe80::/10"),
+        ] {
+            let roots = Prefixes::from_nets([root.parse().expect("a prefix")]).expect("roots");
+            let refused = init(directory.path(), &Plan { roots, ..plan() }, 1_700_000_000).expect_err(root).to_string();
+            assert!(refused.contains(&format!("`{root}` holds `{range}`")), "{refused}");
+        }
+        assert!(fs::read_dir(directory.path()).expect("a directory").next().is_none(), "something was made");
     }
 
     #[test]

@@ -65,8 +65,8 @@ pub fn check_prefix(prefix: IpNet) -> Result<IpNet, PrefixError> {
     }
 }
 
-/// What the prefix lies in, if that is a range that no network can use.
-fn reserved(prefix: IpNet) -> Option<&'static str> {
+/// What no network can use.
+fn reserved_ranges() -> impl Iterator<Item = (IpNet, &'static str)> {
     const V4: [(Ipv4Addr, u8, &str); 5] = [
         (Ipv4Addr::UNSPECIFIED, 32, "the unspecified address"),
         (Ipv4Addr::new(127, 0, 0, 0), 8, "loopback"),
@@ -81,24 +81,14 @@ fn reserved(prefix: IpNet) -> Option<&'static str> {
         (Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8, "multicast"),
         (Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0), 96, "IPv4-mapped"),
     ];
-    // A longer prefix that shares the range's bits.
-    let found = match prefix {
-        IpNet::V4(own) => V4
-            .iter()
-            .find(|(range, length, _)| {
-                let differs = u32::from(own.addr()) ^ u32::from(*range);
-                own.prefix_len() >= *length && differs.leading_zeros() >= u32::from(*length)
-            })
-            .map(|(.., what)| what),
-        IpNet::V6(own) => V6
-            .iter()
-            .find(|(range, length, _)| {
-                let differs = u128::from(own.addr()) ^ u128::from(*range);
-                own.prefix_len() >= *length && differs.leading_zeros() >= u32::from(*length)
-            })
-            .map(|(.., what)| what),
-    };
-    found.copied()
+    let v4 = V4.into_iter().map(|(address, length, what)| (IpNet::V4(Ipv4Net::new_assert(address, length)), what));
+    let v6 = V6.into_iter().map(|(address, length, what)| (IpNet::V6(Ipv6Net::new_assert(address, length)), what));
+    v4.chain(v6)
+}
+
+/// What the prefix lies in, if that is a range that no network can use.
+fn reserved(prefix: IpNet) -> Option<&'static str> {
+    reserved_ranges().find(|(range, _)| range.contains(&prefix)).map(|(_, what)| what)
 }
 
 /// At most one prefix of each family, at least one; canonical and usable.
@@ -143,6 +133,14 @@ impl Prefixes {
     /// IPv4 first.
     pub fn iter(&self) -> impl Iterator<Item = IpNet> + use<> {
         self.v4.map(IpNet::V4).into_iter().chain(self.v6.map(IpNet::V6))
+    }
+
+    /// A range that no network can use and that lies in one of the prefixes: the prefix, the range, and what it is.
+    pub fn reserved_within(&self) -> Option<(IpNet, IpNet, &'static str)> {
+        self.iter().find_map(|prefix| {
+            let (range, what) = reserved_ranges().find(|(range, _)| prefix.contains(range))?;
+            Some((prefix, range, what))
+        })
     }
 
     pub fn contains(&self, address: IpAddr) -> bool {
