@@ -172,6 +172,8 @@ pub enum StoreError {
     Lagged { after: Revision },
     #[error("there is no database `{}`; make the network with `controllerd init`", path.display())]
     Missing { path: PathBuf },
+    #[error("not allowed to use database `{}`; run as the owner of the state directory (usually root)", path.display())]
+    NotAllowed { path: PathBuf },
     #[error("`{}` exists already; choose another `--state-dir`, or remove it if its network is to be lost", path.display())]
     Exists { path: PathBuf },
     #[error("database `{}` is in use by the `controllerd` with pid `{pid}`; stop that one first (`systemctl stop controllerd`, or `kill {pid}`)", path.display())]

@@ -73,7 +73,7 @@ impl SqliteStore {
 
     /// Opens an existing database: refused while another process has it open, or when it is not whole.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        if !path.exists() {
+        if !path.try_exists().map_err(io(path, path, "look for"))? {
             return Err(StoreError::Missing { path: path.to_owned() });
         }
         let lock = lock(path)?;
@@ -97,13 +97,18 @@ impl SqliteStore {
     }
 }
 
+/// Why a file of this database cannot be used.
+fn io(database: &Path, path: &Path, what: &'static str) -> impl FnOnce(std::io::Error) -> StoreError {
+    move |source| match source.kind() {
+        std::io::ErrorKind::PermissionDenied => StoreError::NotAllowed { path: database.to_owned() },
+        _ => StoreError::Io { path: path.to_owned(), what, source },
+    }
+}
+
 /// One process per database. The file stays: removing it would let two processes lock two files of one name.
 fn lock(database: &Path) -> Result<Flock<File>, StoreError> {
     let path = database.with_extension("lock");
-    let io = |what| {
-        let path = path.clone();
-        move |source| StoreError::Io { path, what, source }
-    };
+    let io = |what| io(database, &path, what);
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
     let file = options.open(&path).map_err(io("open"))?;
@@ -392,6 +397,13 @@ mod tests {
     }
 
     crate::store::contract::store_contract!(temporary());
+
+    #[test]
+    fn who_may_not_read_the_directory_is_not_told_to_make_a_network() {
+        let database = Path::new("/state/controller.db");
+        let refused = io(database, database, "look for")(std::io::ErrorKind::PermissionDenied.into()).to_string();
+        assert!(refused.contains("not allowed") && refused.contains("run as the owner"), "{refused}");
+    }
 
     fn put(key: &str, value: &[u8]) -> Commit {
         Commit { ops: vec![Op::Put(Key::single(key), value.to_vec())], ..Commit::default() }
