@@ -262,7 +262,7 @@ impl Reporter {
 }
 
 /// Characters of a node's error that are kept.
-const ERROR_MAX: usize = 500;
+pub(crate) const ERROR_MAX: usize = 500;
 
 #[cfg(test)]
 mod tests {

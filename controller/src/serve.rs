@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow};
 use controller_api::defaults::{CONTROLLER_CERTIFICATE_LIFETIME, renew_after};
 use controller_api::tls;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -17,7 +18,7 @@ use crate::authority::Authority;
 use crate::clock;
 use crate::config::Config;
 use crate::grpc::listener::{Tls, accept_tls, accept_unix, bind_unix};
-use crate::grpc::{self, Context};
+use crate::grpc::{self, Context, place};
 use crate::init::DATABASE;
 use crate::intent::Intent;
 use crate::metrics::{self, Metrics};
@@ -57,13 +58,15 @@ impl Controller {
         let (writer, thread) = started.context("failed to start the writer's thread")?;
         writer.ask(Ask::new(Actor::Controller, Intent::Start)).await?;
         let followers = Followers::new();
-        let context = Context { current, writer, followers, store, authority, metrics, clock, stop };
+        let refusals = Arc::default();
+        let context = Context { current, writer, followers, store, authority, metrics, clock, stop, refusals };
         Ok(Self { context, writer: thread })
     }
 }
 
 /// Runs until SIGTERM or SIGINT.
 pub fn serve(config: &Config) -> Result<()> {
+    raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.context("failed to start the runtime")?;
     let (ended, writer) = match runtime.block_on(run(config)) {
@@ -78,6 +81,23 @@ pub fn serve(config: &Config) -> Result<()> {
         std::thread::sleep(Duration::from_millis(5));
     }
     ended
+}
+
+/// Every connection is a file, and the soft limit is usually far below what the system would give.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map(|()| hard));
+    let needed = place::FILES as u64;
+    match raised {
+        Ok(limit) if limit < needed => tracing::warn!(
+            limit,
+            needed,
+            "limit of open files is below what every connection needs; raise it (`LimitNOFILE=` of the systemd unit, or \
+             `ulimit -Hn`)"
+        ),
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%error, "limit of open files could not be raised"),
+    }
 }
 
 type Ended = (Result<()>, std::thread::JoinHandle<()>);
@@ -98,10 +118,7 @@ async fn run(config: &Config) -> Result<Ended> {
     let socket = bind_unix(&config.socket)?;
     let Controller { context, writer } = Controller::start(store, authority, clock::now, stop.clone()).await?;
     let tls = Tls::new(server_config(&context.authority)?);
-    let incoming = vec![
-        accept_tls(listener, tls.clone(), Arc::clone(&context.metrics)),
-        accept_unix(socket, Arc::clone(&context.metrics)),
-    ];
+    let incoming = vec![accept_tls(listener, tls.clone(), &context), accept_unix(socket, Arc::clone(&context.metrics))];
     let routes = grpc::routes(&context).await?;
     let mut servers = tokio::spawn(grpc::serve(routes, incoming, stop.clone()));
     let metrics = tokio::spawn(serve_metrics(scraped, &context, stop.clone()));

@@ -2,15 +2,18 @@
 
 mod common;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{LIMIT, TestController, allow, change_request};
-use controller_api::tls;
+use common::{Follower, LIMIT, TestController, allow, change_request, parse};
+use controller_api::tls::{self, ClientIdentity};
 use controller_api::v1;
 use controller_api::v1::enrol_client::EnrolClient;
+use controller_api::v1::sync_client::SyncClient;
+use policy::Change;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio_rustls::TlsConnector;
 use tonic::Code;
 
@@ -35,7 +38,14 @@ async fn check_closed(stream: &mut (impl tokio::io::AsyncRead + Unpin)) {
 }
 
 async fn tls_without_a_word(controller: &TestController) -> tokio_rustls::client::TlsStream<TcpStream> {
-    let config = tls::client_config(&controller.trust(), None).expect("a configuration");
+    speak_tls(controller, None).await
+}
+
+async fn speak_tls(
+    controller: &TestController,
+    identity: Option<&ClientIdentity>,
+) -> tokio_rustls::client::TlsStream<TcpStream> {
+    let config = tls::client_config(&controller.trust(), identity).expect("a configuration");
     let tcp = TcpStream::connect(controller.address).await.expect("connected");
     let name = tls::SERVER_NAME.try_into().expect("a name");
     TlsConnector::from(Arc::new(config)).connect(name, tcp).await.expect("TLS")
@@ -61,9 +71,12 @@ async fn garbage_is_dropped() {
 #[tokio::test]
 async fn the_slow_are_dropped_and_hold_up_nobody() {
     let controller = TestController::start().await;
+    // More than one address may have of the handshakes; others come from elsewhere.
     let mut silent = Vec::new();
     for _ in 0..200 {
-        silent.push(TcpStream::connect(controller.address).await.expect("connected"));
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.bind(SocketAddr::from(([127, 0, 0, 2], 0))).expect("bound");
+        silent.push(socket.connect(controller.address).await.expect("connected"));
     }
     let mut half = TcpStream::connect(controller.address).await.expect("connected");
     half.write_all(&[0x16, 3, 1, 2, 0]).await.expect("written");
@@ -94,6 +107,57 @@ async fn oversized_requests_are_refused() {
     let refused = controller.root().await.change(long).await.expect_err("too long");
     assert_eq!(refused.code(), Code::InvalidArgument, "{refused:?}");
     check_alive(&controller).await;
+}
+
+/// The preface of HTTP/2 and empty settings: a client who has much time.
+async fn idle_http(
+    controller: &TestController,
+    identity: &ClientIdentity,
+) -> tokio_rustls::client::TlsStream<TcpStream> {
+    let mut stream = speak_tls(controller, Some(identity)).await;
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("written");
+    stream
+}
+
+#[tokio::test]
+async fn one_identity_has_a_few_connections_and_none_when_it_is_disabled() {
+    let controller = TestController::start().await;
+    let (identity, node) = controller.join("web1", "web", 1).await;
+    let mut streams = Vec::new();
+    for _ in 0..8 {
+        streams.push(idle_http(&controller, &identity).await);
+    }
+    for stream in &mut streams[..4] {
+        check_closed(stream).await;
+    }
+    let mut follower =
+        Follower::open(controller.connect(Some(&identity)).await, None, "").await.expect("another one takes over");
+    follower.hear().await.expect("a snapshot");
+    controller.change(&[Change::DisableNode { name: parse("web1") }]).await;
+    let mut refused = idle_http(&controller, &identity).await;
+    for stream in &mut streams[4..] {
+        check_closed(stream).await;
+    }
+    check_closed(&mut refused).await;
+    controller.wait_for_status(node, |status| !status.connected).await;
+}
+
+#[tokio::test]
+async fn a_node_says_little_and_nothing_that_a_terminal_obeys() {
+    let controller = TestController::start().await;
+    let (identity, node) = controller.join("web1", "web", 1).await;
+    let channel = controller.connect(Some(&identity)).await;
+    let renewal = v1::RenewRequest { certificate_request: vec![0; 17_000] };
+    let refused = SyncClient::new(channel.clone()).renew(renewal).await.expect_err("too large");
+    assert_eq!(refused.code(), Code::OutOfRange, "{refused:?}");
+    let mut follower = Follower::open(channel, None, "").await.expect("a stream");
+    let revision = follower.hear().await.expect("a snapshot").revision.0;
+    let error = format!("\u{1b}[2J{}", "x".repeat(1_000));
+    let acknowledgement = v1::Acknowledgement { revision, generation: 1, error };
+    let kind = Some(v1::follow_request::Kind::Acknowledgement(acknowledgement));
+    follower.requests.send(v1::FollowRequest { kind }).await.expect("room");
+    let status = controller.wait_for_status(node, |status| !status.error.is_empty()).await;
+    assert!(status.error.starts_with("\u{fffd}[2Jxx") && status.error.len() <= 500, "{status:?}");
 }
 
 #[tokio::test]

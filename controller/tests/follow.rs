@@ -132,6 +132,21 @@ async fn a_node_that_does_not_read_holds_up_nobody() {
 }
 
 #[tokio::test]
+async fn a_disabled_node_that_does_not_read_loses_its_stream() {
+    let controller = TestController::start().await;
+    let (db, node) = controller.join("db1", "db", 3).await;
+    controller.join("app1", "app", 2).await;
+    let _slow = Follower::open(controller.connect(Some(&db)).await, None, "").await.expect("a stream");
+    let (add, delete) = many_rules();
+    while controller.context.metrics.slow_nodes.get() == 0 {
+        controller.change(&add).await;
+        controller.change(&delete).await;
+    }
+    controller.change(&[Change::DisableNode { name: parse("db1") }]).await;
+    controller.wait_for_status(node, |status| !status.connected).await;
+}
+
+#[tokio::test]
 async fn where_a_node_is_reached_is_told_to_its_peers() {
     let controller = TestController::start().await;
     let (web, web_id) = controller.join("web1", "web", 1).await;

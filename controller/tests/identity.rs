@@ -75,6 +75,14 @@ async fn nodes_and_admins_and_root_have_doors_of_their_own() {
 }
 
 #[tokio::test]
+async fn a_node_asks_for_its_own_flows_only() {
+    let controller = TestController::start().await;
+    let (node, _) = controller.join("db1", "db", 1).await;
+    let asked = sync(controller.connect(Some(&node)).await).await;
+    check_refused(asked, Code::PermissionDenied, &["node `db1`", "`10.42.1.1`", "`10.42.2.1`", "meshctl"]);
+}
+
+#[tokio::test]
 async fn a_disabled_node_is_emptied_sent_away_and_refused() {
     let controller = TestController::start().await;
     let (identity, node) = controller.join("web1", "web", 1).await;

@@ -1,5 +1,7 @@
 //! Letting the invited in: the one service for callers without a certificate.
 
+use std::time::Instant;
+
 use controller_api::defaults::{ADMIN_CERTIFICATE_LIFETIME, NODE_CERTIFICATE_LIFETIME};
 use controller_api::identity::Identity;
 use controller_api::invitation::Secret;
@@ -10,6 +12,7 @@ use policy::PublicKey;
 use tonic::{Request, Response, Status};
 
 use super::listener::Peer;
+use super::throttle::Throttle;
 use super::{Context, refused, text};
 use crate::audit::Actor;
 use crate::authority::CertificateRequest;
@@ -19,18 +22,16 @@ use crate::metrics;
 use crate::record::{Keys, SecretHash};
 use crate::writer::Ask;
 
-/// A secret, a certificate request and a key are far below this.
-pub const REQUEST_MAX: usize = 16_384;
-
 /// The service `Enrol`.
 #[derive(Debug)]
 pub struct EnrolService {
     context: Context,
+    refusals: Throttle,
 }
 
 impl EnrolService {
     pub fn new(context: Context) -> Self {
-        Self { context }
+        Self { context, refusals: Throttle::default() }
     }
 
     async fn enrol(&self, request: v1::RedeemRequest) -> Result<v1::RedeemResponse, Status> {
@@ -100,7 +101,9 @@ impl Enrol for EnrolService {
             }
             Err(status) => {
                 self.context.metrics.enrolment(metrics::Result::Refused);
-                tracing::warn!(reason = status.message(), ?ip, "an invitation was refused");
+                if let Some(suppressed) = self.refusals.pass(Instant::now()) {
+                    tracing::warn!(reason = status.message(), ?ip, suppressed, "an invitation was refused");
+                }
             }
         }
         result.map(Response::new)

@@ -2,6 +2,7 @@
 //! at every call: a certificate that was signed yesterday says nothing about today.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use controller_api::identity::Identity;
 use controller_api::refusal::Refusal;
@@ -9,6 +10,7 @@ use policy::NodeId;
 use tonic::{Request, Status};
 
 use super::listener::{Peer, PeerCertificate};
+use super::throttle::Throttle;
 use crate::audit::Actor;
 use crate::metrics::Metrics;
 use crate::state::{Current, State};
@@ -56,6 +58,7 @@ pub struct Gate {
     pub current: Current,
     pub metrics: Arc<Metrics>,
     pub clock: fn() -> u64,
+    pub refusals: Arc<Throttle>,
 }
 
 impl tonic::service::Interceptor for Gate {
@@ -64,7 +67,7 @@ impl tonic::service::Interceptor for Gate {
         let peer = peer.ok_or_else(|| Status::internal("connection shows no caller; report this as a bug"))?;
         let caller = identify(peer, &self.current.get(), (self.clock)()).inspect_err(|status| {
             self.metrics.rejected_certificates.inc();
-            tracing::info!(?peer, reason = status.message(), "a call was refused");
+            self.log(peer, status.message());
         })?;
         self.check(&caller)?;
         request.extensions_mut().insert(caller);
@@ -73,6 +76,18 @@ impl tonic::service::Interceptor for Gate {
 }
 
 impl Gate {
+    fn log(&self, peer: &Peer, reason: &str) {
+        match peer {
+            // Anybody can do that, and it says nothing of the network.
+            Peer::Anonymous { address } => tracing::debug!(%address, reason, "a call was refused"),
+            Peer::Root | Peer::Certified { .. } => {
+                if let Some(suppressed) = self.refusals.pass(Instant::now()) {
+                    tracing::info!(?peer, reason, suppressed, "a call was refused");
+                }
+            }
+        }
+    }
+
     fn check(&self, caller: &Caller) -> Result<(), Status> {
         match (self.door, caller) {
             (Door::Known, _) | (Door::Nodes, Caller::Node(_)) | (Door::Admins, Caller::Root | Caller::Admin { .. }) => {

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::task::{Context, Poll};
+use std::task::{self, Poll};
 use std::time::Duration;
 
 use controller_api::identity::{self, Identity};
@@ -15,30 +15,31 @@ use policy::NetworkName;
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::{Instant, Sleep, sleep, timeout};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{Instant, Sleep, interval, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
+use super::Context;
+use super::gate::identify;
+use super::place::{Close, HANDSHAKES, Handshakes, Place, Places, ROUND};
 use crate::authority::key_of_certificate;
 use crate::metrics::Metrics;
 use crate::record::KeyHash;
 
-/// Handshakes at one time; connections beyond wait in the kernel's queue.
-const HANDSHAKES: usize = 1_024;
 /// A handshake that takes longer is dropped, and so is a connection that says nothing after it.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Connections of certified callers at one time: nodes and a few admins. Below the usual limit of open files.
-const CONNECTIONS: usize = 16_384;
-/// Connections without a certificate at one time, which can only enrol.
-const ANONYMOUS: usize = 512;
 /// What enrolment needs of a connection is done by then.
 const ANONYMOUS_LIFETIME: Duration = Duration::from_secs(60);
+/// Whoever is not accepted has heard why by then.
+const REFUSED_LIFETIME: Duration = Duration::from_secs(10);
 /// Bytes of HTTP/2's preface, which a client sends first.
 const PREFACE: usize = 24;
 /// How long to wait when the process has no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Without a failure for this long, the next one is another episode.
+const EPISODE: Duration = Duration::from_secs(60);
 
 /// Who is behind a connection, by what the connection itself shows. Whether they may still call is for
 /// [`super::gate`] to say, at each call.
@@ -99,37 +100,36 @@ impl Tls {
 pub struct Connection {
     stream: Stream,
     peer: Peer,
-    /// Given up when the caller has shown that it speaks HTTP/2, or for good.
     deadline: Option<Pin<Box<Sleep>>>,
+    /// The deadline from when the caller has shown that it speaks HTTP/2.
+    lifetime: Option<Duration>,
+    close: Option<Close>,
     read: usize,
     /// Held for as long as the connection lives.
     _place: Option<Place>,
+}
+
+impl Connection {
+    /// Whether the time of this connection is over. Asked before whatever it does: one that only writes ends too.
+    fn poll_over(&mut self, context: &mut task::Context<'_>) -> Poll<io::Error> {
+        if let Some(deadline) = &mut self.deadline
+            && deadline.as_mut().poll(context).is_ready()
+        {
+            return Poll::Ready(io::ErrorKind::TimedOut.into());
+        }
+        if let Some(close) = &mut self.close
+            && (close.is_terminated() || Pin::new(close).poll(context).is_ready())
+        {
+            return Poll::Ready(io::ErrorKind::ConnectionAborted.into());
+        }
+        Poll::Pending
+    }
 }
 
 #[derive(Debug)]
 enum Stream {
     Tls(Box<TlsStream<TcpStream>>),
     Unix(UnixStream),
-}
-
-/// A place among the bounded number of connections.
-#[derive(Debug)]
-struct Place {
-    _permit: OwnedSemaphorePermit,
-    metrics: Arc<Metrics>,
-}
-
-impl Place {
-    fn new(permit: OwnedSemaphorePermit, metrics: &Arc<Metrics>) -> Self {
-        metrics.connections.inc();
-        Self { _permit: permit, metrics: Arc::clone(metrics) }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.metrics.connections.dec();
-    }
 }
 
 impl Connected for Connection {
@@ -143,14 +143,12 @@ impl Connected for Connection {
 impl AsyncRead for Connection {
     fn poll_read(
         mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
+        context: &mut task::Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        if let Some(deadline) = &mut this.deadline
-            && deadline.as_mut().poll(context).is_ready()
-        {
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        if let Poll::Ready(over) = this.poll_over(context) {
+            return Poll::Ready(Err(over));
         }
         let before = buffer.filled().len();
         let result = match &mut this.stream {
@@ -160,10 +158,7 @@ impl AsyncRead for Connection {
         if this.read < PREFACE && result.is_ready() {
             this.read += buffer.filled().len() - before;
             if this.read >= PREFACE {
-                this.deadline = match this.peer {
-                    Peer::Anonymous { .. } => Some(Box::pin(sleep(ANONYMOUS_LIFETIME))),
-                    Peer::Root | Peer::Certified { .. } => None,
-                };
+                this.deadline = this.lifetime.map(|lifetime| Box::pin(sleep(lifetime)));
             }
         }
         result
@@ -171,21 +166,27 @@ impl AsyncRead for Connection {
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut task::Context<'_>, buffer: &[u8]) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(over) = self.poll_over(context) {
+            return Poll::Ready(Err(over));
+        }
         match &mut self.stream {
             Stream::Tls(stream) => Pin::new(stream).poll_write(context, buffer),
             Stream::Unix(stream) => Pin::new(stream).poll_write(context, buffer),
         }
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut task::Context<'_>) -> Poll<io::Result<()>> {
+        if let Poll::Ready(over) = self.poll_over(context) {
+            return Poll::Ready(Err(over));
+        }
         match &mut self.stream {
             Stream::Tls(stream) => Pin::new(stream).poll_flush(context),
             Stream::Unix(stream) => Pin::new(stream).poll_flush(context),
         }
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut task::Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.stream {
             Stream::Tls(stream) => Pin::new(stream).poll_shutdown(context),
             Stream::Unix(stream) => Pin::new(stream).poll_shutdown(context),
@@ -197,16 +198,14 @@ impl AsyncWrite for Connection {
 pub type Incoming = tokio_stream::wrappers::ReceiverStream<io::Result<Connection>>;
 
 /// Accepts nodes and admins.
-pub fn accept_tls(listener: TcpListener, tls: Tls, metrics: Arc<Metrics>) -> Incoming {
+pub fn accept_tls(listener: TcpListener, tls: Tls, context: &Context) -> Incoming {
     let (sender, receiver) = mpsc::channel(HANDSHAKES);
-    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
-    let limits = Limits {
-        certified: Arc::new(Semaphore::new(CONNECTIONS)),
-        anonymous: Arc::new(Semaphore::new(ANONYMOUS)),
-        metrics,
-    };
+    let limit = Arc::new(Semaphore::new(HANDSHAKES));
+    let door = Door { context: context.clone(), places: Places::new(Arc::clone(&context.metrics)) };
+    tokio::spawn(inspect(door.clone(), sender.clone()));
     tokio::spawn(async move {
-        while let Ok(handshake) = Arc::clone(&handshakes).acquire_owned().await {
+        let (handshakes, mut failures) = (Handshakes::default(), Failures::default());
+        while let Ok(turn) = Arc::clone(&limit).acquire_owned().await {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 () = sender.closed() => return,
@@ -214,19 +213,23 @@ pub fn accept_tls(listener: TcpListener, tls: Tls, metrics: Arc<Metrics>) -> Inc
             let (stream, address) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    tracing::warn!(%error, "a connection could not be accepted");
-                    sleep(ACCEPT_PAUSE).await;
+                    failures.pause(&error).await;
                     continue;
                 }
             };
-            let (sender, acceptor, limits) = (sender.clone(), tls.acceptor(), limits.clone());
+            let Some(handshake) = handshakes.begin(address.ip()) else {
+                door.context.metrics.rejected_connections.inc();
+                tracing::debug!(%address, "a connection was dropped: there are too many handshakes of its address");
+                continue;
+            };
+            let (sender, acceptor, door) = (sender.clone(), tls.acceptor(), door.clone());
             tokio::spawn(async move {
-                let connection = limits.handshake(acceptor, stream, address).await;
-                drop(handshake);
+                let connection = door.handshake(acceptor, stream, address).await;
+                drop((turn, handshake));
                 match connection {
                     Ok(connection) => drop(sender.send(Ok(connection)).await),
                     Err(reason) => {
-                        limits.metrics.rejected_connections.inc();
+                        door.context.metrics.rejected_connections.inc();
                         tracing::debug!(%address, reason, "a connection was dropped");
                     }
                 }
@@ -236,14 +239,44 @@ pub fn accept_tls(listener: TcpListener, tls: Tls, metrics: Arc<Metrics>) -> Inc
     Incoming::new(receiver)
 }
 
-#[derive(Clone)]
-struct Limits {
-    certified: Arc<Semaphore>,
-    anonymous: Arc<Semaphore>,
-    metrics: Arc<Metrics>,
+/// Sends those away that are not accepted any more, until nobody takes connections.
+async fn inspect(door: Door, sender: mpsc::Sender<io::Result<Connection>>) {
+    let mut rounds = interval(ROUND);
+    loop {
+        tokio::select! {
+            _ = rounds.tick() => {
+                let (state, now) = (door.context.current.get(), door.context.now());
+                door.places.inspect(|peer| identify(peer, &state, now).is_ok());
+            }
+            () = sender.closed() => return,
+        }
+    }
 }
 
-impl Limits {
+/// Failures to accept: one line for each episode, which is usually that there are no more file descriptors.
+#[derive(Default)]
+struct Failures {
+    last: Option<Instant>,
+}
+
+impl Failures {
+    async fn pause(&mut self, error: &io::Error) {
+        let now = Instant::now();
+        if self.last.replace(now).is_none_or(|last| now - last >= EPISODE) {
+            tracing::warn!(%error, "connections cannot be accepted for now");
+        }
+        sleep(ACCEPT_PAUSE).await;
+    }
+}
+
+/// Where callers come in.
+#[derive(Clone)]
+struct Door {
+    context: Context,
+    places: Places,
+}
+
+impl Door {
     async fn handshake(
         &self,
         acceptor: TlsAcceptor,
@@ -254,22 +287,31 @@ impl Limits {
         let handshake = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await;
         let stream = handshake.map_err(|_| "TLS handshake took too long")?.map_err(|error| error.to_string())?;
         let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-        let (peer, places) = match certificate {
-            None => (Peer::Anonymous { address }, &self.anonymous),
+        let peer = match certificate {
+            None => Peer::Anonymous { address },
             Some(der) => {
                 let certificate = read_certificate(der).inspect_err(|_| {
-                    self.metrics.rejected_certificates.inc();
+                    self.context.metrics.rejected_certificates.inc();
                 })?;
-                (Peer::Certified { address, certificate }, &self.certified)
+                Peer::Certified { address, certificate }
             }
         };
-        let place = Arc::clone(places).try_acquire_owned().map_err(|_| "there are too many connections")?;
+        // Who is not accepted gets in far enough to hear why.
+        let accepted = identify(&peer, &self.context.current.get(), self.context.now()).is_ok();
+        let lifetime = match (&peer, accepted) {
+            (Peer::Anonymous { .. }, _) => Some(ANONYMOUS_LIFETIME),
+            (_, false) => Some(REFUSED_LIFETIME),
+            (_, true) => None,
+        };
+        let (place, close) = self.places.take(&peer, accepted).ok_or("there are too many connections")?;
         Ok(Connection {
             stream: Stream::Tls(Box::new(stream)),
             peer,
-            deadline: Some(Box::pin(tokio::time::sleep_until(Instant::now() + HANDSHAKE_TIMEOUT))),
+            deadline: Some(Box::pin(sleep(HANDSHAKE_TIMEOUT))),
+            lifetime,
+            close,
             read: 0,
-            _place: Some(Place::new(place, &self.metrics)),
+            _place: Some(place),
         })
     }
 }
@@ -329,6 +371,7 @@ pub fn bind_unix(path: &Path) -> Result<UnixListener, SocketError> {
 pub fn accept_unix(listener: UnixListener, metrics: Arc<Metrics>) -> Incoming {
     let (sender, receiver) = mpsc::channel(16);
     tokio::spawn(async move {
+        let mut failures = Failures::default();
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
@@ -337,8 +380,7 @@ pub fn accept_unix(listener: UnixListener, metrics: Arc<Metrics>) -> Incoming {
             let stream = match accepted {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    tracing::warn!(%error, "a connection could not be accepted");
-                    sleep(ACCEPT_PAUSE).await;
+                    failures.pause(&error).await;
                     continue;
                 }
             };
@@ -347,8 +389,9 @@ pub fn accept_unix(listener: UnixListener, metrics: Arc<Metrics>) -> Incoming {
                 tracing::warn!("a user other than root tried the controller's socket");
                 continue;
             }
+            let (stream, peer) = (Stream::Unix(stream), Peer::Root);
             let connection =
-                Connection { stream: Stream::Unix(stream), peer: Peer::Root, deadline: None, read: 0, _place: None };
+                Connection { stream, peer, deadline: None, lifetime: None, close: None, read: 0, _place: None };
             if sender.send(Ok(connection)).await.is_err() {
                 return;
             }

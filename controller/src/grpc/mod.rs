@@ -23,16 +23,23 @@ use crate::store::{Store, StoreError};
 use crate::writer::Writer;
 
 pub mod admin;
+pub mod endpoints;
 pub mod enrol;
 pub mod gate;
 pub mod listener;
+pub mod place;
 pub mod sync;
+pub mod throttle;
 
 use gate::{Door, Gate};
 use listener::Incoming;
+use throttle::Throttle;
 
 /// Calls at one time on one connection: a node has one stream and now and then a call.
 const STREAMS: u32 = 64;
+/// Bytes of one message of a node, or of somebody who wants to become one: a certificate request of 8 KiB is the largest
+/// part of any. Times [`STREAMS`] and connections, this is memory that others decide on.
+const SMALL_REQUEST: usize = 16_384;
 /// Bytes of a request's headers.
 const HEADERS: u32 = 16_384;
 
@@ -49,6 +56,8 @@ pub struct Context {
     pub clock: fn() -> u64,
     /// Becomes true when calls are to be ended.
     pub stop: tokio::sync::watch::Receiver<bool>,
+    /// Refused calls that are logged.
+    pub refusals: Arc<Throttle>,
 }
 
 impl Context {
@@ -57,7 +66,13 @@ impl Context {
     }
 
     fn gate(&self, door: Door) -> Gate {
-        Gate { door, current: self.current.clone(), metrics: Arc::clone(&self.metrics), clock: self.clock }
+        Gate {
+            door,
+            current: self.current.clone(),
+            metrics: Arc::clone(&self.metrics),
+            clock: self.clock,
+            refusals: Arc::clone(&self.refusals),
+        }
     }
 }
 
@@ -75,10 +90,9 @@ pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::serve
         .max_decoding_message_size(MAX_REQUEST)
         .max_encoding_message_size(MAX_RESPONSE);
     let sync = SyncServer::new(sync::SyncService::new(context.clone()))
-        .max_decoding_message_size(MAX_REQUEST)
+        .max_decoding_message_size(SMALL_REQUEST)
         .max_encoding_message_size(MAX_RESPONSE);
-    let enrol =
-        EnrolServer::new(enrol::EnrolService::new(context.clone())).max_decoding_message_size(enrol::REQUEST_MAX);
+    let enrol = EnrolServer::new(enrol::EnrolService::new(context.clone())).max_decoding_message_size(SMALL_REQUEST);
     let mut routes = RoutesBuilder::default();
     routes
         .add_service(InterceptedService::new(admin, context.gate(Door::Admins)))

@@ -1,6 +1,6 @@
 //! What nodes follow.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use controller_api::refusal::Refusal;
 use controller_api::v1;
 use controller_api::v1::follow_request::Kind;
 use controller_api::v1::sync_server::Sync;
-use policy::{Flow, Generation, Revision, SliceDelta};
+use policy::{Flow, Generation, Network, NodeId, Revision, SliceDelta};
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -19,30 +19,37 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::endpoints::{self, Endpoints};
 use super::gate::{Caller, NodeCaller, identify};
 use super::listener::Peer;
+use super::throttle::Throttle;
 use super::{Context, refused, text};
 use crate::audit::Actor;
 use crate::authority::CertificateRequest;
 use crate::intent::Intent;
 use crate::metrics;
-use crate::publish::{Follow, Replaced, Reporter, Step};
+use crate::publish::{ERROR_MAX, Follow, Replaced, Reporter, Step};
+use crate::state::{Current, State};
 use crate::writer::Ask;
 
 /// How long a node may take to say hello on its stream.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
-/// Characters of an agent's version that are kept.
+/// Bytes of an agent's version that are kept.
 const VERSION_MAX: usize = 64;
+/// How long a node that has no part any more, and does not read, has to hear its last word.
+const LAST_WORD: Duration = Duration::from_secs(5);
 
 /// The service `Sync`.
 #[derive(Debug)]
 pub struct SyncService {
     context: Context,
+    endpoints: Endpoints,
 }
 
 impl SyncService {
     pub fn new(context: Context) -> Self {
-        Self { context }
+        let endpoints = Endpoints::new(context.writer.clone(), endpoints::INTERVAL);
+        Self { context, endpoints }
     }
 }
 
@@ -67,7 +74,7 @@ impl Sync for SyncService {
         let node = node(&request)?;
         let requests = request.into_inner();
         let (updates, receiver) = mpsc::channel(UPDATE_QUEUE);
-        let session = Session { context: self.context.clone(), node, updates };
+        let session = Session { context: self.context.clone(), endpoints: self.endpoints.clone(), node, updates };
         tokio::spawn(session.run(requests));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
@@ -89,7 +96,7 @@ impl Sync for SyncService {
     }
 
     async fn explain(&self, request: Request<v1::ExplainRequest>) -> Result<Response<v1::ExplainResponse>, Status> {
-        node(&request)?;
+        let caller = node(&request)?;
         let v1::ExplainRequest { source, destination, protocol, port } = request.into_inner();
         let invalid = |field: &str, value: u32, max: u32| {
             Status::invalid_argument(format!("`{field}` is `{value}`; it must be 0 to {max}"))
@@ -102,6 +109,13 @@ impl Sync for SyncService {
             port: u16::try_from(port).map_err(|_| invalid("port", port, 65_535))?,
         };
         let state = self.context.current.get();
+        if ![flow.source, flow.destination].into_iter().any(|end| stands_for(&state.network, caller.id, end)) {
+            return Err(Status::permission_denied(format!(
+                "node `{}` stands for neither `{}` nor `{}`, and hears of its own flows only; ask at one of the two, or \
+                 as an admin (`meshctl policy explain`)",
+                caller.name, flow.source, flow.destination
+            )));
+        }
         let verdict = policy::interpret(&state.network, &flow);
         let cidr = |address| state.network.cidr_of(address).map(|cidr| cidr.name.to_string()).unwrap_or_default();
         let rule = verdict.rule.and_then(|rule| state.network.rules().get(&rule));
@@ -125,6 +139,7 @@ impl Sync for SyncService {
 /// One stream of one node.
 struct Session {
     context: Context,
+    endpoints: Endpoints,
     node: NodeCaller,
     updates: Updates,
 }
@@ -141,13 +156,13 @@ impl Session {
             Err(_) => return self.end(Status::deadline_exceeded("node did not say hello in time; it tries again")),
         };
         let v1::Hello { revision, listen_port, endpoint, version } = hello;
-        let version = version.chars().take(VERSION_MAX).collect();
+        let version = plain(&version, VERSION_MAX);
         let address = match observed(&self.node, listen_port, &endpoint) {
             Ok(address) => address,
             Err(status) => return self.end(status),
         };
         if let Some(address) = address {
-            self.observe(address);
+            self.endpoints.observe(self.node.id, self.node.name.clone(), address);
         }
         let now = self.context.now();
         let (follow, replaced) = self.context.followers.open(self.node.id, Revision(revision), version, now);
@@ -168,17 +183,6 @@ impl Session {
         }
     }
 
-    /// The stored endpoint follows without the node waiting for it.
-    fn observe(&self, address: SocketAddr) {
-        let ask = Ask::new(Actor::Node(self.node.name.clone()), Intent::Observe { node: self.node.id, address });
-        let writer = self.context.writer.clone();
-        tokio::spawn(async move {
-            if let Err(error) = writer.ask(ask).await {
-                tracing::warn!(%error, %address, "an observed endpoint was not stored");
-            }
-        });
-    }
-
     /// Sends what concerns the node, until it is gone (`None`) or must go.
     async fn push(&self, mut follow: Follow, mut replaced: Replaced) -> Option<Status> {
         let mut current = self.context.current.clone();
@@ -191,15 +195,18 @@ impl Session {
             }
             // Room first, the newest state then: what came meanwhile is one update.
             let room = tokio::select! {
+                biased;
                 room = self.updates.reserve() => room.ok()?,
                 () = replaced.wait() => return Some(taken_over()),
+                () = &mut expired => return Some(has_expired()),
+                status = self.without_part(&mut current) => {
+                    // Nobody reads it; but a node that comes back begins anew.
+                    follow.dismiss(&current.get());
+                    return Some(status);
+                }
             };
             let state = current.take();
-            let peer = Peer::Certified {
-                address: SocketAddr::new(self.node.address, 0),
-                certificate: self.node.certificate.clone(),
-            };
-            let refused = identify(&peer, &state, self.context.now()).err();
+            let refused = self.identify(&state).err();
             let start = Instant::now();
             let step = match &refused {
                 None => follow.step(&state),
@@ -222,9 +229,28 @@ impl Session {
                 more = current.changed() => if !more { return Some(Status::unavailable("controller is stopping")) },
                 () = replaced.wait() => return Some(taken_over()),
                 () = self.updates.closed() => return None,
-                () = &mut expired => {
-                    return Some(Status::unauthenticated("certificate has expired; connect again with a new one"));
-                }
+                () = &mut expired => return Some(has_expired()),
+            }
+        }
+    }
+
+    fn identify(&self, state: &State) -> Result<Caller, Status> {
+        let peer = Peer::Certified {
+            address: SocketAddr::new(self.node.address, 0),
+            certificate: self.node.certificate.clone(),
+        };
+        identify(&peer, state, self.context.now())
+    }
+
+    /// Waits until the node has had no part in the network for as long as it may take to hear so.
+    async fn without_part(&self, current: &mut Current) -> Status {
+        loop {
+            if let Err(status) = self.identify(&current.take()) {
+                tokio::time::sleep(LAST_WORD).await;
+                return status;
+            }
+            if !current.changed().await {
+                return Status::unavailable("controller is stopping");
             }
         }
     }
@@ -238,6 +264,7 @@ impl Session {
 
     /// Hears what the node enforces.
     async fn listen(&self, mut requests: Streaming<v1::FollowRequest>, reporter: Reporter) -> Option<Status> {
+        let (lines, mut last) = (Throttle::default(), None);
         loop {
             let acknowledgement = match requests.message().await {
                 Ok(Some(v1::FollowRequest { kind: Some(Kind::Acknowledgement(acknowledgement)) })) => acknowledgement,
@@ -251,9 +278,15 @@ impl Session {
                 }
             };
             let v1::Acknowledgement { revision, generation, error } = acknowledgement;
-            if !error.is_empty() {
-                tracing::warn!(revision, error, "a node cannot enforce what it was sent");
+            let error = plain(&error, ERROR_MAX);
+            let said = (!error.is_empty()).then(|| (revision, error.clone()));
+            if said != last
+                && said.is_some()
+                && let Some(suppressed) = lines.pass(Instant::now())
+            {
+                tracing::warn!(revision, error, suppressed, "a node cannot enforce what it was sent");
             }
+            last = said;
             let now = self.context.now();
             if let Err(error) = reporter.acknowledge(Revision(revision), Generation(generation), &error, now) {
                 return Some(Status::invalid_argument(text(&error)));
@@ -271,10 +304,34 @@ fn not_active(node: &NodeCaller) -> Status {
     Refusal::NotActive.mark(Status::permission_denied(format!("node `{}` is not active", node.name)))
 }
 
+fn has_expired() -> Status {
+    Status::unauthenticated("certificate has expired; connect again with a new one")
+}
+
+/// A node's words as operators see them: without what a terminal obeys, and not longer than this many bytes.
+fn plain(words: &str, max: usize) -> String {
+    let mut plain = String::new();
+    for character in words.chars().map(|character| if character.is_control() { '\u{fffd}' } else { character }) {
+        if plain.len() + character.len_utf8() > max {
+            break;
+        }
+        plain.push(character);
+    }
+    plain
+}
+
 fn taken_over() -> Status {
     Status::aborted(
         "another connection of this node took over; if there is only one `noded`, its keys were copied: invite the node again",
     )
+}
+
+/// Whether an address is the node's own, or of an external cidr that it is the gateway for.
+fn stands_for(network: &Network, node: NodeId, address: IpAddr) -> bool {
+    network.nodes().get(&node).is_some_and(|node| {
+        let behind = |id| network.cidrs().get(id).is_some_and(|cidr| cidr.prefixes.contains(address));
+        node.addresses.iter().any(|own| own == address) || node.gateway_for.iter().any(behind)
+    })
 }
 
 /// Where the node is reached: where it says, else where it calls from.
@@ -291,4 +348,40 @@ fn observed(node: &NodeCaller, listen_port: u32, endpoint: &str) -> Result<Optio
         Status::invalid_argument(format!("listen port `{listen_port}` is no port; it must be 1 to 65535"))
     })?;
     Ok((port != 0).then(|| SocketAddr::new(node.address, port)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{add_node, apply, id, network, parse};
+    use policy::{Change, Prefixes};
+
+    #[test]
+    fn what_a_node_says_is_plain_and_short() {
+        let check = |words: &str, max: usize, expected: &str| assert_eq!(plain(words, max), expected);
+        check("no room in `BLOCKS`", 64, "no room in `BLOCKS`");
+        check("\u{1b}]0;title\u{7}\n", 64, "\u{fffd}]0;title\u{fffd}\u{fffd}");
+        check("1.0.0", 3, "1.0");
+        check("ää", 3, "ä");
+    }
+
+    #[test]
+    fn a_node_stands_for_its_addresses_and_for_what_it_is_the_gateway_of() {
+        let mut network = network();
+        let prefixes = Prefixes::from_nets([parse("192.0.2.0/24")]).expect("prefixes");
+        apply(&mut network, &Change::AddCidr { name: parse("lan"), prefixes, isolated: false, external: true });
+        let Change::AddNode { name, cidr, addresses, groups, .. } = add_node("gate", "web") else {
+            panic!("not a new node")
+        };
+        apply(&mut network, &Change::AddNode { name, cidr, addresses, groups, gateway_for: vec![parse("lan")] });
+        for (node, address, expected) in [
+            ("web1", "10.42.1.1", true),
+            ("web1", "10.42.2.1", false),
+            ("web1", "192.0.2.7", false),
+            ("gate", "192.0.2.7", true),
+            ("gate", "198.51.100.7", false),
+        ] {
+            assert_eq!(stands_for(&network, id(&network, node), parse(address)), expected, "{node} {address}");
+        }
+    }
 }

@@ -92,7 +92,7 @@ impl TestController {
         let config = tls::server_config(&server, context.authority.certificate()).expect("a configuration");
         let socket = directory.path().join("controller.sock");
         let incoming = vec![
-            accept_tls(listener, Tls::new(config), Arc::clone(&context.metrics)),
+            accept_tls(listener, Tls::new(config), &context),
             accept_unix(bind_unix(&socket).expect("a socket"), Arc::clone(&context.metrics)),
         ];
         let routes = grpc::routes(&context).await.expect("routes");
