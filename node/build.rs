@@ -13,7 +13,7 @@ use std::process::{Command, exit};
 struct ToolChain {
     rustc: PathBuf,
     cargo: PathBuf,
-    /// As `rustc -vV` says it; `bpf-linker` must be built for the same major version.
+    /// As `rustc -vV` says it; `bpf-linker` must be built on this major version or a later one.
     llvm: String,
 }
 

@@ -1,6 +1,6 @@
 //! What the kernel runs for every packet on the WireGuard interface: one classifier, loaded once for each direction.
 //!
-//! The order of a packet's judgement is that of SEMANTICS.md, section 3, and stands in `verdict`. Nothing here returns
+//! The order of a packet's judgement is that of docs/POLICY.md, section 3, and stands in `verdict`. Nothing here returns
 //! "pass" but a decision of the tables or a record that they still allow; whatever goes wrong drops.
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 

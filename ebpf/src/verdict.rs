@@ -1,4 +1,4 @@
-//! The verdict on a packet, in the order of SEMANTICS.md, section 3, and the walk through the tables.
+//! The verdict on a packet, in the order of docs/POLICY.md, section 3, and the walk through the tables.
 //!
 //! The functions that are not inlined are verified once a call and keep the classifier's own stack small. They return one
 //! word, as a BPF function must.

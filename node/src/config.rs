@@ -10,6 +10,7 @@ use std::time::Duration;
 use controller_api::defaults;
 use serde::Deserialize;
 
+use crate::kernel::datapath::DEFAULT_ROOT;
 use crate::kernel::wireguard::Preference;
 
 /// One field of the file, for the sample.
@@ -228,15 +229,12 @@ fn resolve(flags: &Flags, file: File) -> Result<Settings, ConfigError> {
         listen_port: flags.listen_port.or(file.listen_port).map_or(defaults::WIREGUARD_PORT, |port| port.0),
         endpoint: flags.endpoint.or(file.endpoint),
         wireguard: flags.wireguard.or(file.wireguard).unwrap_or_default(),
-        bpffs: flags.bpffs.or(file.bpffs).unwrap_or_else(|| PathBuf::from(BPFFS)),
+        bpffs: flags.bpffs.or(file.bpffs).unwrap_or_else(|| PathBuf::from(DEFAULT_ROOT)),
         mtu,
         persistent_keepalive: (!keepalive.is_zero()).then_some(keepalive),
         reconcile_interval: interval,
     })
 }
-
-/// Where every distribution mounts the BPF file system.
-const BPFFS: &str = "/sys/fs/bpf";
 
 /// The sample file: every field with its comment, commented out.
 pub fn sample() -> String {

@@ -17,7 +17,7 @@ pub struct Explanation {
     /// The deepest cidrs of the two ends.
     pub source_cidr: Option<CidrId>,
     pub destination_cidr: Option<CidrId>,
-    /// Labels and texts, in the order of SEMANTICS.md, section 2.
+    /// Labels and texts, in the order of docs/POLICY.md, section 2.
     pub lines: Vec<(&'static str, String)>,
 }
 

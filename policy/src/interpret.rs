@@ -1,4 +1,4 @@
-//! The policy's reference: SEMANTICS.md, section 2, step by step. Slow and obvious on purpose: it walks over all objects,
+//! The policy's reference: docs/POLICY.md, section 2, step by step. Slow and obvious on purpose: it walks over all objects,
 //! uses none of their indices, and shares nothing with the compiler, which the tests hold against it.
 
 use std::net::IpAddr;

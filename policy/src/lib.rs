@@ -1,6 +1,6 @@
 //! The policy of a network: its objects, what they mean, and the tables that they compile to.
 //!
-//! SEMANTICS.md is the specification. Nothing in this crate does IO, reads a clock, waits, or is random.
+//! docs/POLICY.md is the specification. Nothing in this crate does IO, reads a clock, waits, or is random.
 //!
 //! ```text
 //! Change ─► Network ─► Matrix ─► Slice ─► SliceDelta        interpret(Network, Flow) is what all of them must equal

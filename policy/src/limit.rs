@@ -98,7 +98,7 @@ impl Bounded {
     fn remedy(self) -> &'static str {
         match self {
             Self::Cidrs | Self::Nodes | Self::Groups | Self::Services | Self::Rules => "delete those that are not used",
-            Self::Ids => "export the objects into a new network",
+            Self::Ids => "make a new network",
             Self::Selectors | Self::Members => "use a cidr that contains them",
             Self::ServicesEach => "use a range or several rules",
             Self::CommentBytes => "shorten it",

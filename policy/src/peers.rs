@@ -1,4 +1,4 @@
-//! Who stands for which addresses, and so who is a peer of whom: SEMANTICS.md, section 4.
+//! Who stands for which addresses, and so who is a peer of whom: docs/POLICY.md, section 4.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -31,7 +31,7 @@ pub enum Mode {
     Audit,
 }
 
-/// One rule. SEMANTICS.md, section 2, says what it means.
+/// One rule. docs/POLICY.md, section 2, says what it means.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
     pub id: RuleId,

@@ -1,4 +1,4 @@
-//! The laws that SEMANTICS.md states, on random networks.
+//! The laws that docs/POLICY.md states, on random networks.
 
 use std::collections::BTreeMap;
 

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
-    /// Breaks if the compiler and SEMANTICS.md, section 2, part ways.
+    /// Breaks if the compiler and docs/POLICY.md, section 2, part ways.
     #[test]
     fn compiled_equals_interpreted(
         (network, flows) in arbitrary::network().prop_flat_map(|network| {

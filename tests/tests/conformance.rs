@@ -1,4 +1,4 @@
-//! SEMANTICS.md, section 3, on the loaded program; and section 2 on random networks, four ways at once. Needs root.
+//! docs/POLICY.md, section 3, on the loaded program; and section 2 on random networks, four ways at once. Needs root.
 
 use std::time::Duration;
 

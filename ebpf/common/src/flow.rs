@@ -21,7 +21,7 @@ pub struct FlowKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flow {
-    /// `bpf_ktime_get_coarse_ns` (or `bpf_ktime_get_ns`) of the first packet.
+    /// `bpf_ktime_get_coarse_ns` of the first packet.
     pub opened: u64,
     /// The same clock, of the last packet.
     pub seen: u64,
@@ -50,11 +50,11 @@ pub const STATE_CLOSING: u8 = 2;
 /// Revoked: the policy denies what the flow was opened for. Nothing but a new opener's packet replaces it.
 pub const STATE_TOMBSTONE: u8 = 3;
 
-/// Idle time-outs in seconds (SEMANTICS.md, section 3).
+/// Idle time-outs in seconds (docs/POLICY.md, section 3).
 pub mod timeout {
     /// TCP, both ends heard.
     pub const TCP_ESTABLISHED: u64 = 7_200;
-    /// TCP, opening or closing; and a tombstone.
+    /// TCP, opening or closing; and a tombstone of TCP.
     pub const TCP_OPENING: u64 = 60;
     /// UDP without an answer.
     pub const UDP_OPENING: u64 = 30;
@@ -62,7 +62,7 @@ pub mod timeout {
     pub const UDP_ESTABLISHED: u64 = 180;
     /// ICMP and ICMPv6.
     pub const ICMP: u64 = 30;
-    /// Every other protocol.
+    /// Every other protocol; and a tombstone of UDP.
     pub const OTHER: u64 = 120;
 }
 

@@ -1,4 +1,5 @@
-//! Sizes of the maps. Array maps are allocated whole, so these are also what a node pays: about 14 MB a copy.
+//! Sizes of the maps. Array maps are allocated whole, each entry rounded up to 8 bytes, so these are also what a node
+//! pays: about 16 MB a copy.
 
 /// Blocks of 256 children in one copy of the stride table (1,064 bytes each). A densely filled IPv4 /16 of 10,000
 /// cidrs needs 256; sparse IPv6 /128s need one or two each.

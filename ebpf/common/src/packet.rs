@@ -1,4 +1,4 @@
-//! Reads the headers of a packet: the first step of SEMANTICS.md, section 3. Compiled for the kernel and for the host;
+//! Reads the headers of a packet: the first step of docs/POLICY.md, section 3. Compiled for the kernel and for the host;
 //! the version nibble alone decides the family, since nothing else about a packet can be trusted at every hook.
 
 use crate::flow::FlowKey;

@@ -37,7 +37,7 @@ reasons! {
     MALFORMED = 10, "malformed", drop;
     /// Section 3.1: IPv4 source route, or IPv6 routing header with segments left.
     SOURCE_ROUTE = 11, "source-route", drop;
-    /// Section 3.4: a fragment whose datagram has no verdict, or that overlaps the transport header.
+    /// Section 3.4: a fragment. No verdict of a datagram is kept yet (section 9).
     FRAGMENT = 12, "fragment", drop;
     /// Section 3.1: an IPv6 extension header out of place, or too many.
     EXTENSION_HEADER = 13, "extension-header", drop;

@@ -27,7 +27,7 @@ pub struct Outcome {
 }
 
 impl Tables {
-    /// The walk of SEMANTICS.md, section 3, steps 2, 3 and 6, in `ebpf_common::EGRESS` or `INGRESS`.
+    /// The walk of docs/POLICY.md, section 3, steps 2, 3 and 6, in `ebpf_common::EGRESS` or `INGRESS`.
     pub fn verdict(&self, flow: &Flow, direction: u32) -> Outcome {
         if is_out_of_scope(flow) {
             return Outcome::dropped(reason::SCOPE);
@@ -148,7 +148,7 @@ fn masked(Address([a, b]): Address, Address([mask_a, mask_b]): Address) -> Addre
     Address([a & mask_a, b & mask_b])
 }
 
-/// Whether an address may never cross the mesh (SEMANTICS.md, section 3.2).
+/// Whether an address may never cross the mesh (docs/POLICY.md, section 3.2).
 fn is_out_of_scope(flow: &Flow) -> bool {
     let family = if flow.source.is_ipv4() { 4 } else { 6 };
     let (source, destination) = (flow.source.into(), flow.destination.into());

@@ -1,6 +1,6 @@
 //! What must be done, in which order. Pure: no clock, no kernel, no memory.
 //!
-//! The order is the policy's (SEMANTICS.md, section 3): what was withdrawn goes first, then the tables switch, then what
+//! The order is the policy's (docs/POLICY.md, section 3): what was withdrawn goes first, then the tables switch, then what
 //! is new comes. So no packet is ever carried under an identity that the tables in force do not mean, and an address that
 //! moves from one peer to another has no holder in between: neither of the two, nor a peer with a shorter prefix around it.
 //! Deny-all is attached before the link comes up, and what is no part of the policy waits until the tables have switched.

@@ -250,7 +250,7 @@ pub fn refuses_foreign_maps(lab: &mut Lab) {
     lab.datapath.attach().expect("attached");
 }
 
-/// What the service's unit grants, and no more: DESIGN.md.
+/// The capabilities that the README asks for, and no more.
 pub fn needs_few_capabilities(lab: &mut Lab) {
     foreign::keep_capabilities(&[foreign::CAP_NET_ADMIN, foreign::CAP_PERFMON, foreign::CAP_BPF]).expect("dropped");
     let generation = enforce(lab);

@@ -36,7 +36,7 @@ fn vm(purpose: Purpose) -> bool {
     matches!(purpose, Purpose::Vm(_))
 }
 
-const PROGRAMS: [Program; 23] = [
+const PROGRAMS: [Program; 22] = [
     program("cc", "build-essential", "links programs and compiles SQLite", build),
     program("ip", "iproute2", "makes links and namespaces", mesh_or_vm),
     program("tc", "iproute2", "shows what is attached", mesh_or_vm),
@@ -45,8 +45,7 @@ const PROGRAMS: [Program; 23] = [
     program("unshare", "util-linux", "makes a node's namespaces", mesh_or_vm),
     program("ps", "procps", "finds what was left behind", mesh_or_vm),
     program("wg", "wireguard-tools", "shows WireGuard's own view", mesh_or_vm),
-    program("nft", "nftables", "stands beside Rampart in tests", test),
-    program("iperf3", "iperf3", "makes traffic", test),
+    program("curl", "curl", "is in the README's quick start", test),
     program("prometheus", "prometheus", "scrapes the metrics in tests", test),
     program("promtool", "prometheus", "checks the metrics", test),
     program("qemu-system-x86_64", "qemu-system-x86", "boots kernels with a WireGuard of their own", vm),

@@ -30,7 +30,7 @@ proptest! {
     }
 }
 
-/// The peer that is a gateway and stands for an address, found by scanning the network: SEMANTICS.md, section 4.
+/// The peer that is a gateway and stands for an address, found by scanning the network: docs/POLICY.md, section 4.
 fn gateway_of(network: &Network, slice: &Slice, address: IpAddr) -> Option<NodeId> {
     let active = || network.nodes().values().filter(|node| node.state == NodeState::Active);
     let serves = |cidr: &CidrId| active().find(|node| node.gateway_for.contains(cidr)).map(|node| node.id);
