@@ -171,6 +171,46 @@ fn the_daemons_refuse_what_they_cannot_do() -> Result<()> {
     contains(&config, &["interfcae", "interface"])
 }
 
+/// What a machine lacks is named, with the remedy, and nothing is left half-made.
+#[test]
+fn what_the_machine_lacks_is_named() -> Result<()> {
+    let mut mesh = Mesh::new(Lifetime::Bound, "deny")?;
+    scenario::build(&mut mesh, |_| ())?;
+    mesh.stop_node("web1", nix::sys::signal::Signal::SIGTERM)?;
+    let web = mesh.node("web1")?.namespace();
+    let noded = |args: &[&str]| web.output(mesh.program("noded").args(args));
+    let refused = |output: Output, words: &[&str]| {
+        ensure!(output.status.code() == Some(1), "{output:?}");
+        contains(&output, words)
+    };
+    let run = ["run", "--state-dir", "/run/rampart-node"];
+
+    let unprivileged = ["--reuid", "65534", "--regid", "65534", "--clear-groups"];
+    let mut setpriv = std::process::Command::new("setpriv");
+    setpriv.args(unprivileged).arg(mesh.program("noded").get_program()).args(run);
+    refused(web.output(&mut setpriv)?, &["root"]).context("not root")?;
+
+    web.run("umount", &["/sys/fs/bpf"])?;
+    refused(noded(&run)?, &["/sys/fs/bpf", "mount -t bpf"]).context("no bpffs")?;
+    web.run("mount", &["-t", "bpf", "bpf", "/sys/fs/bpf"])?;
+
+    web.run("mount", &["-t", "tmpfs", "-o", "size=16k", "tmpfs", "/mnt"])?;
+    let line = mesh.meshctl_ok(&["node", "invite", "web2", "--cidr", "web"])?;
+    web.run("sh", &["-c", "head -c 20000 /dev/zero >/mnt/full 2>/dev/null || true"])?;
+    refused(noded(&["join", "--state-dir", "/mnt/node", line.trim()])?, &["/mnt/node", "space"])
+        .context("a full disk")?;
+
+    let other = Mesh::new(Lifetime::Bound, "deny")?;
+    other.meshctl_ok(&["cidr", "add", "web", "10.42.1.0/24"])?;
+    let foreign = other.meshctl_ok(&["node", "invite", "web3", "--cidr", "web"])?;
+    // The same address as the other network's controller, and another authority behind it.
+    refused(noded(&["join", "--state-dir", "/run/other", foreign.trim()])?, &["authority"]).context("another CA")?;
+
+    web.run("mount", &["-t", "tmpfs", "tmpfs", "/dev/net"])?;
+    web.run("ip", &["link", "delete", "rampart0"])?;
+    refused(noded(&[&run[..], &["--wireguard", "userspace"]].concat())?, &["/dev/net/tun"]).context("no TUN device")
+}
+
 /// A damaged state file is kept aside and fetched anew; meanwhile nothing passes that should not.
 #[test]
 fn a_corrupt_state_file_is_refused_and_fetched_anew() -> Result<()> {
