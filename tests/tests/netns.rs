@@ -2,6 +2,7 @@
 
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -109,9 +110,22 @@ fn mesh_without<'a>(mesh: &'a Mesh, rules: &[&str]) -> Result<&'a Mesh> {
 /// Detaches the egress program behind the agent's back: the pinned TCX link goes, or the clsact filter.
 fn take_off_egress(mesh: &Mesh, node: &str) -> Result<()> {
     let host = mesh.node(node)?.namespace();
-    host.run("sh", &["-c", "find /sys/fs/bpf -path '*links*' -name '*egress*' -delete"])?;
+    host.enter(|| unpin(Path::new("/sys/fs/bpf"), &["links", "egress"]))?;
     // On kernels without TCX the link is a filter.
     host.run("sh", &["-c", "tc filter delete dev rampart0 egress 2>/dev/null || true"])?;
+    Ok(())
+}
+
+/// Removes the pins below a folder whose path has all these words.
+fn unpin(folder: &Path, words: &[&str]) -> Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            unpin(&path, words)?;
+        } else if words.iter().all(|word| path.to_string_lossy().contains(word)) {
+            std::fs::remove_file(&path).with_context(|| format!("failed to remove `{}`", path.display()))?;
+        }
+    }
     Ok(())
 }
 
