@@ -69,6 +69,11 @@ fn ingress_alone_refuses() -> Result<()> {
         let (from, to) = (format!("cidr:{from}"), format!("cidr:{to}"));
         mesh.meshctl_ok(&["rule", "add", name, "--from", &from, "--to", &to, "--service", "tcp/9001"])?;
     }
+    for (node, peer) in [("web1", "db1"), ("db1", "web1"), ("db1", "app1"), ("app1", "db1")] {
+        wait_for(&format!("{peer} to be a peer of {node}"), START_LIMIT, || {
+            Ok(mesh.nodectl_ok(node, &["peers"])?.contains(peer))
+        })?;
+    }
     mesh.converge()?;
     for node in ["web1", "app1", "db1"] {
         mesh.stop_node(node, Signal::SIGKILL)?; // it would put its program back
@@ -112,7 +117,12 @@ fn take_off_egress(mesh: &Mesh, node: &str) -> Result<()> {
     let host = mesh.node(node)?.namespace();
     host.enter(|| unpin(Path::new("/sys/fs/bpf"), &["links", "egress"]))?;
     // On kernels without TCX the link is a filter.
-    host.run("sh", &["-c", "tc filter delete dev rampart0 egress 2>/dev/null || true"])?;
+    let filters = || host.run("tc", &["filter", "show", "dev", "rampart0", "egress"]);
+    if !filters()?.is_empty() {
+        host.run("tc", &["filter", "delete", "dev", "rampart0", "egress"])?;
+    }
+    let left = filters()?;
+    ensure!(left.is_empty(), "{node} still has the filter {left}");
     Ok(())
 }
 
@@ -206,11 +216,10 @@ fn a_killed_controller_loses_no_acknowledged_change() -> Result<()> {
     for name in &acknowledged {
         ensure!(rules.contains(&format!("\"{name}\"")), "rule `{name}` was acknowledged and is gone:\n{rules}");
     }
-    mesh.converge()?;
     let last = acknowledged.last().context("nothing was acknowledged")?;
-    let shown = mesh.nodectl_ok("db1", &["policy", "show"])?;
-    ensure!(shown.contains(last.as_str()), "rule `{last}` did not reach db1:\n{shown}");
-    Ok(())
+    wait_for(&format!("rule `{last}` to reach db1"), START_LIMIT, || {
+        Ok(mesh.nodectl_ok("db1", &["policy", "show"])?.contains(last.as_str()))
+    })
 }
 
 /// What somebody breaks by hand is put right within seconds, and counted.
