@@ -184,6 +184,10 @@ pub fn first_echo(host: &Namespace, destination: SocketAddr, limit: Duration) ->
     Ok(None)
 }
 
+/// An echo that stays out for longer than this means that the flow was cut: longer than an emulated processor is busy with
+/// something else.
+pub const BEAT_LIMIT: Duration = Duration::from_secs(1);
+
 /// A TCP connection that has a byte echoed every millisecond.
 #[derive(Debug)]
 pub struct RunningFlow {
@@ -194,8 +198,14 @@ impl RunningFlow {
     pub fn open(host: &Namespace, destination: SocketAddr) -> Result<Self> {
         let stream = host.enter(|| Ok(TcpStream::connect_timeout(&destination, PATIENCE)?))?;
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(Duration::from_millis(300)))?;
+        stream.set_read_timeout(Some(BEAT_LIMIT))?;
         Ok(Self { stream })
+    }
+
+    /// The same flow, believed dead only after `limit`.
+    pub fn patient(self, limit: Duration) -> Result<Self> {
+        self.stream.set_read_timeout(Some(limit))?;
+        Ok(self)
     }
 
     /// Whether one more byte makes the round trip.
@@ -204,7 +214,7 @@ impl RunningFlow {
         self.stream.write_all(&[1]).and_then(|()| self.stream.read_exact(&mut byte)).is_ok()
     }
 
-    /// Keeps on until an echo stays out for 300 ms, `limit` at most; returns when the last one arrived. `None`: it was
+    /// Keeps on until an echo stays out for [`BEAT_LIMIT`], `limit` at most; returns when the last one arrived. `None`: it was
     /// still running at the limit.
     pub fn last_beat(&mut self, limit: Duration) -> Option<Instant> {
         let start = Instant::now();

@@ -145,7 +145,7 @@ fn killed_agents_neither_open_nor_close_anything() -> Result<()> {
     let (mut mesh, _servers) = story()?;
     let allowed = SocketAddr::new(mesh.node("app1")?.v4.into(), 8080);
     let denied = SocketAddr::new(mesh.node("app1")?.v6.into(), 9000);
-    let mut flow = RunningFlow::open(mesh.node("web1")?.namespace(), allowed)?;
+    let mut flow = RunningFlow::open(mesh.node("web1")?.namespace(), allowed)?.patient(probe::PATIENCE)?;
     let socket = probe::udp_socket(mesh.node("web1")?.namespace(), denied.ip())?;
     socket.set_read_timeout(Some(Duration::from_millis(1)))?;
     let stop = AtomicBool::new(false);
