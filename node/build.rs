@@ -1,4 +1,5 @@
-//! Builds the eBPF programs from source and leaves the object at `$OUT_DIR/rampart`, for `noded` to embed.
+//! Builds the eBPF programs from source and leaves the objects at `$OUT_DIR/rampart`, for `noded` to embed, and
+//! `$OUT_DIR/bench`.
 //!
 //! That takes a compiler with the sources of `core` beside it, which the tool chain that builds everything else need not
 //! have: Debian's `rustc-web` with `rust-web-src`, or a rustup nightly with `rust-src`; and `bpf-linker`.
@@ -16,6 +17,9 @@ struct ToolChain {
     /// As `rustc -vV` says it; `bpf-linker` must be built on this major version or a later one.
     llvm: String,
 }
+
+/// What nodes load, and what measures it.
+const OBJECTS: [&str; 2] = ["rampart", "bench"];
 
 fn main() {
     for path in ["../ebpf", "../Cargo.toml", "../Cargo.lock", "build.rs"] {
@@ -77,10 +81,12 @@ fn build() -> Result<(), String> {
         );
         exit(1);
     }
-    let object = target_dir.join(target).join("release/rampart");
-    fs::copy(&object, out_dir.join("rampart"))
-        .map(drop)
-        .map_err(|error| format!("failed to copy `{}`: {error}", object.display()))
+    for name in OBJECTS {
+        let object = target_dir.join(target).join("release").join(name);
+        fs::copy(&object, out_dir.join(name))
+            .map_err(|error| format!("failed to copy `{}`: {error}", object.display()))?;
+    }
+    Ok(())
 }
 
 fn missing(what: &str) -> String {

@@ -11,14 +11,15 @@ use ebpf_common::reason;
 
 use crate::atomic;
 use crate::case::{Case, direction};
+use crate::hook::Hook;
 use crate::maps::{EVENT_BUCKETS, EVENTS, HEADER, TRACE, lose};
 
 const NANOSECONDS_PER_TOKEN: u64 = 1_000_000_000 / EVENTS_PER_SECOND;
 
 #[inline(always)]
-pub(crate) fn report(context: &TcContext, case: &Case) {
+pub(crate) fn report(hook: &impl Hook, case: &Case) {
     if TRACE.load() != 0 {
-        trace(context, case);
+        hook.trace(case);
     }
     if case.log || !(reason::passes(case.reason) || case.reason == reason::SCOPE) {
         emit(case);
@@ -89,7 +90,7 @@ fn take_token(bucket: *mut Bucket, now: u64) -> bool {
 /// Says through aya-log what was found. Called only where `TRACE` is set when the program is loaded, so that the verifier
 /// removes it elsewhere.
 #[inline(never)]
-fn trace(context: &TcContext, case: &Case) -> u32 {
+pub(crate) fn trace(context: &TcContext, case: &Case) -> u32 {
     aya_log_ebpf::info!(
         context,
         "direction={} reason={} rule={} protocol={} source={:i} {} destination={:i} {} cidrs={} {} length={}",

@@ -14,48 +14,48 @@ use ebpf_common::{COPIES, DIRECTIONS, limit, reason};
 use crate::case::{Case, direction};
 
 #[unsafe(no_mangle)]
-pub(crate) static LINK_HEADER: Global<u32> = Global::new(0);
+pub static LINK_HEADER: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
-pub(crate) static DIRECTION: Global<u32> = Global::new(0);
+pub static DIRECTION: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
-pub(crate) static TRACE: Global<u32> = Global::new(0);
+pub static TRACE: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
-pub(crate) static ALLOW: Global<i32> = Global::new(-1);
+pub static ALLOW: Global<i32> = Global::new(-1);
 
 #[map]
-pub(crate) static CONTROL: Array<Control> = Array::with_max_entries(1, 0);
+pub static CONTROL: Array<Control> = Array::with_max_entries(1, 0);
 #[map]
-pub(crate) static HEADER: Array<Header> = Array::with_max_entries(COPIES, 0);
+pub static HEADER: Array<Header> = Array::with_max_entries(COPIES, 0);
 #[map]
-pub(crate) static BLOCKS: Array<Block> = Array::with_max_entries(COPIES * limit::BLOCKS, 0);
+pub static BLOCKS: Array<Block> = Array::with_max_entries(COPIES * limit::BLOCKS, 0);
 #[map]
-pub(crate) static LEAVES: Array<Leaf> = Array::with_max_entries(COPIES * limit::LEAVES, 0);
+pub static LEAVES: Array<Leaf> = Array::with_max_entries(COPIES * limit::LEAVES, 0);
 #[map]
-pub(crate) static MATRIX: Array<u32> = Array::with_max_entries(COPIES * limit::CELLS, 0);
+pub static MATRIX: Array<u32> = Array::with_max_entries(COPIES * limit::CELLS, 0);
 #[map]
-pub(crate) static PAGES: Array<Page> = Array::with_max_entries(COPIES * limit::PAGES, 0);
+pub static PAGES: Array<Page> = Array::with_max_entries(COPIES * limit::PAGES, 0);
 #[map]
-pub(crate) static PORTS: Array<Ports> = Array::with_max_entries(COPIES * limit::PORTS, 0);
+pub static PORTS: Array<Ports> = Array::with_max_entries(COPIES * limit::PORTS, 0);
 #[map]
-pub(crate) static DECISIONS: Array<Decision> = Array::with_max_entries(COPIES * limit::DECISIONS, 0);
+pub static DECISIONS: Array<Decision> = Array::with_max_entries(COPIES * limit::DECISIONS, 0);
 #[map]
-pub(crate) static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(limit::FLOWS, 0);
+pub static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(limit::FLOWS, 0);
 #[map]
-pub(crate) static REASON_COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(DIRECTIONS * reason::COUNT, 0);
+pub static REASON_COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(DIRECTIONS * reason::COUNT, 0);
 #[map]
-pub(crate) static RULE_COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(limit::RULES, 0);
+pub static RULE_COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(limit::RULES, 0);
 #[map]
-pub(crate) static PAIR_COUNTERS: PerCpuHashMap<PairKey, Counter> = PerCpuHashMap::with_max_entries(limit::PAIRS, 0);
+pub static PAIR_COUNTERS: PerCpuHashMap<PairKey, Counter> = PerCpuHashMap::with_max_entries(limit::PAIRS, 0);
 #[map]
-pub(crate) static LOSSES: PerCpuArray<u64> = PerCpuArray::with_max_entries(LOSS_COUNT, 0);
+pub static LOSSES: PerCpuArray<u64> = PerCpuArray::with_max_entries(LOSS_COUNT, 0);
 #[map]
-pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(limit::EVENT_BYTES, 0);
+pub static EVENTS: RingBuf = RingBuf::with_byte_size(limit::EVENT_BYTES, 0);
 #[map]
-pub(crate) static EVENT_BUCKETS: Array<Bucket> = Array::with_max_entries(reason::COUNT, 0);
+pub static EVENT_BUCKETS: Array<Bucket> = Array::with_max_entries(reason::COUNT, 0);
 
 /// Counts a packet once for its direction and reason, its rule if one decided, and its pair of cidrs.
 #[inline(always)]
-pub(crate) fn count(case: &Case) {
+pub fn count(case: &Case) {
     add(REASON_COUNTERS.get_ptr_mut(direction() * reason::COUNT + u32::from(case.reason)), case);
     if case.rule < limit::RULES {
         add(RULE_COUNTERS.get_ptr_mut(case.rule), case);
@@ -101,7 +101,7 @@ pub(crate) fn lose(what: u32) {
 
 /// The active copy of the tables and its generation, which belong together: read at once.
 #[inline(always)]
-pub(crate) fn control() -> (u32, u32) {
+pub fn control() -> (u32, u32) {
     let Some(control) = CONTROL.get_ptr(0) else { return (0, 0) };
     // SAFETY: the map's value, checked not to be null; 8 bytes and aligned, as every value of an array map is.
     let word = unsafe { control.cast::<u64>().read_volatile() }.to_ne_bytes();

@@ -4,7 +4,6 @@
 //! word, as a BPF function must.
 #![allow(unsafe_code, reason = "symbols with global linkage, which the verifier checks once and not once a call")]
 
-use aya_ebpf::programs::TcContext;
 use ebpf_common::limit;
 use ebpf_common::packet::Packet;
 use ebpf_common::table::{
@@ -13,8 +12,9 @@ use ebpf_common::table::{
 };
 use ebpf_common::{EGRESS, packet, reason};
 
-use crate::case::{Bytes, Case, WHOLE, direction};
+use crate::case::{Case, direction};
 use crate::flow;
+use crate::hook::{Hook, WHOLE};
 use crate::maps::{BLOCKS, DECISIONS, HEADER, LEAVES, MATRIX, PAGES, PORTS, control};
 
 /// Returned by [`find_leaf`] where the tables contradict themselves.
@@ -22,8 +22,8 @@ const CORRUPT: u32 = u32::MAX;
 
 /// The reason for which the packet passes or not.
 #[inline(always)]
-pub(crate) fn judge(context: &TcContext, case: &mut Case) -> u8 {
-    let fault = read(context, case);
+pub fn judge(hook: &impl Hook, case: &mut Case) -> u8 {
+    let fault = read(hook, case);
     let (active, generation) = control();
     if generation == 0 {
         return reason::NO_POLICY;
@@ -52,11 +52,7 @@ pub(crate) fn judge(context: &TcContext, case: &mut Case) -> u8 {
         return reason::FRAGMENT;
     }
     if case.packet.is_icmp_error() {
-        return if is_related(context, case, other.holder()) {
-            reason::ICMP_ERROR
-        } else {
-            reason::ICMP_ERROR_UNRELATED
-        };
+        return if is_related(hook, case, other.holder()) { reason::ICMP_ERROR } else { reason::ICMP_ERROR_UNRELATED };
     }
     if other.class == 0 {
         return if direction() == EGRESS { reason::UNKNOWN_DESTINATION } else { reason::UNKNOWN_SOURCE };
@@ -92,16 +88,16 @@ fn judge_flow(case: &mut Case) -> u8 {
 
 /// Reads the headers; [`WHOLE`] or the reason to drop.
 #[inline(never)]
-fn read(context: &TcContext, case: &mut Case) -> u32 {
-    match case.packet.read(&Bytes(context), case.length) {
+fn read(hook: &impl Hook, case: &mut Case) -> u32 {
+    match case.packet.read(hook, case.length) {
         Ok(()) => WHOLE,
         Err(reason) => u32::from(reason),
     }
 }
 
 #[inline(never)]
-fn read_quote(context: &TcContext, case: &Case, quoted: &mut Packet) -> bool {
-    case.packet.read_quote(&Bytes(context), quoted)
+fn read_quote(hook: &impl Hook, case: &Case, quoted: &mut Packet) -> bool {
+    case.packet.read_quote(hook, quoted)
 }
 
 /// Whether an ICMP error is about a flow that is allowed (section 3.5). `holder` is that of the other end's leaf.
@@ -110,9 +106,9 @@ fn read_quote(context: &TcContext, case: &Case, quoted: &mut Packet) -> bool {
 /// comes from elsewhere than the quoted destination is believed only of a recorded flow, and only from who stands for
 /// that destination: at ingress the same gateway, itself or an address behind it, at egress this node.
 #[inline(never)]
-fn is_related(context: &TcContext, case: &Case, holder: u32) -> bool {
+fn is_related(hook: &impl Hook, case: &Case, holder: u32) -> bool {
     let mut quoted = Packet::default();
-    if !read_quote(context, case, &mut quoted) || quoted.source != case.packet.destination {
+    if !read_quote(hook, case, &mut quoted) || quoted.source != case.packet.destination {
         return false;
     }
     let (mut own_class, mut other_class) = (case.own, case.other);

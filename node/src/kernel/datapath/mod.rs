@@ -49,6 +49,7 @@ use crate::lower::Tables;
 pub use events::{EventStream, Events};
 pub use pin::DEFAULT_ROOT;
 pub use probe::{Probe, SHORTEST};
+pub use program::BENCH_OBJECT;
 pub use trace::Trace;
 
 /// The datapath of one interface in the network namespace of the thread that calls it.

@@ -9,6 +9,9 @@ use ebpf_common::{PROGRAM, global, map};
 use super::pin;
 use crate::kernel::KernelError;
 
+/// The programs of `cargo xtask bench`.
+pub static BENCH_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bench"));
+
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rampart"));
 
 /// `TCX_NEXT`, and `TC_ACT_UNSPEC` under clsact: whatever runs after us decides on.

@@ -1,0 +1,87 @@
+//! Where a packet comes from.
+#![allow(unsafe_code, reason = "the context and the packet's bytes are the kernel's")]
+
+use aya_ebpf::EbpfContext;
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::bpf_skb_load_bytes;
+use aya_ebpf::programs::TcContext;
+use core::mem::MaybeUninit;
+use ebpf_common::packet::{self, Load};
+
+use crate::case::Case;
+use crate::event;
+use crate::maps::LINK_HEADER;
+
+/// A packet from its IP header on, where the kernel hands it to a program.
+pub trait Hook: Load {
+    /// Bytes from the IP header on, by the kernel's word.
+    fn length(&self) -> u32;
+
+    /// On the wire: a GSO packet is several.
+    fn segments(&self) -> u32;
+
+    /// Says through aya-log what was found.
+    fn trace(&self, case: &Case);
+}
+
+/// At a classifier.
+#[expect(missing_debug_implementations, reason = "the context has none")]
+pub struct Skb<'a>(pub &'a TcContext);
+
+impl Hook for Skb<'_> {
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        self.0.len().saturating_sub(LINK_HEADER.load())
+    }
+
+    #[inline(always)]
+    fn segments(&self) -> u32 {
+        // SAFETY: the kernel calls the program with a valid context.
+        let segments = unsafe { (*self.0.skb.skb).gso_segs };
+        segments.max(1)
+    }
+
+    #[inline(always)]
+    fn trace(&self, case: &Case) {
+        event::trace(self.0, case);
+    }
+}
+
+/// Only headers may be linear at egress, so the bytes are copied by the kernel.
+impl Load for Skb<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
+        // SAFETY: the helper writes all `N` bytes, or fails.
+        unsafe {
+            let failed = bpf_skb_load_bytes(
+                self.0.as_ptr().cast(),
+                LINK_HEADER.load() + offset,
+                bytes.as_mut_ptr().cast(),
+                N as u32,
+            );
+            (failed == 0).then(|| bytes.assume_init())
+        }
+    }
+
+    #[inline(always)]
+    fn walk_ipv4_options(&self, header_length: u32) -> Result<(), u8> {
+        match walk_options(self.0.skb.skb, header_length) {
+            WHOLE => Ok(()),
+            reason => Err(reason as u8),
+        }
+    }
+}
+
+/// Returned by functions of their own for a packet that has no fault; else it is a reason.
+pub(crate) const WHOLE: u32 = u32::MAX;
+
+/// Of global linkage: the verifier checks it once, for every packet and length, and not along each path that leads here.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn walk_options(context: *mut __sk_buff, header_length: u32) -> u32 {
+    match packet::walk_ipv4_options(&Skb(&TcContext::new(context)), header_length) {
+        Ok(()) => WHOLE,
+        Err(reason) => u32::from(reason),
+    }
+}
