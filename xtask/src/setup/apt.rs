@@ -43,17 +43,68 @@ pub(super) fn update() -> Result<()> {
     Ok(())
 }
 
-/// Installs packages, without letting any of them start a service.
-pub(super) fn install(packages: &[String]) -> Result<()> {
-    let mut packages = packages.to_vec();
+/// What an installation would do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Plan {
+    /// The packages that were asked for and what they need, as far as it is not installed.
+    pub(super) installs: Vec<String>,
+    pub(super) removes: Vec<String>,
+}
+
+/// What apt would do to install packages, going by the lists that it has.
+pub(super) fn simulate(packages: &[String]) -> Result<Plan> {
+    Ok(plan(&output(simulation().args(packages))?))
+}
+
+fn simulation() -> Command {
+    let mut command = apt_get();
+    command.env("LC_ALL", "C").args(["--simulate", "--no-install-recommends", "install"]);
+    command
+}
+
+fn plan(simulation: &str) -> Plan {
+    // `Inst NAME [OLD] (NEW ORIGIN [ARCHITECTURE])`, `Remv NAME [OLD]`, and talk.
+    let names = |word: &str| {
+        let rest = simulation.lines().filter_map(|line| line.strip_prefix(word)?.strip_prefix(' '));
+        rest.filter_map(|rest| rest.split_whitespace().next()).map(str::to_owned).collect()
+    };
+    Plan { installs: names("Inst"), removes: names("Remv") }
+}
+
+/// Installs groups of packages, without letting any of them start a service, and says how each group ended. One that
+/// apt cannot install does not keep the others from being installed.
+pub(super) fn install(groups: &[Vec<String>]) -> Result<Vec<Result<()>>> {
+    update()?;
+    // A package that conflicts with one of the user's is not worth removing that.
+    let results = choose(groups, |packages| output(simulation().arg("--no-remove").args(packages)).map(drop));
+    let chosen = groups.iter().zip(&results).filter(|(_, result)| result.is_ok());
+    let mut packages: Vec<String> = chosen.flat_map(|(group, _)| group.clone()).collect();
     packages.sort();
     packages.dedup();
-    update()?;
+    if !packages.is_empty() {
+        install_all(&packages)?;
+    }
+    Ok(results)
+}
+
+/// Which groups can be installed together: all of them, or those that can be with the ones before them.
+fn choose(groups: &[Vec<String>], possible: impl Fn(&[String]) -> Result<()>) -> Vec<Result<()>> {
+    if possible(&groups.concat()).is_ok() {
+        return groups.iter().map(|_| Ok(())).collect();
+    }
+    let mut chosen: Vec<String> = Vec::new();
+    let add = |group: &Vec<String>| {
+        let more = [chosen.as_slice(), group].concat();
+        possible(&more).map(|()| chosen = more)
+    };
+    groups.iter().map(add).collect()
+}
+
+fn install_all(packages: &[String]) -> Result<()> {
     let _no_services = NoServices::begin()?;
     let mut progress = Progress::start(format!("installing {}", packages.join(" ")));
     let mut command = apt_get();
-    // A package that conflicts with one of the user's is not worth removing that.
-    command.args(["--no-install-recommends", "--no-remove", "install"]).args(&packages);
+    command.args(["--no-install-recommends", "--no-remove", "install"]).args(packages);
     progress.run(&mut command, INSTALL_LIMIT, &log("apt-install"))?;
     if packages.iter().any(|package| package == "prometheus") && Path::new("/run/systemd/system").exists() {
         // The tests run their own; it was not there before, so nobody else wants this one at the next boot.
@@ -101,5 +152,50 @@ impl Drop for NoServices {
         if self.ours {
             let _best_effort = fs::remove_file(POLICY);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::bail;
+
+    use super::*;
+
+    #[test]
+    fn a_simulation_says_what_comes_and_what_goes() {
+        let simulation = "The following packages will be REMOVED:\n  old-utils\n\
+                          0 upgraded, 2 newly installed, 1 to remove and 3 not upgraded.\n\
+                          Remv old-utils [1:10.0]\n\
+                          Inst libone (1.2 Debian:12.15/oldstable [amd64])\n\
+                          Inst libtwo [1.0] (2.0 Debian:12.15/oldstable [amd64]) []\n\
+                          Conf libone (1.2 Debian:12.15/oldstable [amd64])\n";
+        let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
+        let expected = Plan { installs: names(&["libone", "libtwo"]), removes: names(&["old-utils"]) };
+        assert_eq!(plan(simulation), expected);
+    }
+
+    #[test]
+    fn an_impossible_package_does_not_sink_the_others() {
+        let groups = [vec!["a".to_owned()], vec!["b".to_owned(), "impossible".to_owned()], vec!["c".to_owned()]];
+        let possible = |packages: &[String]| match packages.iter().find(|package| *package == "impossible") {
+            Some(package) => bail!("no `{package}`"),
+            None => Ok(()),
+        };
+        let check = |groups: &[Vec<String>], expected: &[bool]| {
+            let results = choose(groups, possible);
+            assert_eq!(results.iter().map(Result::is_ok).collect::<Vec<_>>(), expected);
+        };
+        check(&groups, &[true, false, true]);
+        check(&groups[..1], &[true]);
+        check(&[], &[]);
+    }
+
+    #[test]
+    fn packages_that_exclude_each_other_are_not_chosen_together() {
+        let groups = [vec!["a".to_owned()], vec!["b".to_owned()], vec!["c".to_owned()]];
+        let both = |packages: &[String]| ["a", "b"].iter().all(|name| packages.iter().any(|package| package == name));
+        let possible = |packages: &[String]| if both(packages) { bail!("`a` conflicts with `b`") } else { Ok(()) };
+        let results = choose(&groups, possible);
+        assert_eq!(results.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, false, true]);
     }
 }

@@ -3,17 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::apt;
+use super::{apt, unpacked};
 use crate::process::output;
-use crate::progress::Progress;
 use crate::vm::KernelVersion;
-
-const DOWNLOAD_LIMIT: Duration = Duration::from_secs(15 * 60);
-const UNPACK_LIMIT: Duration = Duration::from_secs(5 * 60);
 
 /// An unpacked kernel.
 #[derive(Clone, Debug)]
@@ -36,7 +31,7 @@ impl Kernel {
 
     /// Opens the kernel that set-up unpacked.
     pub(crate) fn open(version: KernelVersion) -> Result<Self> {
-        let root = directory(version).join("root");
+        let root = unpacked::root(&directory(version));
         let release = release_in(&root).with_context(|| {
             format!("kernel {version} is not in `{}`; run `cargo xtask setup`", directory(version).display())
         })?;
@@ -49,7 +44,6 @@ pub(crate) fn directory(version: KernelVersion) -> PathBuf {
     crate::target().join("vm").join(version.to_string())
 }
 
-/// The directory gets its name when all is in it, so that it is whole if it is there.
 pub(super) fn is_there(version: KernelVersion) -> bool {
     Kernel::open(version).is_ok_and(|kernel| kernel.image().exists() && kernel.modules().join("modules.dep").exists())
 }
@@ -63,50 +57,16 @@ pub(super) fn fetch(version: KernelVersion) -> Result<()> {
             image_package(version)?.with_context(|| no_package(version))?
         }
     };
-    let mut progress = Progress::start(format!("downloading {package}"));
-    let kept = directory(version);
-    let fresh = kept.with_file_name(format!("{version}.new"));
-    remove(&fresh)?;
-    fs::create_dir_all(&fresh).with_context(|| format!("failed to create `{}`", fresh.display()))?;
-    // apt's own user cannot write here.
-    let mut download = apt::apt_get();
-    download.args(["-o", "APT::Sandbox::User=root", "download", &package]).current_dir(&fresh);
-    if progress.run(&mut download, DOWNLOAD_LIMIT, &apt::log("kernel-download")).is_err() {
-        // The lists may name a package that the mirror has replaced since.
-        apt::update()?;
-        progress.run(&mut download, DOWNLOAD_LIMIT, &apt::log("kernel-download"))?;
-    }
-    let archive = fs::read_dir(&fresh)
-        .with_context(|| format!("failed to read `{}`", fresh.display()))?
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .with_context(|| format!("the download of `{package}` left nothing in `{}`", fresh.display()))?;
-    let root = fresh.join("root");
-    let mut unpack = Command::new("dpkg");
-    unpack.arg("-x").arg(&archive).arg(&root);
-    progress.run(&mut unpack, UNPACK_LIMIT, &apt::log("kernel-unpack"))?;
-    if !root.join("lib").exists() {
-        std::os::unix::fs::symlink("usr/lib", root.join("lib")).context("failed to link `lib` to `usr/lib`")?;
-    }
-    let release = release_in(&root).with_context(|| format!("`{package}` has no kernel image in it"))?;
-    let mut index = Command::new(super::find_program("depmod").context("`depmod` is missing")?);
-    index.arg("-b").arg(&root).arg(&release);
-    progress.run(&mut index, UNPACK_LIMIT, &apt::log("kernel-depmod"))?;
-    fs::remove_file(&archive).with_context(|| format!("failed to remove `{}`", archive.display()))?;
-    remove(&kept)?;
-    fs::rename(&fresh, &kept).with_context(|| format!("failed to rename `{}`", fresh.display()))?;
-    progress.done();
-    Ok(())
-}
-
-fn remove(directory: &Path) -> Result<()> {
-    match fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("failed to remove `{}`", directory.display()))
+    let depmod = super::find_program("depmod").context("`depmod` is missing")?;
+    unpacked::fetch(std::slice::from_ref(&package), &directory(version), |root, progress| {
+        if !root.join("lib").exists() {
+            std::os::unix::fs::symlink("usr/lib", root.join("lib")).context("failed to link `lib` to `usr/lib`")?;
         }
-        _ => Ok(()),
-    }
+        let release = release_in(root).with_context(|| format!("`{package}` has no kernel image in it"))?;
+        let mut index = Command::new(depmod);
+        index.arg("-b").arg(root).arg(&release);
+        progress.run(&mut index, unpacked::UNPACK_LIMIT, &apt::log("kernel-depmod"))
+    })
 }
 
 fn release_in(root: &Path) -> Option<String> {

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use nix::unistd::Uid;
 
 use crate::process::interrupted;
@@ -13,13 +13,16 @@ use crate::vm::KernelVersion;
 mod apt;
 pub(crate) mod kernel;
 mod program;
+pub(crate) mod qemu;
 mod toolchain;
+mod unpacked;
 
 pub(crate) use program::find as find_program;
 
 /// Bring what is missing for building and testing
 ///
-/// On Debian by apt; compilers of yours that will do are used. Safe to run again, quick when nothing is missing.
+/// On Debian by apt, which removes nothing of yours; compilers of yours that will do are used. Safe to run again,
+/// quick when nothing is missing.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example: cargo xtask setup --check")]
 pub(crate) struct Args {
@@ -39,6 +42,7 @@ pub(crate) enum Purpose {
     Vm(KernelVersion),
 }
 
+/// For building and for every test.
 const EVERYTHING: [Purpose; 5] =
     [Purpose::Build, Purpose::Mesh, Purpose::Test, Purpose::Vm(KernelVersion::V6_1), Purpose::Vm(KernelVersion::V6_12)];
 
@@ -64,8 +68,19 @@ enum Remedy {
     },
     RustComponent(&'static str),
     Kernel(KernelVersion),
+    /// Unpacked, not installed, since apt would remove these packages for it.
+    Qemu {
+        removes: Vec<String>,
+    },
     /// Nothing that set-up may do by itself.
     ByHand(String),
+}
+
+/// A remedy that was applied, and why that failed if it did.
+#[derive(Debug)]
+struct Tried {
+    remedy: Remedy,
+    failure: Option<String>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
@@ -76,7 +91,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             println!("setup: nothing is missing ({})", seconds(started.elapsed()));
             return Ok(ExitCode::SUCCESS);
         }
-        println!("{}", report(&missing));
+        println!("{}", report(&missing, &[]));
         return Ok(ExitCode::FAILURE);
     }
     ensure(&EVERYTHING)?;
@@ -98,22 +113,34 @@ pub(crate) fn ensure_tests() -> Result<()> {
 /// Brings what is missing for these purposes.
 pub(crate) fn ensure(purposes: &[Purpose]) -> Result<()> {
     // A remedy can uncover the next thing that is missing: the compiler says which LLVM, LLVM lets the linker build.
-    let mut before: Vec<Remedy> = Vec::new();
+    let mut tried: Vec<Tried> = Vec::new();
     loop {
         let missing = missing(purposes)?;
         if missing.is_empty() {
             return Ok(());
         }
-        let tried = |missing: &Missing| before.contains(&missing.remedy) || matches!(missing.remedy, Remedy::ByHand(_));
-        if missing.iter().all(tried) {
-            bail!("{}", report(&missing));
+        let untried = untried(&missing, &tried);
+        let forbidden = untried.iter().any(Remedy::needs_root) && !Uid::effective().is_root();
+        if untried.is_empty() || forbidden {
+            bail!("{}", report(&missing, &tried));
         }
-        let needs_root = missing.iter().any(|missing| missing.remedy.needs_root());
-        if needs_root && !Uid::effective().is_root() {
-            bail!("{}", report(&missing));
+        tried.extend(apply(untried));
+        if let Some(signal) = interrupted() {
+            bail!("set-up was interrupted by {signal}");
         }
-        before.extend(apply(missing.into_iter().map(|missing| missing.remedy).collect())?);
     }
+}
+
+/// What set-up can still do about what is missing.
+fn untried(missing: &[Missing], tried: &[Tried]) -> Vec<Remedy> {
+    let mut untried: Vec<Remedy> = Vec::new();
+    for Missing { remedy, .. } in missing {
+        let seen = untried.contains(remedy) || tried.iter().any(|tried| tried.remedy == *remedy);
+        if !seen && !matches!(remedy, Remedy::ByHand(_)) {
+            untried.push(remedy.clone());
+        }
+    }
+    untried
 }
 
 fn missing(purposes: &[Purpose]) -> Result<Vec<Missing>> {
@@ -123,6 +150,10 @@ fn missing(purposes: &[Purpose]) -> Result<Vec<Missing>> {
     }
     if purposes.contains(&Purpose::Test) {
         missing.extend(toolchain::missing_components()?);
+    }
+    let vm = |purpose: &Purpose| matches!(purpose, Purpose::Vm(_));
+    if purposes.iter().any(vm) {
+        missing.extend(qemu::missing());
     }
     for purpose in purposes {
         if let Purpose::Vm(version) = purpose
@@ -138,32 +169,49 @@ fn missing(purposes: &[Purpose]) -> Result<Vec<Missing>> {
     Ok(missing)
 }
 
-/// Applies packages first, and nothing else with them: what they bring may change what the rest needs. Returns what was
-/// applied.
-fn apply(mut remedies: Vec<Remedy>) -> Result<Vec<Remedy>> {
-    if remedies.iter().any(|remedy| !remedy.packages().is_empty()) {
-        remedies.retain(|remedy| !remedy.packages().is_empty());
-        apt::install(&remedies.iter().flat_map(Remedy::packages).collect::<Vec<_>>())?;
-        return Ok(remedies);
+/// Applies packages first, and nothing else with them: what they bring may change what the rest needs. One that fails
+/// does not keep the others from being applied. Returns what was applied.
+fn apply(remedies: Vec<Remedy>) -> Vec<Tried> {
+    let (packages, others): (Vec<_>, Vec<_>) = remedies.into_iter().partition(|remedy| !remedy.packages().is_empty());
+    if packages.is_empty() {
+        return others.into_iter().map(|remedy| Tried { failure: remedy.apply().err().map(text), remedy }).collect();
     }
-    for remedy in &remedies {
-        match remedy {
-            Remedy::BpfLinker { llvm } => toolchain::install_bpf_linker(*llvm)?,
-            Remedy::RustComponent(name) => toolchain::install_component(name)?,
-            Remedy::Kernel(version) => kernel::fetch(*version)?,
-            Remedy::Package(_) | Remedy::DebianCompiler | Remedy::LlvmHeaders { .. } | Remedy::ByHand(_) => {}
+    match apt::install(&packages.iter().map(Remedy::packages).collect::<Vec<_>>()) {
+        Ok(results) => {
+            let ended = packages.into_iter().zip(results);
+            ended.map(|(remedy, result)| Tried { remedy, failure: result.err().map(text) }).collect()
+        }
+        Err(error) => {
+            let failure = Some(text(error));
+            packages.into_iter().map(|remedy| Tried { remedy, failure: failure.clone() }).collect()
         }
     }
-    Ok(remedies)
+}
+
+fn text(error: Error) -> String {
+    format!("{error:#}")
 }
 
 impl Remedy {
+    /// Applies one that is no package.
+    fn apply(&self) -> Result<()> {
+        match self {
+            Self::BpfLinker { llvm } => toolchain::install_bpf_linker(*llvm),
+            Self::RustComponent(name) => toolchain::install_component(name),
+            Self::Kernel(version) => kernel::fetch(*version),
+            Self::Qemu { .. } => qemu::fetch(),
+            Self::Package(_) | Self::DebianCompiler | Self::LlvmHeaders { .. } | Self::ByHand(_) => Ok(()),
+        }
+    }
+
     fn packages(&self) -> Vec<String> {
         match self {
             Self::Package(name) => vec![(*name).to_owned()],
             Self::DebianCompiler => vec!["rustc-web".to_owned(), "rust-web-src".to_owned()],
             Self::LlvmHeaders { major } => vec![format!("llvm-{major}-dev")],
-            Self::BpfLinker { .. } | Self::RustComponent(_) | Self::Kernel(_) | Self::ByHand(_) => Vec::new(),
+            Self::BpfLinker { .. } | Self::RustComponent(_) | Self::Kernel(_) | Self::Qemu { .. } | Self::ByHand(_) => {
+                Vec::new()
+            }
         }
     }
 
@@ -180,19 +228,50 @@ impl Remedy {
             Self::BpfLinker { llvm } => toolchain::bpf_linker_command(*llvm),
             Self::RustComponent(name) => format!("rustup component add {name}"),
             Self::Kernel(_) => "cargo xtask setup".to_owned(),
+            Self::Qemu { removes } => qemu::command(removes),
             Self::ByHand(text) => text.clone(),
         }
     }
 }
 
-fn report(missing: &[Missing]) -> String {
+/// What is missing, why what was tried did not bring it, and what to do.
+fn report(missing: &[Missing], tried: &[Tried]) -> String {
     let mut text = String::from("set-up is not complete");
     for Missing { what, why, remedy } in missing {
         text.push_str(&format!("\n  missing: {what} ({why})\n      get it: {}", remedy.command()));
     }
-    let root = if missing.iter().any(|missing| missing.remedy.needs_root()) { " as root" } else { "" };
-    if missing.iter().any(|missing| !matches!(missing.remedy, Remedy::ByHand(_))) {
+    let mut told: Vec<&str> = Vec::new();
+    let still = |tried: &&Tried| missing.iter().any(|missing| missing.remedy == tried.remedy);
+    for failure in tried.iter().filter(still).filter_map(|tried| tried.failure.as_deref()) {
+        // Packages fail together.
+        if !told.contains(&failure) {
+            told.push(failure);
+            text.push_str(&format!("\n  failed: {failure}"));
+        }
+    }
+    let untried = untried(missing, tried);
+    if !untried.is_empty() {
+        let root = if untried.iter().any(Remedy::needs_root) { " as root" } else { "" };
         text.push_str(&format!("\nall of it at once: run `cargo xtask setup`{root}"));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_says_each_failure_once_and_only_of_what_is_still_missing() {
+        let of = |remedy: &Remedy| Missing { what: format!("{remedy:?}"), why: "is needed", remedy: remedy.clone() };
+        let failed = |remedy: &Remedy, why: &str| Tried { remedy: remedy.clone(), failure: Some(why.to_owned()) };
+        let [one, two, gone] = ["one", "two", "gone"].map(Remedy::Package);
+        let missing = [of(&one), of(&two)];
+        let tried = [failed(&one, "no network"), failed(&two, "no network"), failed(&gone, "no such package")];
+        let text = report(&missing, &tried);
+        assert_eq!(text.matches("no network").count(), 1, "{text}");
+        assert!(!text.contains("no such package") && !text.contains("all of it at once"), "{text}");
+        let text = report(&missing, &tried[..1]);
+        assert!(text.ends_with("run `cargo xtask setup` as root"), "{text}");
+    }
 }

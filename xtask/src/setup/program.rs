@@ -36,7 +36,7 @@ fn vm(purpose: Purpose) -> bool {
     matches!(purpose, Purpose::Vm(_))
 }
 
-const PROGRAMS: [Program; 22] = [
+const PROGRAMS: [Program; 21] = [
     program("cc", "build-essential", "links programs and compiles SQLite", build),
     program("ip", "iproute2", "makes links and namespaces", mesh_or_vm),
     program("tc", "iproute2", "shows what is attached", mesh_or_vm),
@@ -48,7 +48,6 @@ const PROGRAMS: [Program; 22] = [
     program("curl", "curl", "is in the README's quick start", test),
     program("prometheus", "prometheus", "scrapes the metrics in tests", test),
     program("promtool", "prometheus", "checks the metrics", test),
-    program("qemu-system-x86_64", "qemu-system-x86", "boots kernels with a WireGuard of their own", vm),
     program("setpriv", "util-linux", "ties a virtual machine to what started it", vm),
     program("modprobe", "kmod", "finds a kernel's modules", vm),
     program("depmod", "kmod", "indexes a kernel's modules", vm),
@@ -74,11 +73,12 @@ pub(crate) fn find(name: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
+fn needed(purposes: &[Purpose]) -> impl Iterator<Item = &'static Program> {
+    PROGRAMS.iter().filter(|program| purposes.iter().any(|purpose| (program.needed_for)(*purpose)))
+}
+
 pub(super) fn missing(purposes: &[Purpose]) -> Vec<Missing> {
-    let needed = |program: &&Program| purposes.iter().any(|purpose| (program.needed_for)(*purpose));
-    let mut missing: Vec<Missing> = PROGRAMS
-        .iter()
-        .filter(needed)
+    let mut missing: Vec<Missing> = needed(purposes)
         .filter(|program| find(program.name).is_none())
         .map(|program| missing_program(program.name, program.package, program.why))
         .collect();
@@ -88,7 +88,7 @@ pub(super) fn missing(purposes: &[Purpose]) -> Vec<Missing> {
     missing
 }
 
-fn missing_program(name: &str, package: &'static str, why: &'static str) -> Missing {
+pub(super) fn missing_program(name: &str, package: &'static str, why: &'static str) -> Missing {
     let remedy = if super::apt::is_there() {
         Remedy::Package(package)
     } else {

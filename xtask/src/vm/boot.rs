@@ -14,6 +14,7 @@ use super::image::RunDirectory;
 use crate::process::{self, Running};
 use crate::progress::{Progress, seconds, tail};
 use crate::setup::kernel::{Kernel, directory};
+use crate::setup::qemu::Qemu;
 
 /// Holds the archive twice while the kernel unpacks it, and a mesh afterwards.
 const MEMORY_MIB: u32 = 1536;
@@ -73,9 +74,10 @@ impl fmt::Display for Ended {
 /// Boots `initrd` and waits for its end.
 pub(super) fn boot(kernel: &Kernel, run: &RunDirectory, initrd: &Path, limit: Duration) -> Result<Ended> {
     let (console, status) = (run.file("console"), run.file("status"));
+    let qemu = Qemu::find()?;
     let mut booting = Some(Progress::start(format!("booting {}", kernel.release)));
     let started = Instant::now();
-    let mut running = Running::spawn(&mut qemu(kernel, initrd, &console, &status))?;
+    let mut running = Running::spawn(&mut machine(&qemu, kernel, initrd, &console, &status))?;
     let mut lines = running.child().stdout.take().context("qemu has no output")?;
     // qemu would set flags on our own output, which others share; it gets a pipe.
     let relay = thread::spawn(move || io::copy(&mut lines, &mut io::stdout()));
@@ -96,10 +98,11 @@ pub(super) fn boot(kernel: &Kernel, run: &RunDirectory, initrd: &Path, limit: Du
     Ok(judge(ended, &fs::read_to_string(&status).unwrap_or_default(), &console))
 }
 
-fn qemu(kernel: &Kernel, initrd: &Path, console: &Path, status: &Path) -> Command {
+fn machine(qemu: &Qemu, kernel: &Kernel, initrd: &Path, console: &Path, status: &Path) -> Command {
     let mut command = Command::new("setpriv");
     // It dies with us, however we die.
-    command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
+    command.args(["--pdeathsig", "KILL", "--"]);
+    qemu.append_to(&mut command);
     command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-nodefaults", "-no-user-config"]);
     command.args(["-display", "none", "-no-reboot", "-rtc", "base=utc"]);
     command.args(["-m", &MEMORY_MIB.to_string(), "-smp", &CPUS.to_string()]);
