@@ -40,11 +40,16 @@ pub(crate) enum Purpose {
     /// Format, lint, scrape.
     Test,
     Vm(KernelVersion),
+    /// What Rampart's speed is measured with and compared to.
+    Bench,
 }
 
 /// For building and for every test.
 const EVERYTHING: [Purpose; 5] =
     [Purpose::Build, Purpose::Mesh, Purpose::Test, Purpose::Vm(KernelVersion::V6_1), Purpose::Vm(KernelVersion::V6_12)];
+/// For `cargo xtask bench`.
+#[expect(dead_code, reason = "the verb that calls `ensure` with it comes next")]
+pub(crate) const BENCH: [Purpose; 3] = [Purpose::Build, Purpose::Mesh, Purpose::Bench];
 
 /// Something that is missing.
 #[derive(Debug)]

@@ -35,8 +35,11 @@ fn test(purpose: Purpose) -> bool {
 fn vm(purpose: Purpose) -> bool {
     matches!(purpose, Purpose::Vm(_))
 }
+fn bench(purpose: Purpose) -> bool {
+    purpose == Purpose::Bench
+}
 
-const PROGRAMS: [Program; 21] = [
+const PROGRAMS: [Program; 24] = [
     program("cc", "build-essential", "links programs and compiles SQLite", build),
     program("ip", "iproute2", "makes links and namespaces", mesh_or_vm),
     program("tc", "iproute2", "shows what is attached", mesh_or_vm),
@@ -58,6 +61,9 @@ const PROGRAMS: [Program; 21] = [
     program("ldd", "libc-bin", "finds a program's libraries", vm),
     program("bash", "bash", "is the first process of a virtual machine", vm),
     program("dpkg", "dpkg", "unpacks Debian's kernels", vm),
+    program("nft", "nftables", "is what the policy's speed is compared with", bench),
+    program("iptables", "iptables", "is what the policy's speed is compared with", bench),
+    program("iperf3", "iperf3", "measures throughput", bench),
 ];
 
 /// The file of a program: on the path, where root's programs are, or where cargo installs.
@@ -118,5 +124,14 @@ mod tests {
     fn a_program_that_is_nowhere_is_not_found() {
         assert_eq!(find("no-such-program-anywhere"), None);
         assert!(find("sh").is_some());
+    }
+
+    #[test]
+    fn what_is_only_measured_with_is_not_asked_of_who_builds_or_tests() {
+        let packages = |purposes: &[Purpose]| needed(purposes).map(|program| program.package).collect::<Vec<_>>();
+        let bench = packages(&[Purpose::Bench]);
+        assert_eq!(bench, ["nftables", "iptables", "iperf3"]);
+        let everything = packages(&super::super::EVERYTHING);
+        assert!(bench.iter().all(|package| !everything.contains(package)), "{everything:?}");
     }
 }
