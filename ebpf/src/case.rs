@@ -24,6 +24,8 @@ pub struct Case {
     /// 0: none or not looked up.
     pub source_cidr: u32,
     pub destination_cidr: u32,
+    /// Of the other end, where a gateway stands for it: its cidr, else 0.
+    pub behind: u32,
     /// Counter slot of the deciding rule.
     pub rule: u32,
     pub reason: u8,
@@ -44,6 +46,7 @@ impl Case {
             other: 0,
             source_cidr: 0,
             destination_cidr: 0,
+            behind: 0,
             rule: NO_RULE_SLOT,
             reason: 0,
             log: false,

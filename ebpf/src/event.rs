@@ -2,8 +2,8 @@
 //! interfaces emit by themselves (`scope`) are only counted.
 #![allow(unsafe_code, reason = "map values are shared with other CPUs; the ring buffer lends uninitialised memory")]
 
+use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
-use aya_ebpf::programs::TcContext;
 use ebpf_common::counter::{LOSS_EVENT_FULL, LOSS_EVENT_LIMITED};
 use ebpf_common::event::{Bucket, Event};
 use ebpf_common::limit::EVENTS_PER_SECOND;
@@ -90,7 +90,7 @@ fn take_token(bucket: *mut Bucket, now: u64) -> bool {
 /// Says through aya-log what was found. Called only where `TRACE` is set when the program is loaded, so that the verifier
 /// removes it elsewhere.
 #[inline(never)]
-pub(crate) fn trace(context: &TcContext, case: &Case) -> u32 {
+pub(crate) fn trace(context: &impl EbpfContext, case: &Case) -> u32 {
     aya_log_ebpf::info!(
         context,
         "direction={} reason={} rule={} protocol={} source={:i} {} destination={:i} {} cidrs={} {} length={}",

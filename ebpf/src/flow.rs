@@ -5,23 +5,26 @@
 //! - a record is judged again when the generation has changed since, in its opener's direction, by whichever packet finds it;
 //! - denied then, it becomes a tombstone, which stays for as long as packets of the flow keep coming;
 //! - nothing but a packet of its opener that the tables allow turns a tombstone back;
-//! - an idle record is as good as none. Userspace deletes it.
+//! - an idle record is as good as none. Userspace deletes it;
+//! - where room is short, who has much gets no more of it: nobody's records keep another node from having any.
 //!
 //! Two CPUs may write one record at once. The counters are atomic; of the rest the last writer wins, and each of them wrote
 //! what its own reading of the tables allowed. Userspace deletes only what has been idle for long or what it means to forget.
 #![allow(unsafe_code, reason = "map values are shared with other CPUs")]
 
+use aya_ebpf::bindings::{BPF_EXIST, BPF_NOEXIST};
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
-use ebpf_common::INGRESS;
-use ebpf_common::counter::LOSS_FLOW;
+use ebpf_common::counter::{LOSS_FLOW, LOSS_FLOW_QUOTA};
 use ebpf_common::flow::{
-    Flow, FlowKey, STATE_CLOSING, STATE_ESTABLISHED, STATE_OPENING, STATE_TOMBSTONE, idle_timeout_ns,
+    Flow, FlowKey, Remote, STATE_CLOSING, STATE_ESTABLISHED, STATE_OPENING, STATE_TOMBSTONE, TOTAL_GONE, TOTAL_OPENED,
+    idle_timeout_ns,
 };
 use ebpf_common::packet::Packet;
+use ebpf_common::{EGRESS, INGRESS, limit};
 
 use crate::atomic::add;
 use crate::case::{Case, direction};
-use crate::maps::{FLOWS, lose};
+use crate::maps::{FLOW_TOTALS, FLOWS, FLOWS_GONE, FLOWS_OPENED, lose};
 use crate::verdict::{Decision, decide};
 
 /// The direction in which the reverse of this hook's packets goes.
@@ -76,6 +79,13 @@ fn refresh(case: &Case, decision: u64) -> bool {
 #[inline(never)]
 fn open(case: &Case, decision: u64) -> u32 {
     let (decision, now) = (Decision(decision), now());
+    let remote = if direction() == EGRESS { case.packet.destination } else { case.packet.source };
+    let remote = Remote::new(remote, case.behind);
+    let opened = FLOWS_OPENED.get_ptr_mut(remote);
+    if !has_room(&remote, opened) {
+        lose(LOSS_FLOW_QUOTA);
+        return 0;
+    }
     let flow = Flow {
         opened: now,
         seen: now,
@@ -87,12 +97,54 @@ fn open(case: &Case, decision: u64) -> u32 {
         rule: decision.rule(),
         state: if case.packet.is_closing() { STATE_CLOSING } else { STATE_OPENING },
         reason: decision.reason(),
-        _pad: [0; 6],
+        direction: direction() as u8,
+        _pad: 0,
+        behind: case.behind,
     };
-    if FLOWS.insert(case.packet.key(), flow, 0).is_err() {
+    let key = case.packet.key();
+    if FLOWS.insert(key, flow, BPF_NOEXIST.into()).is_ok() {
+        count(&remote, opened);
+    } else if FLOWS.insert(key, flow, BPF_EXIST.into()).is_err() {
+        // What was there before, idle, is counted already.
         lose(LOSS_FLOW);
     }
     0
+}
+
+/// Whether the other end may have one more record: everybody while there is much room, else who has little.
+#[inline(always)]
+fn has_room(remote: &Remote, opened: Option<*mut u64>) -> bool {
+    if live(FLOW_TOTALS.get_ptr_mut(TOTAL_OPENED), FLOW_TOTALS.get_ptr_mut(TOTAL_GONE)) < limit::FLOWS_FREE.into() {
+        return true;
+    }
+    // Who is not counted had no room among those who are.
+    opened.is_some() && live(opened, FLOWS_GONE.get_ptr_mut(remote)) < limit::FLOWS_PER_REMOTE.into()
+}
+
+/// Records that are there, of all that were opened.
+#[inline(always)]
+fn live(opened: Option<*mut u64>, gone: Option<*mut u64>) -> u64 {
+    // SAFETY: the maps' values, checked not to be null.
+    let [opened, gone] = [opened, gone].map(|counter| counter.map_or(0, |counter| unsafe { *counter }));
+    opened.saturating_sub(gone)
+}
+
+#[inline(always)]
+fn count(remote: &Remote, opened: Option<*mut u64>) {
+    if let Some(total) = FLOW_TOTALS.get_ptr_mut(TOTAL_OPENED) {
+        // SAFETY: the map's value, checked not to be null, aligned to 8 bytes.
+        unsafe { add(total, 1) };
+    }
+    if let Some(opened) = opened {
+        // SAFETY: as above.
+        unsafe { add(opened, 1) };
+    } else if FLOWS_OPENED.insert(remote, 1, BPF_NOEXIST.into()).is_err()
+        && let Some(opened) = FLOWS_OPENED.get_ptr_mut(remote)
+    {
+        // Another CPU was first.
+        // SAFETY: as above.
+        unsafe { add(opened, 1) };
+    }
 }
 
 /// What [`answers`] returns: no answer to anything, an answer to a revoked flow, or the rule of the flow that is answered.
@@ -129,6 +181,15 @@ pub(crate) fn answers(case: &Case) -> u64 {
         record.revoke(now);
     }
     Answer::NONE
+}
+
+/// Whether there is a record that the packet may be an answer by, or the opener's of. Changes nothing.
+#[inline(never)]
+pub(crate) fn is_recorded(case: &Case) -> bool {
+    let packet = &case.packet;
+    let now = now();
+    (packet.can_reply() && Record::find(&packet.reply_key(), now).is_some())
+        || (packet.can_open() && Record::find(&packet.key(), now).is_some())
 }
 
 /// Whether `quoted`, a packet in the opposite direction of this hook's, belongs to a flow that is allowed. Unless `direct`,

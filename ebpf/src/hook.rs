@@ -2,9 +2,10 @@
 #![allow(unsafe_code, reason = "the context and the packet's bytes are the kernel's")]
 
 use aya_ebpf::EbpfContext;
-use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use aya_ebpf::helpers::bpf_skb_load_bytes;
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::helpers::generated::{bpf_xdp_get_buff_len, bpf_xdp_load_bytes};
+use aya_ebpf::programs::{TcContext, XdpContext};
 use core::mem::MaybeUninit;
 use ebpf_common::packet::{self, Load};
 
@@ -73,6 +74,51 @@ impl Load for Skb<'_> {
     }
 }
 
+/// At XDP, before there is an skb.
+#[expect(missing_debug_implementations, reason = "the context has none")]
+pub struct Buffer<'a>(pub &'a XdpContext);
+
+impl Hook for Buffer<'_> {
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        // SAFETY: the kernel calls the program with a valid context.
+        let length = unsafe { bpf_xdp_get_buff_len(self.0.ctx) };
+        (length as u32).saturating_sub(LINK_HEADER.load())
+    }
+
+    /// Nothing was aggregated yet.
+    #[inline(always)]
+    fn segments(&self) -> u32 {
+        1
+    }
+
+    #[inline(always)]
+    fn trace(&self, case: &Case) {
+        event::trace(self.0, case);
+    }
+}
+
+impl Load for Buffer<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
+        // SAFETY: the helper writes all `N` bytes, or fails.
+        unsafe {
+            let failed =
+                bpf_xdp_load_bytes(self.0.ctx, LINK_HEADER.load() + offset, bytes.as_mut_ptr().cast(), N as u32);
+            (failed == 0).then(|| bytes.assume_init())
+        }
+    }
+
+    #[inline(always)]
+    fn walk_ipv4_options(&self, header_length: u32) -> Result<(), u8> {
+        match walk_options_early(self.0.ctx, header_length) {
+            WHOLE => Ok(()),
+            reason => Err(reason as u8),
+        }
+    }
+}
+
 /// Returned by functions of their own for a packet that has no fault; else it is a reason.
 pub(crate) const WHOLE: u32 = u32::MAX;
 
@@ -81,6 +127,16 @@ pub(crate) const WHOLE: u32 = u32::MAX;
 #[inline(never)]
 extern "C" fn walk_options(context: *mut __sk_buff, header_length: u32) -> u32 {
     match packet::walk_ipv4_options(&Skb(&TcContext::new(context)), header_length) {
+        Ok(()) => WHOLE,
+        Err(reason) => u32::from(reason),
+    }
+}
+
+/// As [`walk_options`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn walk_options_early(context: *mut xdp_md, header_length: u32) -> u32 {
+    match packet::walk_ipv4_options(&Buffer(&XdpContext::new(context)), header_length) {
         Ok(()) => WHOLE,
         Err(reason) => u32::from(reason),
     }

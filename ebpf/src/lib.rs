@@ -9,6 +9,7 @@ mod atomic;
 pub mod case;
 mod event;
 mod flow;
+mod fragment;
 pub mod hook;
 pub mod maps;
 pub mod verdict;
@@ -26,4 +27,16 @@ pub fn pass<H: Hook>(hook: &H) -> bool {
     maps::count(&case);
     event::report(hook, &case);
     reason::passes(case.reason)
+}
+
+/// Whether a packet is worth a full judgement; counts and reports it if not. Reads, and drops early, and nothing else: what
+/// it lets pass is judged and counted by [`pass`].
+#[inline(always)]
+pub fn may_pass<H: Hook>(hook: &H) -> bool {
+    let mut case = Case::new(hook);
+    let Some(reason) = verdict::judge_early(hook, &mut case) else { return true };
+    case.reason = reason;
+    maps::count(&case);
+    event::report(hook, &case);
+    reason::passes(reason)
 }

@@ -7,7 +7,8 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, PerCpuHashMap, RingBuf};
 use ebpf_common::counter::{Counter, LOSS_PAIR, LOSSES as LOSS_COUNT, PairKey};
 use ebpf_common::event::Bucket;
-use ebpf_common::flow::{Flow, FlowKey};
+use ebpf_common::flow::{Flow, FlowKey, Remote, TOTALS};
+use ebpf_common::fragment::{Fragment, FragmentKey};
 use ebpf_common::table::{Block, Control, Decision, Header, Leaf, Page, Ports};
 use ebpf_common::{COPIES, DIRECTIONS, limit, reason};
 
@@ -40,6 +41,14 @@ pub static PORTS: Array<Ports> = Array::with_max_entries(COPIES * limit::PORTS, 
 pub static DECISIONS: Array<Decision> = Array::with_max_entries(COPIES * limit::DECISIONS, 0);
 #[map]
 pub static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(limit::FLOWS, 0);
+#[map]
+pub static FLOWS_OPENED: HashMap<Remote, u64> = HashMap::with_max_entries(limit::REMOTES, 0);
+#[map]
+pub static FLOWS_GONE: HashMap<Remote, u64> = HashMap::with_max_entries(limit::REMOTES, 0);
+#[map]
+pub static FLOW_TOTALS: Array<u64> = Array::with_max_entries(TOTALS, 0);
+#[map]
+pub static FRAGMENTS: HashMap<FragmentKey, Fragment> = HashMap::with_max_entries(limit::FRAGMENTS, 0);
 #[map]
 pub static REASON_COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(DIRECTIONS * reason::COUNT, 0);
 #[map]

@@ -5,15 +5,16 @@
 #![allow(unsafe_code, reason = "symbols with global linkage, which the verifier checks once and not once a call")]
 
 use ebpf_common::limit;
-use ebpf_common::packet::Packet;
+use ebpf_common::packet::{FIRST_FRAGMENT, LATER_FRAGMENT, Packet, UNFRAGMENTED};
 use ebpf_common::table::{
-    self, ALLOW, Address, CELL_INDEX, CHILD, DENY, LOCAL, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD, Root,
-    UNIFORM, UNKNOWN,
+    self, ALLOW, Address, CELL_INDEX, CHILD, DENY, EXTERNAL, LOCAL, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD,
+    Root, UNIFORM, UNKNOWN,
 };
 use ebpf_common::{EGRESS, packet, reason};
 
 use crate::case::{Case, direction};
 use crate::flow;
+use crate::fragment::{self, Datagram};
 use crate::hook::{Hook, WHOLE};
 use crate::maps::{BLOCKS, DECISIONS, HEADER, LEAVES, MATRIX, PAGES, PORTS, control};
 
@@ -23,41 +24,127 @@ const CORRUPT: u32 = u32::MAX;
 /// The reason for which the packet passes or not.
 #[inline(always)]
 pub fn judge(hook: &impl Hook, case: &mut Case) -> u8 {
+    let Known { holder } = match know(hook, case) {
+        Ok(known) => known,
+        Err(reason) => return reason,
+    };
+    if case.packet.is_icmp_error() {
+        return judge_error(hook, case, holder);
+    }
+    if case.other == 0 {
+        return unknown();
+    }
+    if case.packet.fragment == LATER_FRAGMENT {
+        match fragment::recall(case) {
+            Datagram::Known => {}
+            Datagram::Unknown => return judge_headless(case),
+            Datagram::Overlapped => return reason::FRAGMENT_OVERLAP,
+        }
+    }
+    let reason = judge_flow(case);
+    if case.packet.fragment == FIRST_FRAGMENT && reason::passes(reason) {
+        fragment::keep(case);
+    }
+    reason
+}
+
+/// The reason for which the packet would be dropped whatever is recorded, ahead of everything that is kept or learned of
+/// a packet; `None`: [`judge`] is to be asked.
+#[inline(always)]
+pub fn judge_early(hook: &impl Hook, case: &mut Case) -> Option<u8> {
+    if let Err(reason) = know(hook, case) {
+        return Some(reason);
+    }
+    if case.packet.fragment != UNFRAGMENTED || case.packet.is_icmp_error() {
+        return None;
+    }
+    if case.other == 0 {
+        return Some(unknown());
+    }
+    let decision = Decision(decide_for(case, direction(), case.packet.destination_port));
+    if decision.allows() || flow::is_recorded(case) {
+        return None;
+    }
+    if decision.is_corrupt() {
+        return Some(reason::CORRUPT_TABLE);
+    }
+    case.rule = decision.rule();
+    Some(decision.reason())
+}
+
+/// What the rest of the judgement needs besides what is in the case.
+struct Known {
+    /// Of the other end's leaf.
+    holder: u32,
+}
+
+/// Reads the packet and looks up its ends: steps 1 to 3.
+#[inline(always)]
+fn know(hook: &impl Hook, case: &mut Case) -> Result<Known, u8> {
     let fault = read(hook, case);
     let (active, generation) = control();
     if generation == 0 {
-        return reason::NO_POLICY;
+        return Err(reason::NO_POLICY);
     }
     if active > 1 {
-        return reason::CORRUPT_TABLE;
+        return Err(reason::CORRUPT_TABLE);
     }
     (case.copy, case.generation) = (active, generation);
     if fault != WHOLE {
-        return fault as u8;
+        return Err(fault as u8);
     }
     if case.packet.is_out_of_scope() {
-        return reason::SCOPE;
+        return Err(reason::SCOPE);
     }
     let (Some(source), Some(destination)) = (lookup(case, case.packet.source), lookup(case, case.packet.destination))
     else {
-        return reason::CORRUPT_TABLE;
+        return Err(reason::CORRUPT_TABLE);
     };
     (case.source_cidr, case.destination_cidr) = (source.cidr, destination.cidr);
     let (own, other) = if direction() == EGRESS { (source, destination) } else { (destination, source) };
     if own.flags & LOCAL == 0 {
-        return reason::NOT_LOCAL;
+        return Err(reason::NOT_LOCAL);
     }
     (case.own, case.other) = (own.class, other.class);
-    if case.packet.fragment != 0 {
+    case.behind = if other.flags & EXTERNAL == 0 { 0 } else { other.cidr };
+    Ok(Known { holder: other.holder() })
+}
+
+/// The other end lies in no cidr.
+#[inline(always)]
+fn unknown() -> u8 {
+    if direction() == EGRESS { reason::UNKNOWN_DESTINATION } else { reason::UNKNOWN_SOURCE }
+}
+
+#[inline(always)]
+fn judge_error(hook: &impl Hook, case: &Case, holder: u32) -> u8 {
+    if case.packet.fragment != UNFRAGMENTED {
+        // No error is so long that it needs fragments (RFC 1812, 4.3.2.3; RFC 4443, 2.4).
+        reason::FRAGMENT
+    } else if is_related(hook, case, holder) {
+        reason::ICMP_ERROR
+    } else {
+        reason::ICMP_ERROR_UNRELATED
+    }
+}
+
+/// A fragment of a datagram of which nothing is known passes if no transport header could make a difference.
+#[inline(always)]
+fn judge_headless(case: &mut Case) -> u8 {
+    let has_ports = matches!(case.packet.protocol, packet::TCP | packet::UDP | packet::ICMP | packet::ICMPV6);
+    // Of a later IPv6 fragment not even the protocol is known.
+    let any = has_ports || case.packet.family != 4;
+    let decision = if any {
+        Decision(decide_any(case.copy, direction(), case.own, case.other))
+    } else {
+        Decision(decide_for(case, direction(), 0))
+    };
+    if !decision.allows() {
         return reason::FRAGMENT;
     }
-    if case.packet.is_icmp_error() {
-        return if is_related(hook, case, other.holder()) { reason::ICMP_ERROR } else { reason::ICMP_ERROR_UNRELATED };
-    }
-    if other.class == 0 {
-        return if direction() == EGRESS { reason::UNKNOWN_DESTINATION } else { reason::UNKNOWN_SOURCE };
-    }
-    judge_flow(case)
+    case.rule = decision.rule();
+    case.log = decision.has(Decision::LOG);
+    decision.reason()
 }
 
 /// Rules, then replies.
@@ -261,6 +348,22 @@ pub(crate) extern "C" fn decide(copy: u32, direction: u32, own: u32, other: u32,
 
 #[inline(always)]
 fn find_decision(copy: u32, direction: u32, own: u32, other: u32, service: u32) -> Option<Decision> {
+    let cell = find_cell(copy, direction, own, other)?;
+    let index = cell & CELL_INDEX;
+    let decision = if cell & UNIFORM != 0 { index } else { find_in_page(copy, index, service)? };
+    read_decision(copy, decision, cell)
+}
+
+/// The decision on every service from one class to another, where services are not told apart.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn decide_any(copy: u32, direction: u32, own: u32, other: u32) -> u64 {
+    let cell = find_cell(copy, direction, own, other).filter(|cell| cell & UNIFORM != 0);
+    cell.and_then(|cell| read_decision(copy, cell & CELL_INDEX, cell)).unwrap_or(Decision::CORRUPT).0
+}
+
+#[inline(always)]
+fn find_cell(copy: u32, direction: u32, own: u32, other: u32) -> Option<u32> {
     let header = HEADER.get(copy)?;
     let (owns, classes) = (header.own, header.classes);
     if own == 0 || own > owns || other >= classes || owns > limit::CELLS || classes > limit::CELLS {
@@ -271,9 +374,11 @@ fn find_decision(copy: u32, direction: u32, own: u32, other: u32, service: u32) 
     if cell >= u64::from(limit::CELLS) {
         return None;
     }
-    let cell = *MATRIX.get(copy * limit::CELLS + cell as u32)?;
-    let index = cell & CELL_INDEX;
-    let decision = if cell & UNIFORM != 0 { index } else { find_in_page(copy, index, service)? };
+    MATRIX.get(copy * limit::CELLS + cell as u32).copied()
+}
+
+#[inline(always)]
+fn read_decision(copy: u32, decision: u32, cell: u32) -> Option<Decision> {
     if decision >= limit::DECISIONS {
         return None;
     }

@@ -11,7 +11,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use ebpf_common::counter::{LOSS_EVENT_FULL, LOSS_EVENT_LIMITED, LOSS_FLOW, LOSS_PAIR};
+use ebpf_common::counter::{LOSS_EVENT_FULL, LOSS_EVENT_LIMITED, LOSS_FLOW, LOSS_FLOW_QUOTA, LOSS_FRAGMENT, LOSS_PAIR};
 use ebpf_common::reason;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
@@ -242,10 +242,16 @@ fn losses(counters: &Counters) -> Vec<Family> {
             kind: Kind::Counter,
             samples: vec![cause("rate-limit", LOSS_EVENT_LIMITED), cause("buffer-full", LOSS_EVENT_FULL)],
         },
+        Family {
+            name: "rampart_flows_unrecorded",
+            help: "Flows that got no record, so that their replies are dropped: no room, or more than the node's share.",
+            kind: Kind::Counter,
+            samples: vec![cause("full", LOSS_FLOW), cause("quota", LOSS_FLOW_QUOTA)],
+        },
         one(
-            "rampart_flows_unrecorded",
-            "Flows that found no room for a record; their replies are dropped.",
-            loss(LOSS_FLOW),
+            "rampart_fragments_unrecorded",
+            "Datagrams in fragments that found no room for a record; their later fragments are dropped.",
+            loss(LOSS_FRAGMENT),
         ),
         one("rampart_pairs_uncounted", "Packets whose pair of cidrs found no room for a counter.", loss(LOSS_PAIR)),
     ]

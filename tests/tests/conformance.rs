@@ -10,7 +10,7 @@ use node::kernel::datapath::packet::{ACK, FIN, Packet, RST, SYN, ip};
 use node::kernel::{Datapath, Inspect};
 use policy::{Action, Generation};
 use tests::conformance::network::{ENDS, allowing, flow, node, small, with_rule};
-use tests::conformance::{DIRECTIONS, Judge, Lab, foreign, in_each_lab, in_lab, place, random};
+use tests::conformance::{DIRECTIONS, Judge, Lab, foreign, fragments, in_each_lab, in_lab, place, random};
 
 /// How long random networks are drawn, in seconds; `RAMPART_RANDOM_SECONDS` says otherwise.
 const RANDOM_SECONDS: u64 = 45;
@@ -95,9 +95,13 @@ fn headers_that_lie_are_refused() {
             ("a total length beyond the end", |bytes| bytes[2..4].copy_from_slice(&[1, 0]), reason::MALFORMED),
             ("a TCP header of 16 bytes", |bytes| bytes[32] = 0x40, reason::MALFORMED),
             ("a TCP header beyond the end", |bytes| bytes[32] = 0xf0, reason::MALFORMED),
-            ("more fragments", |bytes| bytes[6] = 0x20, reason::FRAGMENT),
-            ("a later fragment", |bytes| bytes[7] = 1, reason::FRAGMENT),
-            ("the reserved flag and an offset", |bytes| bytes[6..8].copy_from_slice(&[0x80, 9]), reason::FRAGMENT),
+            ("a first fragment of 20 bytes", |bytes| bytes[6] = 0x20, reason::MALFORMED),
+            (
+                "the end of more than 65,535 bytes",
+                |bytes| bytes[6..8].copy_from_slice(&[0x1f, 0xff]),
+                reason::MALFORMED,
+            ),
+            ("the reserved flag", |bytes| bytes[6] = 0x80, reason::RULE),
         ];
         for (what, change, expected) in v4 {
             let mut bytes = opening(web, db, "tcp/443").to_bytes();
@@ -135,7 +139,7 @@ fn extension_headers_are_walked_or_refused() {
         let [web, db, ..] = ENDS[1];
         let packet = opening(web, db, "tcp/443");
         // Each header: its own protocol, and what follows "next header" in its 8 bytes.
-        let rest = |kind: u8| -> [u8; 7] { [0, if kind == 43 { 4 } else { 1 }, 0, 0, 0, 0, 0] };
+        let rest = |kind: u8| -> [u8; 7] { [0, if kind == 43 { 4 } else { 0 }, 0, 0, 0, 0, 0] };
         let chain = |kinds: &[u8], last: u8, transport: &[u8]| {
             let mut payload = Vec::new();
             for (at, kind) in kinds.iter().enumerate() {
@@ -152,8 +156,11 @@ fn extension_headers_are_walked_or_refused() {
             (&[60; 6], reason::RULE),
             (&[60; 7], reason::EXTENSION_HEADER),
             (&[60, 0], reason::EXTENSION_HEADER),
-            (&[44], reason::FRAGMENT),
-            (&[60, 44], reason::FRAGMENT),
+            // Fragments that are all of their datagram.
+            (&[44], reason::RULE),
+            (&[60, 44, 60], reason::RULE),
+            (&[44, 44], reason::EXTENSION_HEADER),
+            (&[44, 0], reason::EXTENSION_HEADER),
         ] {
             judge.expect_bytes(EGRESS, &chain(kinds, TCP, &transport), expected, &format!("headers {kinds:?}"));
         }
@@ -493,4 +500,34 @@ fn foreign_maps_under_our_names_are_refused() {
 #[test]
 fn a_packet_too_short_for_a_test_run_is_malformed_on_a_real_interface() {
     in_each_lab(place::drops_short_packets);
+}
+
+#[test]
+fn later_fragments_have_the_fate_of_their_first() {
+    in_lab(fragments::follow_their_first);
+}
+
+#[test]
+fn later_fragments_cannot_overlap_their_first() {
+    in_lab(fragments::cannot_overlap_their_first);
+}
+
+#[test]
+fn later_fragments_are_judged_again_after_a_change() {
+    in_lab(fragments::are_judged_again);
+}
+
+#[test]
+fn later_fragments_pass_alone_where_nothing_could_matter() {
+    in_lab(fragments::pass_alone_where_nothing_could_matter);
+}
+
+#[test]
+fn first_fragments_hold_whole_headers() {
+    in_lab(fragments::hold_whole_headers);
+}
+
+#[test]
+fn fragments_take_the_place_of_old_ones() {
+    in_lab(fragments::take_the_place_of_old_ones);
 }

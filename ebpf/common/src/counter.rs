@@ -35,8 +35,12 @@ pub const LOSS_FLOW: u32 = 1;
 pub const LOSS_EVENT_LIMITED: u32 = 2;
 /// In LOSSES: events that the ring buffer had no room for.
 pub const LOSS_EVENT_FULL: u32 = 3;
+/// In LOSSES: records that were refused because FLOWS is half full and the remote node has more than its share.
+pub const LOSS_FLOW_QUOTA: u32 = 4;
+/// In LOSSES: datagrams in fragments that FRAGMENTS had no room for.
+pub const LOSS_FRAGMENT: u32 = 5;
 /// Entries of LOSSES.
-pub const LOSSES: u32 = 4;
+pub const LOSSES: u32 = 6;
 
 const _: () = assert!(size_of::<Counter>() == 24);
 const _: () = assert!(size_of::<PairKey>() == 12);

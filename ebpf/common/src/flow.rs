@@ -38,8 +38,47 @@ pub struct Flow {
     pub state: u8,
     /// The reason that allowed the opener when last judged.
     pub reason: u8,
-    pub _pad: [u8; 6],
+    /// `EGRESS` or `INGRESS`: which way the opener's packets go.
+    pub direction: u8,
+    pub _pad: u8,
+    /// Of the other end, where a gateway stands for it: its cidr, else 0. See [`Remote`].
+    pub behind: u32,
 }
+
+/// Who shares the room for records with whom: the other end of a flow, by its address, or by its cidr where a gateway
+/// stands for it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Remote {
+    /// Unspecified where `behind` tells.
+    pub address: Address,
+    /// Id of the external cidr; 0: none.
+    pub behind: u32,
+    pub _pad: u32,
+}
+
+impl Remote {
+    /// The other end is at `address`; `behind` as in [`Flow::behind`].
+    #[inline(always)]
+    pub const fn new(address: Address, behind: u32) -> Self {
+        let address = if behind == 0 { address } else { Address([0, 0]) };
+        Self { address, behind, _pad: 0 }
+    }
+
+    /// Of a record.
+    #[inline(always)]
+    pub const fn of(key: &FlowKey, flow: &Flow) -> Self {
+        let address = if flow.direction as u32 == crate::EGRESS { key.destination } else { key.source };
+        Self::new(address, flow.behind)
+    }
+}
+
+/// In FLOW_TOTALS: records that the programs made, ever.
+pub const TOTAL_OPENED: u32 = 0;
+/// In FLOW_TOTALS: those of them that are no more, as userspace counted last.
+pub const TOTAL_GONE: u32 = 1;
+/// Entries of FLOW_TOTALS.
+pub const TOTALS: u32 = 2;
 
 /// Opened, no reply seen.
 pub const STATE_OPENING: u8 = 0;
@@ -82,6 +121,7 @@ pub const fn idle_timeout_ns(protocol: u8, state: u8) -> u64 {
 
 const _: () = assert!(size_of::<FlowKey>() == 40);
 const _: () = assert!(size_of::<Flow>() == 64);
+const _: () = assert!(size_of::<Remote>() == 24);
 
 #[cfg(feature = "user")]
 mod pod {
@@ -90,4 +130,6 @@ mod pod {
     unsafe impl aya::Pod for super::FlowKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Flow {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Remote {}
 }

@@ -19,13 +19,14 @@
 pub mod counter;
 pub mod event;
 pub mod flow;
+pub mod fragment;
 pub mod limit;
 pub mod packet;
 pub mod reason;
 pub mod table;
 
 /// Version of everything in this crate; part of the pin path.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Names of the maps in the object, which are also the names of their pins.
 pub mod map {
@@ -47,6 +48,14 @@ pub mod map {
     pub const DECISIONS: &str = "DECISIONS";
     /// `HashMap<FlowKey, Flow>`, `FLOWS` entries.
     pub const FLOWS: &str = "FLOWS";
+    /// `HashMap<Remote, u64>`, `REMOTES` entries: records that the programs made for each remote node, ever.
+    pub const FLOWS_OPENED: &str = "FLOWS_OPENED";
+    /// `HashMap<Remote, u64>`, `REMOTES` entries: those of them that are no more, as userspace counted last.
+    pub const FLOWS_GONE: &str = "FLOWS_GONE";
+    /// `Array<u64>`, one entry per `flow::TOTAL_*`.
+    pub const FLOW_TOTALS: &str = "FLOW_TOTALS";
+    /// `HashMap<FragmentKey, Fragment>`, `FRAGMENTS` entries.
+    pub const FRAGMENTS: &str = "FRAGMENTS";
     /// `PerCpuArray<Counter>`, `DIRECTIONS * REASONS` entries.
     pub const REASON_COUNTERS: &str = "REASON_COUNTERS";
     /// `PerCpuArray<Counter>`, `RULES` entries, by rule slot.
@@ -63,7 +72,19 @@ pub mod map {
     /// The tables of the policy: what a probe shares with the enforcing programs.
     pub const TABLES: [&str; 8] = [CONTROL, HEADER, BLOCKS, LEAVES, MATRIX, PAGES, PORTS, DECISIONS];
     /// What belongs to no copy of the tables and outlives every generation.
-    pub const STATE: [&str; 7] = [FLOWS, REASON_COUNTERS, RULE_COUNTERS, PAIR_COUNTERS, LOSSES, EVENTS, EVENT_BUCKETS];
+    pub const STATE: [&str; 11] = [
+        FLOWS,
+        FLOWS_OPENED,
+        FLOWS_GONE,
+        FLOW_TOTALS,
+        FRAGMENTS,
+        REASON_COUNTERS,
+        RULE_COUNTERS,
+        PAIR_COUNTERS,
+        LOSSES,
+        EVENTS,
+        EVENT_BUCKETS,
+    ];
 }
 
 /// Names of the read-only globals that tell one instance of the program from another.
@@ -81,6 +102,9 @@ pub mod global {
 
 /// Name of the classifier in the object; it is loaded once for each direction.
 pub const PROGRAM: &str = "rampart";
+
+/// Name of the XDP program in the object that drops early, at ingress, what the classifier would drop in any case.
+pub const EARLY_PROGRAM: &str = "early";
 
 /// The packet leaves this node: its source must be this node's.
 pub const EGRESS: u32 = 0;

@@ -18,6 +18,15 @@ pub const DECISIONS: u32 = 8_192;
 pub const RULES: u32 = 8_192;
 /// Records of flows. A full table refuses new records, never allows.
 pub const FLOWS: u32 = 131_072;
+/// Records beyond which the quota of [`FLOWS_PER_REMOTE`] holds: below it there is room for everybody.
+pub const FLOWS_FREE: u32 = FLOWS / 2;
+/// Records that one remote node, or one external cidr behind a gateway, may add to once [`FLOWS_FREE`] are there. Of the
+/// half that is left, it takes eight of them together to fill it.
+pub const FLOWS_PER_REMOTE: u32 = FLOWS / 16;
+/// Remote nodes that are told apart for that quota: twice the nodes that a network is made for.
+pub const REMOTES: u32 = 32_768;
+/// Records of datagrams in fragments: 256 of each pair of addresses and protocol at the most.
+pub const FRAGMENTS: u32 = 32_768;
 /// (direction, source cidr, destination cidr, reason) with counters of their own.
 pub const PAIRS: u32 = 16_384;
 /// Bytes of the events' ring buffer; a power of two, a multiple of the page size.

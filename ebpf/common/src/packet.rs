@@ -44,6 +44,12 @@ pub trait Load {
     fn walk_ipv4_options(&self, header_length: u32) -> Result<(), u8> {
         walk_ipv4_options(self, header_length)
     }
+
+    /// [`Packet::walk_quoted_headers`], likewise.
+    #[inline(always)]
+    fn walk_quoted_headers(&self, quoted: &mut Packet) -> bool {
+        quoted.walk_quoted_headers(self)
+    }
 }
 
 impl Load for [u8] {
@@ -51,6 +57,16 @@ impl Load for [u8] {
         self.get(offset as usize..)?.first_chunk().copied()
     }
 }
+
+/// In [`Packet::fragment`]: a whole datagram.
+pub const UNFRAGMENTED: u8 = 0;
+/// In [`Packet::fragment`]: the first of several, which has the transport header.
+pub const FIRST_FRAGMENT: u8 = 1;
+/// In [`Packet::fragment`]: one without a transport header.
+pub const LATER_FRAGMENT: u8 = 2;
+
+/// No datagram is longer: RFC 791, and RFC 8200 without jumbograms.
+const DATAGRAM_MAX: u32 = 65_535;
 
 /// What the policy needs to know of a packet. A field that was not reached is 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -65,13 +81,17 @@ pub struct Packet {
     pub source_port: u16,
     /// Host order. ICMP and ICMPv6: the type. Protocols without ports: 0.
     pub destination_port: u16,
-    /// Protocol number, behind the extension headers.
+    /// Identification of the datagram that this is a fragment of, host order.
+    pub fragment_id: u32,
+    /// In the fragmentable part of the datagram: of a later fragment where it begins, of a first one where it ends.
+    pub fragment_edge: u32,
+    /// Protocol number, behind the extension headers. Of a later IPv6 fragment, what its own header claims.
     pub protocol: u8,
     /// 4 or 6.
     pub family: u8,
     /// As in the TCP header.
     pub tcp_flags: u8,
-    /// 1: a fragment, whose transport header was not read.
+    /// One of [`UNFRAGMENTED`], [`FIRST_FRAGMENT`], [`LATER_FRAGMENT`].
     pub fragment: u8,
 }
 
@@ -88,10 +108,27 @@ impl Packet {
             6 => self.read_ipv6(bytes, &header, length)?,
             _ => return Err(reason::MALFORMED),
         }
-        if self.fragment != 0 {
+        if self.fragment == LATER_FRAGMENT {
             return Ok(());
         }
         self.read_transport(bytes)
+    }
+
+    /// Notes that this is a fragment, whose part of the datagram begins at `offset` and lies from `transport` to `end`.
+    #[inline(always)]
+    fn set_fragment(&mut self, id: u32, offset: u32, more: bool) -> Result<(), u8> {
+        let length = self.end - self.transport;
+        // All but the last hold whole units of 8 bytes (RFC 791, 3.2; RFC 8200, 4.5), and none holds nothing.
+        if length == 0 || (more && length % 8 != 0) || self.transport + offset + length > DATAGRAM_MAX {
+            return Err(reason::MALFORMED);
+        }
+        self.fragment_id = id;
+        if offset == 0 {
+            (self.fragment, self.fragment_edge) = (FIRST_FRAGMENT, length);
+        } else {
+            (self.fragment, self.fragment_edge) = (LATER_FRAGMENT, offset);
+        }
+        Ok(())
     }
 
     #[inline(always)]
@@ -108,8 +145,11 @@ impl Packet {
         if self.transport > IPV4_HEADER {
             bytes.walk_ipv4_options(self.transport)?;
         }
-        // More fragments, or an offset.
-        self.fragment = u8::from(be16(header, 6) & 0x3fff != 0);
+        let fragment = be16(header, 6);
+        let (more, offset) = (fragment & 0x2000 != 0, u32::from(fragment & 0x1fff) * 8);
+        if more || offset != 0 {
+            self.set_fragment(u32::from(be16(header, 4)), offset, more)?;
+        }
         Ok(())
     }
 
@@ -126,15 +166,18 @@ impl Packet {
         if self.end > length {
             return Err(reason::MALFORMED);
         }
-        self.walk_extension_headers(bytes)
+        self.walk_extension_headers::<false>(bytes)
     }
 
+    /// `QUOTED`: what there is of a packet, which may be cut anywhere.
     #[inline(always)]
-    fn walk_extension_headers(&mut self, bytes: &(impl Load + ?Sized)) -> Result<(), u8> {
+    fn walk_extension_headers<const QUOTED: bool>(&mut self, bytes: &(impl Load + ?Sized)) -> Result<(), u8> {
+        let mut cut = false;
         for walked in 0..=MAX_EXTENSION_HEADERS {
             match self.protocol {
                 HOP_BY_HOP if walked > 0 => return Err(reason::EXTENSION_HEADER),
-                HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION_OPTIONS | MOBILITY => {}
+                FRAGMENT if cut => return Err(reason::EXTENSION_HEADER),
+                kind if is_extension_header(kind) => {}
                 _ => return Ok(()),
             }
             if walked == MAX_EXTENSION_HEADERS {
@@ -144,13 +187,25 @@ impl Packet {
             if self.transport + 8 > self.end {
                 return Err(reason::MALFORMED);
             }
-            let [next, length, _, segments_left] = bytes.load(self.transport).ok_or(reason::MALFORMED)?;
+            let header: [u8; 8] = bytes.load(self.transport).ok_or(reason::MALFORMED)?;
+            let [next, length, _, segments_left, a, b, c, d] = header;
             let kind = self.protocol;
             self.protocol = next;
             if kind == FRAGMENT {
                 self.transport += 8;
-                self.fragment = 1;
-                return Ok(());
+                cut = true;
+                let (offset, more) = (u32::from(be16(&header, 2) & 0xfff8), segments_left & 1 != 0);
+                // One that is all of its datagram (RFC 6946) is read as if it had no such header.
+                if QUOTED && offset != 0 {
+                    return Err(reason::FRAGMENT);
+                }
+                if !QUOTED && (offset != 0 || more) {
+                    self.set_fragment(u32::from_be_bytes([a, b, c, d]), offset, more)?;
+                }
+                if offset != 0 {
+                    return Ok(());
+                }
+                continue;
             }
             self.transport += 8 + 8 * u32::from(length);
             if self.transport > self.end {
@@ -161,6 +216,12 @@ impl Packet {
             }
         }
         Err(reason::EXTENSION_HEADER)
+    }
+
+    /// From the IPv6 header of a quoted packet to its transport header; `false` where it is not told.
+    #[inline(always)]
+    pub fn walk_quoted_headers(&mut self, bytes: &(impl Load + ?Sized)) -> bool {
+        self.walk_extension_headers::<true>(bytes).is_ok()
     }
 
     #[inline(always)]
@@ -180,7 +241,8 @@ impl Packet {
             UDP => {
                 let header: [u8; 8] = self.transport_header(bytes, UDP_HEADER)?;
                 let length = u32::from(be16(&header, 4));
-                if length < UDP_HEADER || length > room {
+                // A first fragment holds a part of what the length counts.
+                if length < UDP_HEADER || (length > room && self.fragment == UNFRAGMENTED) {
                     return Err(reason::MALFORMED);
                 }
                 self.source_port = be16(&header, 0);
@@ -213,7 +275,7 @@ impl Packet {
     }
 
     /// Reads the packet that the ICMP error `self` quotes into `quoted`. `false`: it quotes too little, another family,
-    /// a later fragment, a packet with extension headers, or an ICMP error: nothing that a flow could be known by.
+    /// a later fragment, extension headers that would be refused, or an ICMP error: nothing that a flow could be known by.
     #[inline(always)]
     pub fn read_quote(&self, bytes: &(impl Load + ?Sized), quoted: &mut Self) -> bool {
         let start = self.transport + ICMP_HEADER;
@@ -221,26 +283,27 @@ impl Packet {
         if header[0] >> 4 != self.family {
             return false;
         }
-        let header_length = if self.family == 4 {
+        quoted.family = self.family;
+        // A quote is cut: it ends where the error does, whatever the quoted packet says of its length.
+        quoted.end = self.end;
+        if self.family == 4 {
             quoted.protocol = header[9];
             quoted.source = Address::from_v4([header[12], header[13], header[14], header[15]]);
             quoted.destination = Address::from_v4([header[16], header[17], header[18], header[19]]);
-            if be16(&header, 6) & 0x1fff != 0 {
+            if be16(&header, 6) & 0x1fff != 0 || ipv4_header_length(&header) < IPV4_HEADER {
                 return false;
             }
-            ipv4_header_length(&header)
+            quoted.transport = start + ipv4_header_length(&header);
         } else {
             let Some(rest) = bytes.load::<20>(start + 20) else { return false };
             quoted.protocol = header[6];
             [quoted.source, quoted.destination] = ipv6_addresses(&header, &rest);
-            if matches!(quoted.protocol, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION_OPTIONS | MOBILITY) {
+            quoted.transport = start + IPV6_HEADER;
+            if is_extension_header(quoted.protocol) && !bytes.walk_quoted_headers(quoted) {
                 return false;
             }
-            IPV6_HEADER
-        };
-        quoted.family = self.family;
-        quoted.transport = start + header_length;
-        if header_length < IPV4_HEADER || quoted.transport + QUOTED_TRANSPORT > self.end {
+        }
+        if quoted.transport + QUOTED_TRANSPORT > self.end {
             return false;
         }
         let Some(transport) = bytes.load(quoted.transport) else { return false };
@@ -359,6 +422,12 @@ impl Packet {
     pub fn is_out_of_scope(&self) -> bool {
         is_out_of_scope(self.source, self.family) || is_out_of_scope(self.destination, self.family)
     }
+}
+
+/// What is walked on the way to the transport header.
+#[inline(always)]
+const fn is_extension_header(protocol: u8) -> bool {
+    matches!(protocol, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION_OPTIONS | MOBILITY)
 }
 
 /// Link-local, multicast, broadcast, loopback or unspecified.

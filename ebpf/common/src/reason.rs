@@ -37,7 +37,7 @@ reasons! {
     MALFORMED = 10, "malformed", drop;
     /// Section 3.1: IPv4 source route, or IPv6 routing header with segments left.
     SOURCE_ROUTE = 11, "source-route", drop;
-    /// Section 3.4: a fragment. No verdict of a datagram is kept yet (section 9).
+    /// Section 3.4: a later fragment of a datagram whose first is not known to have passed, or an ICMP error in fragments.
     FRAGMENT = 12, "fragment", drop;
     /// Section 3.1: an IPv6 extension header out of place, or too many.
     EXTENSION_HEADER = 13, "extension-header", drop;
@@ -49,6 +49,8 @@ reasons! {
     NO_POLICY = 16, "no-policy", drop;
     /// The tables contradict themselves: a bug, closed.
     CORRUPT_TABLE = 17, "corrupt-table", drop;
+    /// Section 3.4: a later fragment that overlaps the first.
+    FRAGMENT_OVERLAP = 18, "fragment-overlap", drop;
 }
 
 /// Number of reasons.

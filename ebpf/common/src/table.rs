@@ -145,6 +145,8 @@ impl Leaf {
 
 /// In [`Leaf::flags`]: this node stands for the address.
 pub const LOCAL: u32 = 1;
+/// In [`Leaf::flags`]: the address lies in an external cidr, behind a gateway.
+pub const EXTERNAL: u32 = 2;
 /// In [`Leaf::flags`]: the bits from here on number the peer that stands for the address, if that peer is a gateway: its
 /// own addresses and those behind it have one number. 0: this node, no gateway, or an address in no cidr. The numbers
 /// say nothing beyond one copy of the tables.

@@ -2,7 +2,7 @@
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ebpf_common::packet::Packet;
+use ebpf_common::packet::{FIRST_FRAGMENT, LATER_FRAGMENT, Packet, UNFRAGMENTED};
 use ebpf_common::reason::{EXTENSION_HEADER, MALFORMED, SOURCE_ROUTE};
 use ebpf_common::table::Address;
 use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
@@ -157,18 +157,78 @@ fn ipv6_extension_headers() {
     assert_eq!((packet.protocol, packet.transport, packet.destination_port), (17, 56, 53));
 }
 
-#[test]
-fn any_fragment_is_one() {
-    for (flags, offset) in [(0x20, 0), (0, 1), (0x20, 1)] {
-        let mut bytes = udp_v4();
-        (bytes[6], bytes[7]) = (flags, offset);
-        let packet = read(&bytes).unwrap();
-        assert_eq!((packet.fragment, packet.destination_port), (1, 0));
-    }
+/// A UDP packet over IPv4 of 16 bytes behind its header, with these two bytes for flags and offset.
+fn ipv4_fragment(flags: u8, offset: u8) -> Result<Packet, u8> {
     let mut bytes = udp_v4();
-    bytes[6] = 0x40; // don't fragment
-    assert_eq!(read(&bytes).unwrap().fragment, 0);
-    assert_eq!(read(&with_extensions(&[(44, [0; 8])])).unwrap().fragment, 1);
+    bytes[4..8].copy_from_slice(&[0x12, 0x34, flags, offset]);
+    read(&bytes)
+}
+
+#[test]
+fn ipv4_fragments_say_what_they_are_of() {
+    let whole = ipv4_fragment(0x40, 0).unwrap();
+    assert_eq!((whole.fragment, whole.fragment_id, whole.destination_port), (UNFRAGMENTED, 0, 53), "don't fragment");
+    let first = ipv4_fragment(0x20, 0).unwrap();
+    assert_eq!((first.fragment, first.fragment_id, first.fragment_edge), (FIRST_FRAGMENT, 0x1234, 16));
+    assert_eq!((first.source_port, first.destination_port), (1000, 53));
+    for (flags, offset, edge) in [(0, 1, 8), (0x20, 2, 16), (0x1f, 0xf0, 65_408)] {
+        let later = ipv4_fragment(flags, offset).unwrap();
+        assert_eq!((later.fragment, later.fragment_id, later.fragment_edge), (LATER_FRAGMENT, 0x1234, edge));
+        assert_eq!((later.protocol, later.source_port, later.destination_port), (17, 0, 0));
+    }
+    assert_eq!(ipv4_fragment(0x1f, 0xff), Err(MALFORMED), "a datagram of more than 65,535 bytes");
+}
+
+#[test]
+fn fragments_hold_whole_units_and_a_whole_transport_header() {
+    let cut = |length: usize, flags: u8, offset: u8| {
+        let mut bytes = udp_v4();
+        bytes.truncate(20 + length);
+        bytes[2..4].copy_from_slice(&(20 + length as u16).to_be_bytes());
+        (bytes[6], bytes[7]) = (flags, offset);
+        read(&bytes).map(|packet| packet.fragment)
+    };
+    assert_eq!(cut(8, 0x20, 0), Ok(FIRST_FRAGMENT), "a header and no payload");
+    assert_eq!(cut(0, 0x20, 0), Err(MALFORMED));
+    assert_eq!(cut(12, 0x20, 0), Err(MALFORMED), "more follow, and 12 is no multiple of 8");
+    assert_eq!(cut(12, 0x20, 1), Err(MALFORMED));
+    assert_eq!(cut(12, 0, 1), Ok(LATER_FRAGMENT), "the last one may end anywhere");
+    assert_eq!(cut(0, 0, 1), Err(MALFORMED), "nothing in it");
+    let tcp = |options: u8, length: usize| {
+        let mut bytes = Vec::new();
+        PacketBuilder::ipv4(V4[0], V4[1], 64).tcp(1, 2, 0, 0).write(&mut bytes, &[0; 40]).unwrap();
+        bytes.truncate(20 + length);
+        bytes[2..4].copy_from_slice(&(20 + length as u16).to_be_bytes());
+        bytes[6] = 0x20;
+        bytes[32] = (5 + options) << 4;
+        read(&bytes).map(|packet| packet.fragment)
+    };
+    assert_eq!(tcp(0, 16), Err(MALFORMED), "16 bytes of a TCP header");
+    assert_eq!(tcp(0, 24), Ok(FIRST_FRAGMENT));
+    assert_eq!(tcp(1, 24), Ok(FIRST_FRAGMENT), "an option that ends with the fragment");
+    assert_eq!(tcp(2, 24), Err(MALFORMED), "an option that goes on in the next one");
+}
+
+#[test]
+fn ipv6_fragments_say_what_they_are_of() {
+    let header = |offset: u16, more: bool| {
+        let [high, low] = ((offset & 0xfff8) | u16::from(more)).to_be_bytes();
+        [0, 0, high, low, 0xde, 0xad, 0xbe, 0xef]
+    };
+    let plain = [0; 8];
+    let check = |headers: &[(u8, [u8; 8])]| read(&with_extensions(headers));
+    let atomic = check(&[(44, header(0, false))]).unwrap();
+    assert_eq!((atomic.fragment, atomic.fragment_id, atomic.destination_port), (UNFRAGMENTED, 0, 53), "RFC 6946");
+    let first = check(&[(60, plain), (44, header(0, true))]).unwrap();
+    assert_eq!((first.fragment, first.fragment_id, first.fragment_edge), (FIRST_FRAGMENT, 0xdead_beef, 16));
+    assert_eq!(first.destination_port, 53);
+    let first = check(&[(44, header(0, true)), (60, plain)]).unwrap();
+    assert_eq!((first.fragment, first.fragment_edge, first.destination_port), (FIRST_FRAGMENT, 24, 53));
+    let later = check(&[(44, header(1_280, true)), (60, plain)]).unwrap();
+    assert_eq!((later.fragment, later.fragment_edge, later.destination_port), (LATER_FRAGMENT, 1_280, 0));
+    assert_eq!(check(&[(44, header(0xfff8, false))]), Err(MALFORMED), "a datagram of more than 65,535 bytes");
+    assert_eq!(check(&[(44, header(0, true)), (44, header(0, true))]), Err(EXTENSION_HEADER), "a fragment of one");
+    assert_eq!(check(&[(44, header(0, false)), (44, header(0, true))]), Err(EXTENSION_HEADER));
 }
 
 #[test]
@@ -221,6 +281,29 @@ fn errors_quote() {
 }
 
 #[test]
+fn errors_quote_behind_extension_headers() {
+    let quote = |headers: &[(u8, [u8; 8])], cut: usize| {
+        let inner = with_extensions(headers);
+        let mut bytes = Vec::new();
+        let unreachable = etherparse::Icmpv6Type::DestinationUnreachable(etherparse::icmpv6::DestUnreachableCode::Port);
+        let quoted = &inner[..inner.len() - cut];
+        PacketBuilder::ipv6(V6[1], V6[0], 64).icmpv6(unreachable).write(&mut bytes, quoted).unwrap();
+        let outer = read(&bytes).unwrap();
+        let mut quoted = Packet::default();
+        outer.read_quote(&*bytes, &mut quoted).then(|| quoted.key())
+    };
+    let (plain, first, later) = ([0; 8], [0, 0, 0, 1, 0, 0, 0, 7], [0, 0, 5, 0, 0, 0, 0, 7]);
+    let key = read(&udp_v6()).unwrap().key();
+    assert_eq!(quote(&[(0, plain), (60, plain)], 0), Some(key));
+    assert_eq!(quote(&[(60, plain)], 8), Some(key), "8 bytes of transport");
+    assert_eq!(quote(&[(60, plain)], 9), None, "7 bytes of transport");
+    assert_eq!(quote(&[(44, first)], 5), Some(key), "a first fragment, cut anywhere");
+    assert_eq!(quote(&[(44, later)], 0), None, "a later fragment");
+    assert_eq!(quote(&[(60, plain), (0, plain)], 0), None, "hop-by-hop in the wrong place");
+    assert_eq!(quote(&[(60, plain); 7], 0), None, "too many");
+}
+
+#[test]
 fn scope() {
     let check = |address: &str, expected: bool| {
         let address: IpAddr = address.parse().unwrap();
@@ -266,7 +349,7 @@ proptest! {
                 (bytes[6], bytes[7]) = (0, 0);
             }
         }
-        if let Ok(packet) = read(&bytes) && packet.fragment == 0 {
+        if let Ok(packet) = read(&bytes) && packet.fragment == UNFRAGMENTED {
             let theirs = SlicedPacket::from_ip(&bytes);
             // It checks the contents of some headers that the policy does not care for.
             if let Ok(theirs) = theirs {

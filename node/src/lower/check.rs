@@ -4,7 +4,8 @@
 use ebpf_common::limit;
 use ebpf_common::reason;
 use ebpf_common::table::{
-    ALLOW, CELL_INDEX, CHILD, DENY, HOLDER_SHIFT, LOCAL, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD, UNIFORM,
+    ALLOW, CELL_INDEX, CHILD, DENY, EXTERNAL, HOLDER_SHIFT, LOCAL, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD,
+    UNIFORM,
 };
 
 use super::Tables;
@@ -92,7 +93,8 @@ impl Tables {
             if leaf.class >= self.header.classes {
                 return Err(error("LEAVES", index, "has a class that is not there"));
             }
-            let held = leaf.flags == leaf.holder() << HOLDER_SHIFT && (leaf.class != 0 || leaf.holder() == 0);
+            let others = leaf.flags & !EXTERNAL;
+            let held = others == leaf.holder() << HOLDER_SHIFT && (leaf.class != 0 || leaf.flags == 0);
             if leaf.flags != LOCAL && !held {
                 return Err(error("LEAVES", index, format!("has the flags {:#x}, which mean nothing", leaf.flags)));
             }

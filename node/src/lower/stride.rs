@@ -1,11 +1,11 @@
 //! Prefixes to the stride table.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ebpf_common::limit;
-use ebpf_common::table::{Address, Block, CHILD, HOLDER_SHIFT, LOCAL, Leaf, NO_BLOCK, PLAIN, Root, UNKNOWN};
+use ebpf_common::table::{Address, Block, CHILD, EXTERNAL, HOLDER_SHIFT, LOCAL, Leaf, NO_BLOCK, PLAIN, Root, UNKNOWN};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use policy::Slice;
+use policy::{CidrId, Slice};
 
 use super::own::{Entry, Holder};
 use super::{Classes, FEWER_PREFIXES, LowerError, within};
@@ -20,6 +20,7 @@ pub(super) struct Strides {
 
 pub(super) fn lower(slice: &Slice, classes: &Classes, entries: &BTreeMap<IpNet, Entry>) -> Result<Strides, LowerError> {
     let mut leaves = Leaves::default();
+    let external = external(slice);
     let mut prefixes: Vec<Prefix> = entries
         .iter()
         .map(|(net, entry)| {
@@ -29,6 +30,8 @@ pub(super) fn lower(slice: &Slice, classes: &Classes, entries: &BTreeMap<IpNet, 
                 Holder::Gateway(number) if class != 0 => number << HOLDER_SHIFT,
                 Holder::Gateway(_) | Holder::Other => 0,
             };
+            let external = flags != LOCAL && entry.place.is_some_and(|(_, cidr)| external.contains(&cidr));
+            let flags = if external { flags | EXTERNAL } else { flags };
             Prefix::new(*net, leaves.intern(Leaf { class, cidr, flags }))
         })
         .collect();
@@ -43,6 +46,14 @@ pub(super) fn lower(slice: &Slice, classes: &Classes, entries: &BTreeMap<IpNet, 
     let roots_v6 = plant(&mut blocks, &v6, roots.v6().map(IpNet::V6));
     within("blocks of the address table", blocks.len(), limit::BLOCKS, FEWER_PREFIXES)?;
     Ok(Strides { roots_v4, roots_v6, blocks, leaves: leaves.list })
+}
+
+/// The cidrs of which nothing lies in the network's roots.
+fn external(slice: &Slice) -> BTreeSet<CidrId> {
+    let inside = |net: &IpNet| slice.local.roots.contains(net.network());
+    let inside: BTreeSet<CidrId> =
+        slice.prefixes.iter().filter(|(net, _)| inside(net)).map(|(_, (_, cidr))| *cidr).collect();
+    slice.prefixes.values().map(|(_, cidr)| *cidr).filter(|cidr| !inside.contains(cidr)).collect()
 }
 
 /// An entrance that is not used.

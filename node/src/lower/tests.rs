@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use ebpf_common::table::{Address, CHILD, HOLDER_SHIFT, LOCAL, Leaf, NO_BLOCK, PLAIN, UNIFORM};
+use ebpf_common::table::{Address, CHILD, EXTERNAL, HOLDER_SHIFT, LOCAL, Leaf, NO_BLOCK, PLAIN, UNIFORM};
 use ebpf_common::{EGRESS, INGRESS, reason};
 use policy::{
     Action, Change, Flow, Matrix, Network, NodeId, Revision, Slice, arbitrary, interpret, parse_flow_service,
@@ -269,7 +269,7 @@ fn tables_that_contradict_themselves_are_found() {
     apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
     let whole = lowered(&slice_of(&network, node(&network), None));
     type Break = fn(&mut Tables);
-    let breaks: [(&str, Break); 15] = [
+    let breaks: [(&str, Break); 17] = [
         ("HEADER", |tables| tables.header.roots_v4[0].block = tables.blocks.len() as u32),
         ("HEADER", |tables| tables.header.own = tables.header.classes),
         ("HEADER", |tables| tables.header.revision += 1),
@@ -278,7 +278,9 @@ fn tables_that_contradict_themselves_are_found() {
         ("BLOCKS", |tables| tables.blocks[0].otherwise = 99),
         ("BLOCKS", |tables| tables.blocks[0].position = 16),
         ("LEAVES", |tables| tables.leaves[1].class = tables.header.classes),
-        ("LEAVES", |tables| tables.leaves[1].flags = 2),
+        ("LEAVES", |tables| tables.leaves[1].flags = 4),
+        ("LEAVES", |tables| tables.leaves[1].flags = EXTERNAL | LOCAL),
+        ("LEAVES", |tables| tables.leaves.push(Leaf { class: 0, cidr: 0, flags: EXTERNAL })),
         ("LEAVES", |tables| tables.leaves[1].flags = 1 << HOLDER_SHIFT | LOCAL),
         ("LEAVES", |tables| tables.leaves.push(Leaf { class: 0, cidr: 0, flags: 1 << HOLDER_SHIFT })),
         ("MATRIX", |tables| tables.matrix[0] = 7),

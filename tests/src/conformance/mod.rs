@@ -4,6 +4,7 @@
 //! outside, and it goes with the thread.
 
 pub mod foreign;
+pub mod fragments;
 pub mod network;
 pub mod place;
 pub mod random;

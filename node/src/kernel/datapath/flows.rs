@@ -6,9 +6,12 @@ use std::path::Path;
 
 use aya::maps::{HashMap, Map, MapData, MapError};
 use ebpf_common::flow::{Flow, FlowKey, idle_timeout_ns};
+use ebpf_common::fragment::{Fragment, FragmentKey};
 use ebpf_common::map;
 use ipnet::IpNet;
 
+use super::fragments::Fragments;
+use super::shares::Shares;
 use super::{map::open, sys};
 use crate::kernel::KernelError;
 
@@ -16,13 +19,20 @@ use crate::kernel::KernelError;
 pub(super) struct Flows {
     map: MapData,
     records: HashMap<MapData, FlowKey, Flow>,
+    shares: Shares,
+    fragments: Fragments,
 }
 
 impl Flows {
     pub(super) fn open(folder: &Path) -> Result<Self, KernelError> {
         let records = HashMap::try_from(Map::HashMap(open(folder, map::FLOWS)?))
             .map_err(|error| KernelError::with("`FLOWS` is no hash map", error))?;
-        Ok(Self { map: open(folder, map::FLOWS)?, records })
+        Ok(Self {
+            map: open(folder, map::FLOWS)?,
+            records,
+            shares: Shares::open(folder)?,
+            fragments: Fragments::open(folder)?,
+        })
     }
 
     pub(super) fn list(&self) -> Result<Vec<(FlowKey, Flow)>, KernelError> {
@@ -30,9 +40,18 @@ impl Flows {
             .map_err(|error| KernelError::with("failed to read the records of flows", error))
     }
 
-    /// Deletes records that are idle at `now` (nanoseconds, monotonic clock).
+    /// The records of datagrams in fragments.
+    pub(super) fn list_fragments(&self) -> Result<Vec<(FragmentKey, Fragment)>, KernelError> {
+        self.fragments.list()
+    }
+
+    /// Deletes records that are idle at `now` (nanoseconds, monotonic clock), and settles whose the others are.
     pub(super) fn collect(&mut self, now: u64) -> Result<usize, KernelError> {
-        self.remove(|key, flow| is_idle(key, flow, now))
+        let opened = self.shares.read()?;
+        let removed = self.remove(|key, flow| is_idle(key, flow, now))?;
+        self.shares.settle(&opened, &self.list()?)?;
+        self.fragments.collect(now)?;
+        Ok(removed)
     }
 
     /// Deletes records with an end in one of these prefixes.
@@ -45,7 +64,10 @@ impl Flows {
     }
 
     pub(super) fn clear(&mut self) -> Result<usize, KernelError> {
-        self.remove(|_, _| true)
+        let removed = self.remove(|_, _| true)?;
+        self.shares.clear()?;
+        self.fragments.clear()?;
+        Ok(removed)
     }
 
     fn remove(&mut self, wanted: impl Fn(&FlowKey, &Flow) -> bool) -> Result<usize, KernelError> {

@@ -5,7 +5,8 @@ use std::path::Path;
 use aya::maps::{MapData, MapInfo, MapType};
 use ebpf_common::counter::{Counter, LOSSES, PairKey};
 use ebpf_common::event::Bucket;
-use ebpf_common::flow::{Flow, FlowKey};
+use ebpf_common::flow::{Flow, FlowKey, Remote, TOTALS};
+use ebpf_common::fragment::{Fragment, FragmentKey};
 use ebpf_common::table::{Block, Control, Decision, Header, Leaf, Page, Ports};
 use ebpf_common::{COPIES, DIRECTIONS, limit, map, reason};
 
@@ -29,7 +30,11 @@ const fn per_cpu(name: &'static str, value: usize, entries: u32) -> Layout {
     Layout { name, kind: MapType::PerCpuArray, key: 4, value, entries }
 }
 
-const LAYOUTS: [Layout; 15] = [
+const fn hash(name: &'static str, key: usize, value: usize, entries: u32) -> Layout {
+    Layout { name, kind: MapType::Hash, key, value, entries }
+}
+
+const LAYOUTS: [Layout; 19] = [
     array(map::CONTROL, size_of::<Control>(), 1),
     array(map::HEADER, size_of::<Header>(), COPIES),
     array(map::BLOCKS, size_of::<Block>(), COPIES * limit::BLOCKS),
@@ -38,13 +43,11 @@ const LAYOUTS: [Layout; 15] = [
     array(map::PAGES, size_of::<Page>(), COPIES * limit::PAGES),
     array(map::PORTS, size_of::<Ports>(), COPIES * limit::PORTS),
     array(map::DECISIONS, size_of::<Decision>(), COPIES * limit::DECISIONS),
-    Layout {
-        name: map::FLOWS,
-        kind: MapType::Hash,
-        key: size_of::<FlowKey>(),
-        value: size_of::<Flow>(),
-        entries: limit::FLOWS,
-    },
+    hash(map::FLOWS, size_of::<FlowKey>(), size_of::<Flow>(), limit::FLOWS),
+    hash(map::FLOWS_OPENED, size_of::<Remote>(), size_of::<u64>(), limit::REMOTES),
+    hash(map::FLOWS_GONE, size_of::<Remote>(), size_of::<u64>(), limit::REMOTES),
+    array(map::FLOW_TOTALS, size_of::<u64>(), TOTALS),
+    hash(map::FRAGMENTS, size_of::<FragmentKey>(), size_of::<Fragment>(), limit::FRAGMENTS),
     per_cpu(map::REASON_COUNTERS, size_of::<Counter>(), DIRECTIONS * reason::COUNT),
     per_cpu(map::RULE_COUNTERS, size_of::<Counter>(), limit::RULES),
     Layout {

@@ -18,12 +18,14 @@ mod copies;
 mod counters;
 mod events;
 mod flows;
+mod fragments;
 mod inspect;
 mod map;
 pub mod packet;
 mod pin;
 mod probe;
 mod program;
+mod shares;
 mod sys;
 mod trace;
 

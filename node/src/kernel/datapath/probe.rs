@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use aya::Ebpf;
 use aya::programs::{TestRun, TestRunOptions};
 use ebpf_common::flow::{Flow, FlowKey};
+use ebpf_common::fragment::{Fragment, FragmentKey};
 use ebpf_common::{EGRESS, INGRESS, reason};
 
 use super::counters::CounterMaps;
@@ -146,6 +147,11 @@ impl Probe {
     /// The probe's own records.
     pub fn flows(&self) -> Result<Vec<(FlowKey, Flow)>, KernelError> {
         self.flows.list()
+    }
+
+    /// The probe's own records of datagrams in fragments.
+    pub fn fragments(&self) -> Result<Vec<(FragmentKey, Fragment)>, KernelError> {
+        self.flows.list_fragments()
     }
 
     /// The probe's own events.

@@ -34,6 +34,8 @@ pub(super) struct Instance<'a> {
 
 /// Records that a probe has room for.
 const PROBE_FLOWS: u32 = 64;
+/// Datagrams in fragments that a probe has room for.
+const PROBE_FRAGMENTS: u32 = 1_024;
 /// Pairs that a probe has room for.
 const PROBE_PAIRS: u32 = 1_024;
 /// Bytes of a probe's ring buffer: a page.
@@ -61,6 +63,9 @@ impl Instance<'_> {
         if self.small {
             loader
                 .map_max_entries(map::FLOWS, PROBE_FLOWS)
+                .map_max_entries(map::FLOWS_OPENED, PROBE_FLOWS)
+                .map_max_entries(map::FLOWS_GONE, PROBE_FLOWS)
+                .map_max_entries(map::FRAGMENTS, PROBE_FRAGMENTS)
                 .map_max_entries(map::PAIR_COUNTERS, PROBE_PAIRS)
                 .map_max_entries(map::EVENTS, PROBE_EVENT_BYTES);
         }

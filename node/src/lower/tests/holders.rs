@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use ebpf_common::table::LOCAL;
+use ebpf_common::table::{EXTERNAL, LOCAL};
 use policy::{Change, CidrId, Network, NodeId, NodeState, Slice};
 use proptest::prelude::*;
 
@@ -96,7 +96,7 @@ fn nested_prefixes_are_held_by_the_gateway_of_the_deepest() {
     let tables = lowered(&slice_of(&network, id("g2"), None));
     let leaf = |address: &str| tables.leaf(address.parse().expect("an address")).expect("whole");
     assert_eq!((leaf("10.42.2.2").flags, leaf("192.168.8.1").flags), (LOCAL, LOCAL));
-    assert_eq!((leaf("10.42.2.1").flags, leaf("192.168.0.1").flags), (0, 0), "nothing is allowed with `g1`");
+    assert_eq!((leaf("10.42.2.1").flags, leaf("192.168.0.1").flags), (0, EXTERNAL), "nothing is allowed with `g1`");
     assert_ne!(leaf("192.168.8.65").holder(), 0);
     assert_eq!(leaf("192.168.8.65").holder(), leaf("10.42.1.2").holder(), "`w0` is its gateway");
 }
