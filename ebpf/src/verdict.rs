@@ -266,6 +266,20 @@ extern "C" fn find_leaf(copy: u32, high: u64, low: u64, family: u32) -> u32 {
     CORRUPT
 }
 
+/// Whether the tables alone allow a flow of `service` (protocol << 16 | port) between two addresses, one of which this
+/// node stands for; for the bench.
+#[inline(always)]
+pub fn is_allowed(copy: u32, direction: u32, source: Address, destination: Address, service: u32) -> bool {
+    let find = |address: Address| {
+        let family = if address.is_v4() { 4 } else { 6 };
+        let leaf = find_leaf(copy, address.0[0], address.0[1], family);
+        if leaf < limit::LEAVES { LEAVES.get(copy * limit::LEAVES + leaf) } else { None }
+    };
+    let (Some(source), Some(destination)) = (find(source), find(destination)) else { return false };
+    let (own, other) = if direction == EGRESS { (source, destination) } else { (destination, source) };
+    other.class != 0 && Decision(decide(copy, direction, own.class, other.class, service)).allows()
+}
+
 /// The block in which the walk begins.
 #[inline(always)]
 fn enter(roots: &[Root], address: Address) -> Option<u32> {

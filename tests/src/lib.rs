@@ -2,6 +2,7 @@
 //!
 //! The demo (`cargo xtask demo`), the namespace tests and the VM tests are made of these.
 
+pub mod bench;
 pub mod conformance;
 pub mod mesh;
 pub mod metrics;

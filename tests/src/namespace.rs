@@ -45,6 +45,23 @@ pub fn end_all() {
     }
 }
 
+/// Ctrl-C and SIGTERM end every namespace, and with them everything that was started.
+pub fn end_all_on_signal() {
+    thread::spawn(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(async {
+            let mut terminate =
+                tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).expect("a signal handler");
+            tokio::select! {
+                _ = tokio::signal::ctrl_c() => {}
+                _ = terminate.recv() => {}
+            }
+        });
+        end_all();
+        std::process::exit(130);
+    });
+}
+
 /// A running host.
 #[derive(Debug)]
 pub struct Namespace {

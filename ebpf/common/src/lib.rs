@@ -16,6 +16,7 @@
 
 #![no_std]
 
+pub mod bench;
 pub mod counter;
 pub mod event;
 pub mod flow;

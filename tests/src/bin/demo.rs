@@ -24,7 +24,7 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    end_on_signal();
+    namespace::end_all_on_signal();
     let mut story = Story::new();
     match tell(&options, &mut story) {
         Ok(()) if story.failed == 0 => {
@@ -40,23 +40,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// Ctrl-C and SIGTERM end every namespace, and with them everything that was started.
-fn end_on_signal() {
-    std::thread::spawn(|| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        runtime.block_on(async {
-            let mut terminate =
-                tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).expect("a signal handler");
-            tokio::select! {
-                _ = tokio::signal::ctrl_c() => {}
-                _ = terminate.recv() => {}
-            }
-        });
-        namespace::end_all();
-        std::process::exit(130);
-    });
 }
 
 fn tell(options: &Options, story: &mut Story) -> Result<()> {

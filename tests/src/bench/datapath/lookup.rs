@@ -1,0 +1,195 @@
+//! The policy lookup alone, timed by a loop inside a program, beside the shapes that others use.
+
+use anyhow::{Context, Result, ensure};
+use ebpf_common::INGRESS;
+use ebpf_common::bench::{Ends, Pair, SAMPLES, Service, map};
+use ebpf_common::packet::UDP;
+use ipnet::IpNet;
+use node::kernel::Datapath;
+use node::lower::{LowerError, RuleSlots, lower};
+use policy::{Flow, Slice};
+
+use super::program::{Cost, Programs};
+use super::{FAMILIES, family_name, nanoseconds, of_family, thousands};
+use crate::bench::Effort;
+use crate::bench::report::{Report, Row, Target};
+use crate::bench::scale::{Families, Layout, Scale, Size, Treatment};
+use crate::bench::statistics::Draw;
+use crate::conformance::Lab;
+use crate::mesh::Family;
+
+/// Most nanoseconds of a lookup by number of cidrs, IPv4 and IPv6.
+const TARGETS: [(u32, (f64, f64)); 2] = [(1_000, (30.0, 70.0)), (10_000, (45.0, 130.0))];
+/// How many times faster than Cilium's shape, where there is a target.
+const FASTER_THAN_CILIUM: f64 = 5.0;
+/// The most that ten times the rules may add: what the noise of two runs does.
+const GROWTH: f64 = 1.1;
+/// Any buffer that the kernel takes for a run.
+const BUFFER: [u8; 64] = [0x45; 64];
+
+pub(super) fn sizes(effort: Effort) -> &'static [u32] {
+    effort.choose(&[100, 1_000, 10_000], &[100])
+}
+
+/// Passes through all samples: enough for the median to be steady.
+pub(super) fn runs(effort: Effort) -> usize {
+    effort.choose(60, 3)
+}
+
+pub(super) fn measure(lab: &mut Lab, effort: Effort, report: &mut Report) -> Result<()> {
+    lab.datapath.attach()?;
+    for &cidrs in sizes(effort) {
+        for layout in [Layout::Dense, Layout::Sparse] {
+            for family in FAMILIES {
+                let size = Size { cidrs, rules_per_cidr: 10, layout, families: Families::One(family) };
+                measure_size(lab, size, family, effort, report)?;
+            }
+        }
+    }
+    let cidrs = effort.choose(1_000, 100);
+    for family in FAMILIES {
+        measure_growth(lab, cidrs, family, effort, report)?;
+    }
+    Ok(())
+}
+
+fn measure_size(lab: &mut Lab, size: Size, family: Family, effort: Effort, report: &mut Report) -> Result<()> {
+    let what = format!("{}, {} cidrs, {}", family_name(family), thousands(size.cidrs), size.layout.name());
+    let target = TARGETS.iter().find(|(cidrs, _)| *cidrs == size.cidrs).map(|(_, both)| of_family(family, *both));
+    let name = format!("policy lookup, {what}");
+    let scale = Scale::new(size)?;
+    let slice = scale.slice(1)?;
+    if let Err(refused) = enforce(lab, &slice)? {
+        report.push(Row::missing(name, refused.to_string(), "ns").at_most(target));
+        return Ok(());
+    }
+    let mut race = Race::start(lab, &scale, &slice, family, runs(effort))?;
+    let own = race.run("lookup")?;
+    report.push(nanoseconds(name, own).at_most(target));
+    report.push(nanoseconds(format!("one LPM lookup, {what}"), race.run(of_family(family, ("lpm_v4", "lpm_v6")))?));
+    let cilium = race.run(of_family(family, ("cilium_v4", "cilium_v6")))?;
+    report.push(nanoseconds(format!("Cilium's shape, {what}"), cilium));
+    let pair = race.run(of_family(family, ("pair_v4", "pair_v6")))?;
+    report.push(nanoseconds(format!("two LPM and a hash, {what}"), pair));
+    let times = Row::new(format!("Cilium's shape / policy lookup, {what}"), cilium.median / own.median, "times");
+    report.push(if target.is_some() { times.target(Target::AtLeast(FASTER_THAN_CILIUM)) } else { times });
+    Ok(())
+}
+
+/// The same cidrs with one rule each, and with ten.
+fn measure_growth(lab: &mut Lab, cidrs: u32, family: Family, effort: Effort, report: &mut Report) -> Result<()> {
+    let mut medians = Vec::new();
+    for rules_per_cidr in [1, 10] {
+        let size = Size { cidrs, rules_per_cidr, layout: Layout::Dense, families: Families::One(family) };
+        let scale = Scale::new(size)?;
+        let slice = scale.slice(1)?;
+        enforce(lab, &slice)?.context("a small network does not fit")?;
+        medians.push(Race::start(lab, &scale, &slice, family, runs(effort))?.run("lookup")?.median);
+    }
+    let name = format!("policy lookup, {}, {} cidrs, ten times the rules", family_name(family), thousands(cidrs));
+    report.push(Row::new(name, medians[1] / medians[0], "times").target(Target::AtMost(GROWTH)));
+    Ok(())
+}
+
+/// Puts a slice in force, unless the tables have no room for it.
+pub(super) fn enforce(lab: &mut Lab, slice: &Slice) -> Result<Result<(), LowerError>> {
+    match lower(slice, &mut RuleSlots::new()) {
+        Ok(tables) => {
+            lab.datapath.switch(&tables)?;
+            Ok(Ok(()))
+        }
+        Err(refused) => Ok(Err(refused)),
+    }
+}
+
+/// The same questions for every shape.
+struct Race {
+    programs: Programs,
+    /// How many of the samples the policy allows.
+    allowed: u32,
+    runs: usize,
+}
+
+impl Race {
+    fn start(lab: &Lab, scale: &Scale, slice: &Slice, family: Family, runs: usize) -> Result<Self> {
+        let mut programs = Programs::load(lab)?;
+        let flows = flows(scale, family);
+        let ends: Vec<Ends> = flows.iter().map(ends).collect();
+        programs.set(INGRESS, map::ENDS, &ends)?;
+        let allowed = flows.iter().filter(|flow| slice.verdict(flow).action == policy::Action::Allow);
+        let allowed = u32::try_from(allowed.count())?;
+        fill_others(&mut programs, scale, slice, family, &flows)?;
+        Ok(Self { programs, allowed, runs })
+    }
+
+    /// What one flow costs a program, which must say of them all what the policy says; but one LPM lookup says nothing.
+    fn run(&mut self, program: &str) -> Result<Cost> {
+        let passed = self.programs.passed(INGRESS, program, &BUFFER)?;
+        ensure!(
+            program.starts_with("lpm") || passed == self.allowed,
+            "`{program}` lets {passed} of {SAMPLES} flows pass and not {}",
+            self.allowed
+        );
+        self.programs.cost(program, "ends_only", &BUFFER, self.runs)
+    }
+}
+
+/// From random partners to the subject: of those whose port is open, every fourth to a closed one.
+fn flows(scale: &Scale, family: Family) -> Vec<Flow> {
+    let mut draw = Draw::new(3);
+    let flow = |_| {
+        let partner = &scale.partners[draw.below(scale.partners.len())];
+        let flow = scale.flow(partner, family);
+        if draw.below(4) == 0 { Flow { port: 9, ..flow } } else { flow }
+    };
+    (0..SAMPLES).map(flow).collect()
+}
+
+fn ends(flow: &Flow) -> Ends {
+    Ends {
+        source: flow.source.into(),
+        destination: flow.destination.into(),
+        destination_port: flow.port,
+        protocol: flow.protocol,
+        _pad: [0; 5],
+    }
+}
+
+/// The same policy as others keep it: an identity for each class.
+fn fill_others(programs: &mut Programs, scale: &Scale, slice: &Slice, family: Family, flows: &[Flow]) -> Result<()> {
+    let prefixes = || slice.prefixes.iter().map(|(net, (class, _))| (*net, class.0 + 1));
+    programs.fill_trie(
+        map::IDENTITY_V4,
+        prefixes().filter_map(|(net, identity)| match net {
+            IpNet::V4(net) => Some((net.prefix_len().into(), net.network().octets(), identity)),
+            IpNet::V6(_) => None,
+        }),
+    )?;
+    programs.fill_trie(
+        map::IDENTITY_V6,
+        prefixes().filter_map(|(net, identity)| match net {
+            IpNet::V4(_) => None,
+            IpNet::V6(net) => Some((net.prefix_len().into(), net.network().octets(), identity)),
+        }),
+    )?;
+    let identity = |address| slice.lookup(address).map_or(0, |(class, _)| class.0 + 1);
+    let (direction, protocol) = (1, UDP);
+    let services = scale.partners.iter().filter_map(|partner| {
+        let identity = identity(partner.address(family));
+        match partner.treatment {
+            // The identity's 32 bits and the direction's 8.
+            Treatment::AnyService => Some((40, Service { identity, direction, ..Service::default() }, 1)),
+            Treatment::Port | Treatment::RecordedPort => {
+                Some((64, Service { identity, direction, protocol, port: partner.port.to_be_bytes() }, 1))
+            }
+            Treatment::Replies => None,
+        }
+    });
+    programs.fill_trie(map::POLICY, services)?;
+    let pairs = flows.iter().map(|flow| {
+        let service = u32::from(flow.protocol) << 16 | u32::from(flow.port);
+        let pair = Pair { source: identity(flow.source), destination: identity(flow.destination), service };
+        (pair, u32::from(slice.verdict(flow).action == policy::Action::Allow))
+    });
+    programs.fill_hash(map::PAIRS, pairs)
+}

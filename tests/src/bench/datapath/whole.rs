@@ -1,0 +1,229 @@
+//! The whole program, by what becomes of a packet: net of a program that does nothing, attached the same way.
+//!
+//! Over many packets, by a loop inside a program that puts one after the other into the buffer of its run and calls what
+//! the node's program is. And over one packet again and again, by the node's own program as it is attached.
+
+use anyhow::{Result, ensure};
+use ebpf_common::bench::SAMPLES;
+use ebpf_common::{EGRESS, INGRESS};
+use node::kernel::Datapath;
+use node::kernel::datapath::packet::Packet;
+use policy::Flow;
+
+use super::lookup::{enforce, runs, sizes};
+use super::program::{Cost, Programs};
+use super::{FAMILIES, family_name, nanoseconds, of_family, thousands};
+use crate::bench::Effort;
+use crate::bench::report::{Report, Row, Target};
+use crate::bench::scale::{Families, Layout, Scale, Size, Treatment};
+use crate::bench::statistics::{Draw, median, minimum};
+use crate::conformance::Lab;
+use crate::mesh::Family;
+
+/// Cidrs for which there are targets, and most nanoseconds of a packet, IPv4 and IPv6.
+const TARGETS: (u32, (f64, f64)) = (1_000, (60.0, 110.0));
+/// The most that a reply of a known flow adds, while its record is at hand.
+const REPLY: f64 = 45.0;
+/// Flows whose records stay at hand.
+const HOT_FLOWS: u32 = 64;
+/// Source port of the first flow.
+const FIRST_PORT: u16 = 20_000;
+
+/// What becomes of a packet, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    AnyService,
+    Port,
+    RecordedPort,
+    Denied,
+    Reply { flows: u32 },
+    NewFlow,
+    Fragment,
+}
+
+const FATES: [Fate; 8] = [
+    Fate::AnyService,
+    Fate::Port,
+    Fate::Denied,
+    Fate::Reply { flows: HOT_FLOWS },
+    Fate::Reply { flows: SAMPLES },
+    Fate::RecordedPort,
+    Fate::NewFlow,
+    Fate::Fragment,
+];
+
+impl Fate {
+    fn name(self) -> &'static str {
+        match self {
+            Self::AnyService => "allowed by any-service",
+            Self::Port => "allowed by port",
+            Self::RecordedPort => "allowed by port, flow recorded before",
+            Self::Denied => "denied",
+            Self::Reply { flows: HOT_FLOWS } => "reply of a known flow, 64 flows",
+            Self::Reply { .. } => "reply of a known flow, 4,096 flows",
+            Self::NewFlow => "new flow that needs a record",
+            Self::Fragment => "first fragment of an allowed datagram, dropped",
+        }
+    }
+
+    fn treatment(self) -> Treatment {
+        match self {
+            Self::AnyService | Self::Fragment => Treatment::AnyService,
+            Self::Port => Treatment::Port,
+            Self::RecordedPort | Self::NewFlow => Treatment::RecordedPort,
+            Self::Denied | Self::Reply { .. } => Treatment::Replies,
+        }
+    }
+
+    /// Whether there is a target for it on its own.
+    fn is_plain(self) -> bool {
+        matches!(self, Self::AnyService | Self::Port | Self::Denied)
+    }
+}
+
+pub(super) fn measure(lab: &mut Lab, effort: Effort, report: &mut Report) -> Result<()> {
+    lab.datapath.attach()?;
+    for &cidrs in sizes(effort) {
+        for layout in [Layout::Dense, Layout::Sparse] {
+            for family in FAMILIES {
+                let size = Size { cidrs, rules_per_cidr: 10, layout, families: Families::One(family) };
+                measure_size(lab, size, family, effort, report)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn measure_size(lab: &mut Lab, size: Size, family: Family, effort: Effort, report: &mut Report) -> Result<()> {
+    let what = format!("{}, {} cidrs, {}", family_name(family), thousands(size.cidrs), size.layout.name());
+    let target = (size.cidrs == TARGETS.0).then(|| of_family(family, TARGETS.1));
+    let scale = Scale::new(size)?;
+    if let Err(refused) = enforce(lab, &scale.slice(1)?)? {
+        report.push(Row::missing(format!("whole program, {what}"), refused.to_string(), "ns").at_most(target));
+        return Ok(());
+    }
+    let mut bench = Bench { programs: Programs::load(lab)?, scale, family, runs: runs(effort) };
+    let mut hot = [0.0; 2];
+    for fate in FATES {
+        let cost = bench.cost(fate)?;
+        let row = nanoseconds(format!("whole program, {}, {what}", fate.name()), cost);
+        report.push(row.at_most(target.filter(|_| fate.is_plain())));
+        match fate {
+            Fate::AnyService => hot[0] = cost.median,
+            Fate::Reply { flows: HOT_FLOWS } => hot[1] = cost.median,
+            _ => {}
+        }
+    }
+    let more = Row::new(format!("a known reply (64 flows) beyond any-service, {what}"), hot[1] - hot[0], "ns");
+    report.push(if target.is_some() { more.target(Target::AtMost(REPLY)) } else { more });
+    if size.layout == Layout::Dense {
+        bench.measure_attached(lab, &what, report)?;
+    }
+    Ok(())
+}
+
+struct Bench {
+    programs: Programs,
+    scale: Scale,
+    family: Family,
+    runs: usize,
+}
+
+impl Bench {
+    fn cost(&mut self, fate: Fate) -> Result<Cost> {
+        self.programs.forget()?;
+        let packets: Vec<Vec<u8>> = self.packets(fate).iter().map(|packet| self.bytes(fate, packet)).collect();
+        let buffer = self.programs.set_packets(INGRESS, &packets)?;
+        if let Fate::Reply { .. } = fate {
+            // The subject opens the flows.
+            let openers: Vec<Vec<u8>> = self.packets(fate).iter().map(|packet| packet.reply().to_bytes()).collect();
+            let buffer = self.programs.set_packets(EGRESS, &openers)?;
+            let opened = self.programs.passed(EGRESS, "whole", &buffer)?;
+            ensure!(opened == SAMPLES, "{opened} of {SAMPLES} packets that open flows pass");
+        }
+        let passed = self.programs.passed(INGRESS, "whole", &buffer)?;
+        let expected = if matches!(fate, Fate::Denied | Fate::Fragment) { 0 } else { SAMPLES };
+        ensure!(passed == expected, "{passed} of {SAMPLES} packets pass and not {expected}: {}", fate.name());
+        if fate == Fate::NewFlow {
+            return self.cost_of_new(&buffer);
+        }
+        self.programs.cost("whole", "packets_only", &buffer, self.runs)
+    }
+
+    /// Every packet of each run makes a record: they are deleted before the next.
+    fn cost_of_new(&mut self, buffer: &[u8]) -> Result<Cost> {
+        let (mut with, mut alone) = (Vec::new(), Vec::new());
+        for _ in 0..self.runs.div_ceil(3) {
+            let gone = self.programs.forget()?;
+            ensure!(gone == SAMPLES as usize, "{gone} of {SAMPLES} flows were recorded");
+            alone.push(self.programs.run(INGRESS, "packets_only", buffer)?.0);
+            with.push(self.programs.run(INGRESS, "whole", buffer)?.0);
+        }
+        Ok(Cost { minimum: minimum(&with) - minimum(&alone), median: median(&with) - median(&alone) })
+    }
+
+    /// As they arrive at the subject.
+    fn packets(&self, fate: Fate) -> Vec<Packet> {
+        let partners = self.scale.with(fate.treatment());
+        let mut draw = Draw::new(5);
+        let flows = if let Fate::Reply { flows } = fate { flows } else { SAMPLES };
+        let packet = |number: u32| {
+            let partner = &partners[draw.below(partners.len())];
+            let flow = self.scale.flow(partner, self.family);
+            let port = FIRST_PORT + number as u16;
+            match fate {
+                // From the port that the subject may talk to.
+                Fate::Reply { .. } => {
+                    Packet::opening(&Flow { port, ..flow }).with_source_port(partner.port)
+                }
+                Fate::Denied => Packet::opening(&Flow { port: 9, ..flow }).with_source_port(port),
+                _ => Packet::opening(&flow).with_source_port(port),
+            }
+        };
+        (0..flows).map(packet).collect()
+    }
+
+    fn bytes(&self, fate: Fate, packet: &Packet) -> Vec<u8> {
+        let bytes = packet.to_bytes();
+        match (fate, self.family) {
+            (Fate::Fragment, Family::V4) => first_fragment_v4(bytes),
+            (Fate::Fragment, Family::V6) => first_fragment_v6(&bytes),
+            _ => bytes,
+        }
+    }
+
+    /// The node's own program, one packet a run: everything is at hand, and there is no loop.
+    fn measure_attached(&mut self, lab: &mut Lab, what: &str, report: &mut Report) -> Result<()> {
+        let pin = lab.pin("programs/ingress");
+        for fate in [Fate::AnyService, Fate::Port, Fate::Denied] {
+            let packet = self.packets(fate).remove(0);
+            let (repeat, runs) = (if self.runs > 10 { 20_000 } else { 100 }, self.runs.min(20));
+            let cost = self.programs.cost_of_pinned(&pin, &packet.to_bytes(), repeat, runs)?;
+            report.push(nanoseconds(format!("the attached program, one packet {}, {what}", fate.name()), cost));
+        }
+        Ok(())
+    }
+}
+
+/// Says that more fragments follow.
+fn first_fragment_v4(mut bytes: Vec<u8>) -> Vec<u8> {
+    const MORE_FRAGMENTS: u8 = 0x20;
+    bytes[6] |= MORE_FRAGMENTS;
+    (bytes[10], bytes[11]) = (0, 0);
+    let sum = node::kernel::datapath::packet::checksum(&bytes[..20]).to_be_bytes();
+    bytes[10..12].copy_from_slice(&sum);
+    bytes
+}
+
+/// Likewise, by a header of its own after the first 40 bytes.
+fn first_fragment_v6(bytes: &[u8]) -> Vec<u8> {
+    const FRAGMENT: u8 = 44;
+    const MORE_FRAGMENTS: u8 = 1;
+    let (head, rest) = bytes.split_at(40);
+    let extension = [head[6], 0, 0, MORE_FRAGMENTS, 0, 0, 0, 7];
+    let mut fragment = [head, &extension, rest].concat();
+    fragment[6] = FRAGMENT;
+    let length = (rest.len() as u16 + 8).to_be_bytes();
+    fragment[4..6].copy_from_slice(&length);
+    fragment
+}
