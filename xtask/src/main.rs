@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod check;
 mod demo;
 mod process;
@@ -28,6 +29,7 @@ enum Verb {
     Demo(demo::Args),
     Test(test::Args),
     Vm(vm::Args),
+    Bench(bench::Args),
     Check(check::Args),
 }
 
@@ -55,6 +57,7 @@ fn dispatch(verb: Verb) -> Result<ExitCode> {
         Verb::Demo(args) => demo::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Vm(args) => vm::run(&args),
+        Verb::Bench(args) => bench::run(&args),
         Verb::Check(args) => check::run(&args),
     }
 }

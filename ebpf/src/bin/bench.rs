@@ -10,7 +10,7 @@ use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie};
 use aya_ebpf::programs::TcContext;
-use ebpf::case::direction;
+use ebpf::case::{Case, direction};
 use ebpf::hook::Skb;
 use ebpf::verdict;
 use ebpf_common::bench::{Ends, LOOP, PACKET, Pair, SAMPLES, Service};
@@ -227,6 +227,48 @@ extern "C" fn put(context: *mut __sk_buff, index: u32) -> u32 {
 extern "C" fn put_and_pass(context: *mut __sk_buff, index: u32) -> u32 {
     let context = TcContext::new(context);
     u32::from(store(&context, index) && ebpf::pass(&Skb(&context)))
+}
+
+/// Reads the headers, and no more.
+#[classifier]
+pub(crate) fn headers(context: TcContext) -> i32 {
+    let first = start();
+    let mut passed = 0;
+    for step in 0..LOOP {
+        passed += put_and_read(context.skb.skb, first.wrapping_add(step) & (SAMPLES - 1));
+    }
+    passed as i32
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn put_and_read(context: *mut __sk_buff, index: u32) -> u32 {
+    let context = TcContext::new(context);
+    let hook = Skb(&context);
+    let mut case = Case::new(&hook);
+    u32::from(store(&context, index) && case.packet.read(&hook, case.length).is_ok())
+}
+
+/// Counts, and no more: as many pairs as the samples have.
+#[classifier]
+pub(crate) fn counters(context: TcContext) -> i32 {
+    let first = start();
+    let mut passed = 0;
+    for step in 0..LOOP {
+        passed += put_and_count(context.skb.skb, first.wrapping_add(step) & (SAMPLES - 1));
+    }
+    passed as i32
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn put_and_count(context: *mut __sk_buff, index: u32) -> u32 {
+    let context = TcContext::new(context);
+    let mut case = Case::new(&Skb(&context));
+    (case.source_cidr, case.destination_cidr, case.rule) = (index & 1023, 1, index & 127);
+    let stored = store(&context, index);
+    ebpf::maps::count(&case);
+    u32::from(stored)
 }
 
 /// The packets of one run are all as long as its buffer.

@@ -97,7 +97,12 @@ impl Row {
         match self.also[..] {
             [("95 % low", low), ("95 % high", high)] => format!("[{}, {}]", figure(low), figure(high)),
             [] => self.note.clone(),
-            _ => self.also.iter().map(|(what, value)| format!("{what} {}", figure(*value))).collect::<Vec<_>>().join(", "),
+            _ => self
+                .also
+                .iter()
+                .map(|(what, value)| format!("{what} {}", figure(*value)))
+                .collect::<Vec<_>>()
+                .join(", "),
         }
     }
 }
@@ -160,7 +165,10 @@ impl Report {
 
     /// The rows that have a target, as a table in Markdown.
     pub fn to_markdown(&self) -> String {
-        let mut text = format!("{}\n\n| | measured | 95 % | target | |\n| --- | --- | --- | --- | --- |\n", self.heading.join("; "));
+        let mut text = format!(
+            "{}\n\n| | measured | 95 % | target | |\n| --- | --- | --- | --- | --- |\n",
+            self.heading.join("; ")
+        );
         for row in self.rows.iter().filter(|row| row.target.is_some()) {
             let target = row.target.map(Target::text).unwrap_or_default();
             let _infallible = writeln!(
@@ -225,7 +233,8 @@ fn heading(what: &str) -> Vec<String> {
     let kernel = nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned());
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let load = load.split(' ').next().unwrap_or_default();
-    let profile = if cfg!(debug_assertions) { "NOT optimised (dev): userspace figures say nothing" } else { "optimised" };
+    let profile =
+        if cfg!(debug_assertions) { "NOT optimised (dev): userspace figures say nothing" } else { "optimised" };
     vec![
         format!("{what}, {}", today()),
         format!("{model}, {cores} processors, Linux {}, load {load} at the start", kernel.unwrap_or_default()),

@@ -135,12 +135,7 @@ impl Scale {
 
     /// The flow that the rule about a partner speaks of, from it to the subject.
     pub fn flow(&self, partner: &Partner, family: Family) -> Flow {
-        Flow {
-            source: partner.address(family),
-            destination: self.address(family),
-            protocol: UDP,
-            port: partner.port,
-        }
+        Flow { source: partner.address(family), destination: self.address(family), protocol: UDP, port: partner.port }
     }
 
     pub fn with(&self, treatment: Treatment) -> Vec<Partner> {
@@ -257,7 +252,8 @@ impl Builder {
             let members: Vec<usize> = (0..self.partners.len()).filter(|index| of(&self.partners[*index])).collect();
             for (group, members) in members.chunks(members.len().div_ceil(wanted).max(1)).enumerate() {
                 let port = PORT + (group as u32 % PORTS) as u16 * 3;
-                let from: Vec<Selector> = members.iter().map(|member| Selector::Cidr(self.partners[*member].0)).collect();
+                let from: Vec<Selector> =
+                    members.iter().map(|member| Selector::Cidr(self.partners[*member].0)).collect();
                 members.iter().for_each(|member| self.partners[*member].1.port = port);
                 let service = format!("udp/{port}");
                 match treatment {

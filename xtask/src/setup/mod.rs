@@ -48,7 +48,6 @@ pub(crate) enum Purpose {
 const EVERYTHING: [Purpose; 5] =
     [Purpose::Build, Purpose::Mesh, Purpose::Test, Purpose::Vm(KernelVersion::V6_1), Purpose::Vm(KernelVersion::V6_12)];
 /// For `cargo xtask bench`.
-#[expect(dead_code, reason = "the verb that calls `ensure` with it comes next")]
 pub(crate) const BENCH: [Purpose; 3] = [Purpose::Build, Purpose::Mesh, Purpose::Bench];
 
 /// Something that is missing.

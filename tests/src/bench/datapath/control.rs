@@ -38,7 +38,9 @@ pub(super) fn measure(lab: &mut Lab, effort: Effort, report: &mut Report) -> Res
 
     let mut slots = RuleSlots::new();
     let before = resident()?;
-    let (tables, took) = timed(|| lower(slice.as_ref().map_err(|error| anyhow::anyhow!("{error}"))?, &mut slots).map_err(anyhow::Error::from));
+    let (tables, took) = timed(|| {
+        lower(slice.as_ref().map_err(|error| anyhow::anyhow!("{error}"))?, &mut slots).map_err(anyhow::Error::from)
+    });
     let tables = tables?;
     report.push(Row::new(format!("lower the slice of {of}"), took, "ms"));
     report.push(Row::new(format!("the lowered tables of {of} in `noded`"), resident()? - before, "MB"));

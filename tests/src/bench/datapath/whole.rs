@@ -109,7 +109,10 @@ fn measure_size(lab: &mut Lab, size: Size, family: Family, effort: Effort, repor
         let row = nanoseconds(format!("whole program, {}, {what}", fate.name()), cost);
         report.push(row.at_most(target.filter(|_| fate.is_plain())));
         match fate {
-            Fate::AnyService => hot[0] = cost.median,
+            Fate::AnyService => {
+                hot[0] = cost.median;
+                bench.measure_parts(&what, report)?;
+            }
             Fate::Reply { flows: HOT_FLOWS } => hot[1] = cost.median,
             _ => {}
         }
@@ -150,6 +153,18 @@ impl Bench {
         self.programs.cost("whole", "packets_only", &buffer, self.runs)
     }
 
+    /// What reading the headers and counting have in it, with the packets that are there.
+    fn measure_parts(&mut self, what: &str, report: &mut Report) -> Result<()> {
+        let buffer = self.packets(Fate::AnyService)[0].to_bytes();
+        for (program, part) in [("headers", "reading the headers"), ("counters", "counting in 1,024 pairs")] {
+            let passed = self.programs.passed(INGRESS, program, &buffer)?;
+            ensure!(passed == SAMPLES, "`{program}` takes {passed} of {SAMPLES} packets");
+            let cost = self.programs.cost(program, "packets_only", &buffer, self.runs)?;
+            report.push(nanoseconds(format!("of it {part}, {what}"), cost));
+        }
+        Ok(())
+    }
+
     /// Every packet of each run makes a record: they are deleted before the next.
     fn cost_of_new(&mut self, buffer: &[u8]) -> Result<Cost> {
         let (mut with, mut alone) = (Vec::new(), Vec::new());
@@ -173,9 +188,7 @@ impl Bench {
             let port = FIRST_PORT + number as u16;
             match fate {
                 // From the port that the subject may talk to.
-                Fate::Reply { .. } => {
-                    Packet::opening(&Flow { port, ..flow }).with_source_port(partner.port)
-                }
+                Fate::Reply { .. } => Packet::opening(&Flow { port, ..flow }).with_source_port(partner.port),
                 Fate::Denied => Packet::opening(&Flow { port: 9, ..flow }).with_source_port(port),
                 _ => Packet::opening(&flow).with_source_port(port),
             }
