@@ -13,6 +13,8 @@ use crate::setup;
 
 /// Optimised, and quicker to build than a release. A first build on two cores takes some minutes.
 const PROFILE: &str = "measured";
+/// Of crate `tests`. (Crate `ebpf` has a `bench`.)
+const PROGRAM: &str = "measure";
 const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
 /// A full run takes less than ten minutes on two cores.
 const RUN_LIMIT: Duration = Duration::from_secs(40 * 60);
@@ -59,7 +61,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if !built.success() {
         bail!("failed to build the bench ({built})");
     }
-    let mut command = Command::new(crate::target().join(PROFILE).join("bench"));
+    let mut command = Command::new(crate::target().join(PROFILE).join(PROGRAM));
     command.args(args.words());
     let ended = run_command(&mut command, RUN_LIMIT)?;
     if !matches!(ended, Ended::Exited(_)) {

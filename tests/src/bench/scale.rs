@@ -45,6 +45,32 @@ pub struct Size {
     pub rules_per_cidr: u32,
     pub layout: Layout,
     pub families: Families,
+    /// How all partners are treated; otherwise they take turns.
+    pub treatment: Option<Treatment>,
+    /// Rules of each treatment that concern the subject, at most: partners share them.
+    pub groups: u32,
+}
+
+impl Size {
+    /// Partners treated in every way, by as many rules about the subject as `rules_per_cidr` gives it.
+    pub fn mixed(cidrs: u32, rules_per_cidr: u32, layout: Layout, families: Families) -> Self {
+        let groups = (GROUPS * rules_per_cidr).clamp(1, GROUPS_LIMIT);
+        Self { cidrs, rules_per_cidr, layout, families, treatment: None, groups }
+    }
+
+    /// As many partners as `rules`, each with one port open, and no other rules.
+    pub fn ports(rules: u32, family: Family) -> Self {
+        // The subject, what is around it, and what is around each 255 more.
+        let cidrs = (0..).map(|spare| rules + 2 + spare).find(|cidrs| cidrs - 1 - cidrs.div_ceil(256) == rules);
+        Self {
+            cidrs: cidrs.unwrap_or(rules),
+            rules_per_cidr: 0,
+            layout: Layout::Dense,
+            families: Families::One(family),
+            treatment: Some(Treatment::RecordedPort),
+            groups: PORT_GROUPS,
+        }
+    }
 }
 
 /// What the policy says of packets from another cidr to the subject.
@@ -68,6 +94,8 @@ pub struct Partner {
     pub treatment: Treatment,
     /// Of the service that a rule names.
     pub port: u16,
+    /// The cidr, in one family or the other.
+    pub nets: (IpNet, IpNet),
 }
 
 impl Partner {
@@ -75,6 +103,13 @@ impl Partner {
         match family {
             Family::V4 => self.v4.into(),
             Family::V6 => self.v6.into(),
+        }
+    }
+
+    pub fn net(&self, family: Family) -> IpNet {
+        match family {
+            Family::V4 => self.nets.0,
+            Family::V6 => self.nets.1,
         }
     }
 }
@@ -97,6 +132,8 @@ const FIRST: u32 = 42;
 /// pages are what they have fewest of).
 const GROUPS: u32 = 25;
 const GROUPS_LIMIT: u32 = 250;
+/// Rules with a port of their own that one node's tables have room for.
+const PORT_GROUPS: u32 = 1_000;
 /// Named in rules about the subject: from here on.
 const PORT: u16 = 5_000;
 const PORTS: u32 = 50;
@@ -190,13 +227,14 @@ impl Builder {
                 subject = Some((self.node(number, hosts)?, hosts));
             } else if self.size.layout == Layout::Sparse || number & 255 != 0 {
                 self.node(number, hosts)?;
-                let treatment = match number % 4 {
+                let turn = match number % 4 {
                     0 => Treatment::AnyService,
                     1 => Treatment::Port,
                     2 => Treatment::RecordedPort,
                     _ => Treatment::Replies,
                 };
-                self.partners.push((cidr, Partner { v4: hosts.0, v6: hosts.1, treatment, port: PORT }));
+                let treatment = self.size.treatment.unwrap_or(turn);
+                self.partners.push((cidr, Partner { v4: hosts.0, v6: hosts.1, treatment, port: PORT, nets }));
             }
         }
         let (subject, (v4, v6)) = subject.context("a network of fewer than two cidrs has no subject")?;
@@ -245,13 +283,13 @@ impl Builder {
     /// The partners of each treatment in groups, each with rules and a port of its own.
     fn rules_about_subject(&mut self) {
         let subject = vec![Selector::Cidr(self.cidrs[SUBJECT as usize])];
-        let wanted = (GROUPS * self.size.rules_per_cidr).clamp(1, GROUPS_LIMIT) as usize;
+        let wanted = self.size.groups as usize;
         let treatments = [Treatment::AnyService, Treatment::Port, Treatment::RecordedPort, Treatment::Replies];
         for treatment in treatments {
             let of = |(_, partner): &(CidrId, Partner)| partner.treatment == treatment;
             let members: Vec<usize> = (0..self.partners.len()).filter(|index| of(&self.partners[*index])).collect();
             for (group, members) in members.chunks(members.len().div_ceil(wanted).max(1)).enumerate() {
-                let port = PORT + (group as u32 % PORTS) as u16 * 3;
+                let port = group_port(group as u32);
                 let from: Vec<Selector> =
                     members.iter().map(|member| Selector::Cidr(self.partners[*member].0)).collect();
                 members.iter().for_each(|member| self.partners[*member].1.port = port);
@@ -329,16 +367,34 @@ fn sparse(draw: &mut Draw, taken: &mut std::collections::BTreeSet<u32>) -> Place
     (nets, (Ipv4Addr::from(u32::from(net4) + 1), host6))
 }
 
+/// The ports that rules about the subject name.
+pub fn ports() -> impl Iterator<Item = u16> {
+    (0..PORTS).map(group_port)
+}
+
+fn group_port(group: u32) -> u16 {
+    PORT + (group % PORTS) as u16 * 3
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn there_is_a_partner_for_each_rule() {
+        for rules in [10, 100, 1_000, 10_000] {
+            let scale = Scale::new(Size::ports(rules, Family::V4)).expect("a network");
+            assert_eq!(scale.partners.len(), rules as usize);
+            assert_eq!(scale.network.rules().len(), rules.min(PORT_GROUPS) as usize);
+        }
+    }
     use ebpf_common::INGRESS;
     use node::lower::{RuleSlots, lower};
 
     #[test]
     fn partners_are_treated_as_they_say() {
         for layout in [Layout::Dense, Layout::Sparse] {
-            let size = Size { cidrs: 300, rules_per_cidr: 10, layout, families: Families::Both };
+            let size = Size::mixed(300, 10, layout, Families::Both);
             let scale = Scale::new(size).expect("a network");
             assert_eq!((scale.network.cidrs().len(), scale.network.rules().len()), (300, 3_000));
             let tables = lower(&scale.slice(1).expect("a slice"), &mut RuleSlots::new()).expect("tables");

@@ -25,7 +25,7 @@ const TABLES: f64 = 16.0;
 
 pub(super) fn measure(lab: &mut Lab, effort: Effort, report: &mut Report) -> Result<()> {
     let cidrs = effort.choose(10_000, 300);
-    let size = Size { cidrs, rules_per_cidr: 10, layout: Layout::Dense, families: Families::Both };
+    let size = Size::mixed(cidrs, 10, Layout::Dense, Families::Both);
     let of = format!("{} cidrs and {} rules", thousands(cidrs), thousands(cidrs * 10));
     let mut scale = Scale::new(size)?;
     let before = resident()?;

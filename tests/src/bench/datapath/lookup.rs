@@ -41,7 +41,7 @@ pub(super) fn measure(lab: &mut Lab, effort: Effort, report: &mut Report) -> Res
     for &cidrs in sizes(effort) {
         for layout in [Layout::Dense, Layout::Sparse] {
             for family in FAMILIES {
-                let size = Size { cidrs, rules_per_cidr: 10, layout, families: Families::One(family) };
+                let size = Size::mixed(cidrs, 10, layout, Families::One(family));
                 measure_size(lab, size, family, effort, report)?;
             }
         }
@@ -80,7 +80,7 @@ fn measure_size(lab: &mut Lab, size: Size, family: Family, effort: Effort, repor
 fn measure_growth(lab: &mut Lab, cidrs: u32, family: Family, effort: Effort, report: &mut Report) -> Result<()> {
     let mut medians = Vec::new();
     for rules_per_cidr in [1, 10] {
-        let size = Size { cidrs, rules_per_cidr, layout: Layout::Dense, families: Families::One(family) };
+        let size = Size::mixed(cidrs, rules_per_cidr, Layout::Dense, Families::One(family));
         let scale = Scale::new(size)?;
         let slice = scale.slice(1)?;
         enforce(lab, &slice)?.context("a small network does not fit")?;

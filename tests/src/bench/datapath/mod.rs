@@ -3,6 +3,10 @@
 mod control;
 mod lookup;
 mod program;
+mod receive;
+mod receiver;
+mod traffic;
+mod tunnel;
 mod whole;
 
 use anyhow::Result;
@@ -20,6 +24,10 @@ pub enum Part {
     Lookup,
     /// Nanoseconds of the whole program, by what becomes of a packet.
     Whole,
+    /// Packets per second into a namespace, beside nftables and iptables.
+    Receive,
+    /// Throughput and round trips through WireGuard.
+    Tunnel,
     /// Time and memory to compile, lower and switch a policy.
     Control,
 }
@@ -42,6 +50,8 @@ pub fn run(selection: &Selection, effort: Effort) -> Result<Report> {
         match part {
             Part::Lookup => on_host(|lab| lookup::measure(lab, effort, &mut report))?,
             Part::Whole => on_host(|lab| whole::measure(lab, effort, &mut report))?,
+            Part::Receive => on_host(|lab| receive::measure(lab, effort, &mut report))?,
+            Part::Tunnel => on_host(|lab| tunnel::measure(lab, effort, &mut report))?,
             Part::Control => on_host(|lab| control::measure(lab, effort, &mut report))?,
         }
     }

@@ -86,7 +86,7 @@ pub(super) fn measure(lab: &mut Lab, effort: Effort, report: &mut Report) -> Res
     for &cidrs in sizes(effort) {
         for layout in [Layout::Dense, Layout::Sparse] {
             for family in FAMILIES {
-                let size = Size { cidrs, rules_per_cidr: 10, layout, families: Families::One(family) };
+                let size = Size::mixed(cidrs, 10, layout, Families::One(family));
                 measure_size(lab, size, family, effort, report)?;
             }
         }

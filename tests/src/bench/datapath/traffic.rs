@@ -1,0 +1,181 @@
+//! Traffic between two hosts for some time, and how much of it arrived.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::namespace::Namespace;
+use crate::probe::udp_socket;
+
+/// Where the servers are.
+pub(super) const PORT: u16 = 5_201;
+/// How long a connection may take to come, or an answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Traffic before the clock starts: windows open, and whatever was idle wakes up.
+const WARM_UP: Duration = Duration::from_millis(100);
+
+/// One way to load a tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Load {
+    Tcp {
+        streams: usize,
+    },
+    /// Datagrams of 64 bytes, as many as the sender can make.
+    SmallUdp,
+    /// One byte there and one back, over TCP, one after the other.
+    RoundTrips,
+}
+
+impl Load {
+    pub(super) const ALL: [Self; 4] =
+        [Self::Tcp { streams: 1 }, Self::Tcp { streams: 8 }, Self::SmallUdp, Self::RoundTrips];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Tcp { streams: 1 } => "TCP, one stream",
+            Self::Tcp { .. } => "TCP, eight streams",
+            Self::SmallUdp => "UDP of 64 bytes",
+            Self::RoundTrips => "1-byte request and response",
+        }
+    }
+
+    pub(super) fn unit(self) -> &'static str {
+        match self {
+            Self::Tcp { .. } => "Mbit/s",
+            Self::SmallUdp => "packets/s",
+            Self::RoundTrips => "round trips/s",
+        }
+    }
+}
+
+/// A host that sends and one that receives.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Way<'a> {
+    pub(super) client: &'a Namespace,
+    pub(super) server: &'a Namespace,
+    /// Of the server, inside the tunnel.
+    pub(super) address: IpAddr,
+}
+
+impl Way<'_> {
+    /// How much arrives in a second, in the load's unit.
+    pub(super) fn carry(&self, load: Load, time: Duration) -> Result<f64> {
+        match load {
+            Load::Tcp { streams } => Ok(self.tcp(streams, time)? * 8.0 / 1e6),
+            Load::SmallUdp => self.udp(time),
+            Load::RoundTrips => self.round_trips(time),
+        }
+    }
+
+    fn listen(&self) -> Result<TcpListener> {
+        self.server.enter(|| TcpListener::bind(SocketAddr::new(self.address, PORT)).context("failed to listen"))
+    }
+
+    /// From a new socket of the client's to one of the server's.
+    fn connect(&self, listener: &TcpListener) -> Result<(TcpStream, TcpStream)> {
+        let ends = self.client.enter(|| Ok(TcpStream::connect_timeout(&listener.local_addr()?, PATIENCE)?))?;
+        let (served, _) = listener.accept()?;
+        for end in [&ends, &served] {
+            end.set_nodelay(true)?;
+            end.set_read_timeout(Some(PATIENCE))?;
+            end.set_write_timeout(Some(PATIENCE))?;
+        }
+        Ok((ends, served))
+    }
+
+    /// Bytes a second.
+    fn tcp(&self, streams: usize, time: Duration) -> Result<f64> {
+        let listener = self.listen()?;
+        let pairs = (0..streams).map(|_| self.connect(&listener)).collect::<Result<Vec<_>>>()?;
+        let (received, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+        thread::scope(|scope| {
+            for (mut sender, mut receiver) in pairs {
+                let (received, stop) = (&received, &stop);
+                scope.spawn(move || {
+                    let buffer = vec![0; 64 << 10];
+                    while !stop.load(Ordering::Relaxed) && sender.write_all(&buffer).is_ok() {}
+                    let _closed = sender.shutdown(std::net::Shutdown::Both);
+                });
+                scope.spawn(move || {
+                    let mut buffer = vec![0; 128 << 10];
+                    while let Ok(length @ 1..) = receiver.read(&mut buffer) {
+                        received.fetch_add(length as u64, Ordering::Relaxed);
+                    }
+                });
+            }
+            let rate = rate(&received, time);
+            stop.store(true, Ordering::Relaxed);
+            rate
+        })
+    }
+
+    /// Datagrams a second that arrive.
+    fn udp(&self, time: Duration) -> Result<f64> {
+        let server = self.server.enter(|| Ok(UdpSocket::bind(SocketAddr::new(self.address, PORT))?))?;
+        server.set_read_timeout(Some(Duration::from_millis(50)))?;
+        let client = udp_socket(self.client, self.address)?;
+        client.connect(server.local_addr()?)?;
+        let (received, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    // A full queue is the point.
+                    let _sent = client.send(&[0; 64]);
+                }
+            });
+            scope.spawn(|| {
+                let mut buffer = [0; 128];
+                while !stop.load(Ordering::Relaxed) {
+                    if server.recv(&mut buffer).is_ok() {
+                        received.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+            let rate = rate(&received, time);
+            stop.store(true, Ordering::Relaxed);
+            rate
+        })
+    }
+
+    fn round_trips(&self, time: Duration) -> Result<f64> {
+        let (mut client, mut server) = self.connect(&self.listen()?)?;
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                let mut byte = [0];
+                while server.read_exact(&mut byte).and_then(|()| server.write_all(&byte)).is_ok() {}
+            });
+            let mut turn = || client.write_all(&[1]).and_then(|()| client.read_exact(&mut [0]));
+            let warm = Instant::now();
+            while warm.elapsed() < WARM_UP {
+                turn()?;
+            }
+            let start = Instant::now();
+            let mut turns = 0;
+            while start.elapsed() < time {
+                turn()?;
+                turns += 1;
+            }
+            let rate = f64::from(turns) / start.elapsed().as_secs_f64();
+            let _closed = client.shutdown(std::net::Shutdown::Both);
+            Ok(rate)
+        })
+    }
+}
+
+/// How fast a counter moves.
+fn rate(counter: &AtomicU64, time: Duration) -> Result<f64> {
+    // Traffic runs while this thread waits: there is no condition to wait for but the clock.
+    thread::park_timeout(WARM_UP);
+    let (start, before) = (Instant::now(), counter.load(Ordering::Relaxed));
+    while start.elapsed() < time {
+        thread::park_timeout(time.saturating_sub(start.elapsed()));
+    }
+    let moved = counter.load(Ordering::Relaxed) - before;
+    let rate = moved as f64 / start.elapsed().as_secs_f64();
+    ensure!(moved > 0, "nothing arrived in {} ms", time.as_millis());
+    Ok(rate)
+}
