@@ -11,6 +11,7 @@ use ebpf_common::reason;
 
 use crate::atomic;
 use crate::case::{Case, direction};
+use crate::flow::now;
 use crate::hook::Hook;
 use crate::maps::{EVENT_BUCKETS, EVENTS, HEADER, TRACE, lose};
 
@@ -29,9 +30,7 @@ pub(crate) fn report(hook: &impl Hook, case: &Case) {
 #[inline(never)]
 fn emit(case: &Case) -> u32 {
     let Some(bucket) = EVENT_BUCKETS.get_ptr_mut(u32::from(case.reason)) else { return 0 };
-    // SAFETY: the helper takes nothing and always succeeds.
-    let now = unsafe { bpf_ktime_get_ns() };
-    if !take_token(bucket, now) {
+    if !take_token(bucket, now()) {
         return suppress(bucket, LOSS_EVENT_LIMITED);
     }
     let Some(mut entry) = EVENTS.reserve::<Event>(0) else {
@@ -40,7 +39,8 @@ fn emit(case: &Case) -> u32 {
     // SAFETY: the map's value, checked not to be null, aligned to 8 bytes.
     let suppressed = unsafe { atomic::take(&raw mut (*bucket).suppressed) };
     entry.write(Event {
-        time: now,
+        // SAFETY: the helper takes nothing and always succeeds.
+        time: unsafe { bpf_ktime_get_ns() },
         revision: HEADER.get(case.copy).map_or(0, |header| header.revision),
         source: case.packet.source,
         destination: case.packet.destination,

@@ -8,8 +8,8 @@
 //! - an idle record is as good as none. Userspace deletes it;
 //! - where room is short, who has much gets no more of it: nobody's records keep another node from having any.
 //!
-//! Two CPUs may write one record at once. The counters are atomic; of the rest the last writer wins, and each of them wrote
-//! what its own reading of the tables allowed. Userspace deletes only what has been idle for long or what it means to forget.
+//! Two CPUs may write one record at once. The last writer wins, and each of them wrote what its own reading of the tables
+//! allowed; a record's own packets and bytes may miss a few then (those of rules, reasons and pairs are exact). Userspace deletes only what has been idle for long or what it means to forget.
 #![allow(unsafe_code, reason = "map values are shared with other CPUs")]
 
 use aya_ebpf::bindings::{BPF_EXIST, BPF_NOEXIST};
@@ -279,10 +279,10 @@ impl Record {
             self.set_state(STATE_OPENING);
         }
         self.touch(now);
-        // SAFETY: as in `find`; `Flow` is aligned to 8 bytes.
+        // SAFETY: as in `find`.
         unsafe {
-            add(&raw mut (*self.0).packets, 1);
-            add(&raw mut (*self.0).bytes, case.length.into());
+            (*self.0).packets += 1;
+            (*self.0).bytes += u64::from(case.length);
         }
     }
 
@@ -294,10 +294,10 @@ impl Record {
             self.set_state(STATE_ESTABLISHED);
         }
         self.touch(now);
-        // SAFETY: as in `find`; `Flow` is aligned to 8 bytes.
+        // SAFETY: as in `find`.
         unsafe {
-            add(&raw mut (*self.0).reply_packets, 1);
-            add(&raw mut (*self.0).reply_bytes, case.length.into());
+            (*self.0).reply_packets += 1;
+            (*self.0).reply_bytes += u64::from(case.length);
         }
     }
 

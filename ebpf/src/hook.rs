@@ -48,21 +48,33 @@ impl Hook for Skb<'_> {
     }
 }
 
-/// Only headers may be linear at egress, so the bytes are copied by the kernel.
+/// As far into the packet as its bytes are read where they lie. The verifier wants a bound; what is behind it is rare.
+const NEAR: u32 = 256;
+
+/// Only headers may be linear, so the kernel copies what is not.
 impl Load for Skb<'_> {
     #[inline(always)]
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let offset = LINK_HEADER.load() + offset;
         let mut bytes = MaybeUninit::<[u8; N]>::uninit();
         // SAFETY: the helper writes all `N` bytes, or fails.
         unsafe {
-            let failed = bpf_skb_load_bytes(
-                self.0.as_ptr().cast(),
-                LINK_HEADER.load() + offset,
-                bytes.as_mut_ptr().cast(),
-                N as u32,
-            );
+            let failed = bpf_skb_load_bytes(self.0.as_ptr().cast(), offset, bytes.as_mut_ptr().cast(), N as u32);
             (failed == 0).then(|| bytes.assume_init())
         }
+    }
+
+    #[inline(always)]
+    fn load_header<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let from = LINK_HEADER.load() + offset;
+        if from <= NEAR {
+            let bytes = settled(self.0.data() + from as usize);
+            if bytes + N <= self.0.data_end() {
+                // SAFETY: the packet goes on for as long as that, which the verifier sees too.
+                return Some(unsafe { read(bytes) });
+            }
+        }
+        self.load(offset)
     }
 
     #[inline(always)]
@@ -71,6 +83,56 @@ impl Load for Skb<'_> {
             WHOLE => Ok(()),
             reason => Err(reason as u8),
         }
+    }
+}
+
+/// A pointer that the compiler does not compute a second time: the verifier knows of the one that was compared.
+#[inline(always)]
+fn settled(pointer: usize) -> usize {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: a register to itself; without an instruction the debug information would not add up.
+    unsafe {
+        let mut pointer = pointer;
+        core::arch::asm!("{pointer} = {pointer}", pointer = inout(reg) pointer, options(pure, nomem, nostack));
+        pointer
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    pointer
+}
+
+/// `N` bytes of a packet, by words wherever they lie: the compiler would take them byte by byte.
+///
+/// # Safety
+/// The packet goes on for `N` bytes from `bytes` on.
+#[inline(always)]
+unsafe fn read<const N: usize>(bytes: usize) -> [u8; N] {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: the caller's; the last bytes that make no word are read one by one.
+    unsafe {
+        let mut read = [0; N];
+        let mut at = 0;
+        while at + 4 <= N {
+            let word: u64;
+            core::arch::asm!(
+                "{word} = *(u32 *)({from} + 0)",
+                word = out(reg) word,
+                from = in(reg) bytes + at,
+                options(pure, readonly, nostack),
+            );
+            let [a, b, c, d] = (word as u32).to_ne_bytes();
+            (read[at], read[at + 1], read[at + 2], read[at + 3]) = (a, b, c, d);
+            at += 4;
+        }
+        while at < N {
+            read[at] = *((bytes + at) as *const u8);
+            at += 1;
+        }
+        read
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    // SAFETY: the caller's.
+    unsafe {
+        (bytes as *const [u8; N]).read_unaligned()
     }
 }
 
