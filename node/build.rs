@@ -1,5 +1,5 @@
-//! Builds the eBPF programs from source and leaves the objects at `$OUT_DIR/rampart`, for `noded` to embed, and
-//! `$OUT_DIR/bench`.
+//! Builds the eBPF programs from source and leaves the objects at `$OUT_DIR/rampart` and `$OUT_DIR/guard`, for `noded` to
+//! embed, and `$OUT_DIR/bench`.
 //!
 //! That takes a compiler with the sources of `core` beside it, which the tool chain that builds everything else need not
 //! have: Debian's `rustc-web` with `rust-web-src`, or a rustup nightly with `rust-src`; and `bpf-linker`.
@@ -19,7 +19,7 @@ struct ToolChain {
 }
 
 /// What nodes load, and what measures it.
-const OBJECTS: [&str; 2] = ["rampart", "bench"];
+const OBJECTS: [&str; 3] = ["rampart", "guard", "bench"];
 
 fn main() {
     for path in ["../ebpf", "../Cargo.toml", "../Cargo.lock", "build.rs"] {

@@ -17,6 +17,7 @@
 #![no_std]
 
 pub mod bench;
+pub mod blake2s;
 pub mod counter;
 pub mod event;
 pub mod flow;
@@ -25,6 +26,7 @@ pub mod limit;
 pub mod packet;
 pub mod reason;
 pub mod table;
+pub mod underlay;
 
 /// Version of everything in this crate; part of the pin path.
 pub const ABI_VERSION: u32 = 3;
