@@ -1,5 +1,8 @@
 //! docs/POLICY.md, section 3, on the loaded program; and section 2 on random networks, four ways at once. Needs root.
 
+#[path = "conformance/guard.rs"]
+mod guard;
+
 use std::time::Duration;
 
 use ebpf_common::flow::{STATE_ESTABLISHED, STATE_OPENING, STATE_TOMBSTONE};

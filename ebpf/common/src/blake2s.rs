@@ -4,16 +4,8 @@
 //! would have to bound.
 
 /// The eight words that a hash begins with.
-const IV: [u32; 8] = [
-    0x6a09_e667,
-    0xbb67_ae85,
-    0x3c6e_f372,
-    0xa54f_f53a,
-    0x510e_527f,
-    0x9b05_688c,
-    0x1f83_d9ab,
-    0x5be0_cd19,
-];
+const IV: [u32; 8] =
+    [0x6a09_e667, 0xbb67_ae85, 0x3c6e_f372, 0xa54f_f53a, 0x510e_527f, 0x9b05_688c, 0x1f83_d9ab, 0x5be0_cd19];
 
 macro_rules! mix {
     ($v:ident, $a:literal, $b:literal, $c:literal, $d:literal, $x:expr, $y:expr) => {
@@ -51,24 +43,7 @@ pub fn compress(state: &mut [u32; 8], words: &[u32; 16], count: u32, last: bool)
     let m = words;
     let [a, b, c, d, e, f, g, h] = *state;
     let last = if last { u32::MAX } else { 0 };
-    let mut v = [
-        a,
-        b,
-        c,
-        d,
-        e,
-        f,
-        g,
-        h,
-        IV[0],
-        IV[1],
-        IV[2],
-        IV[3],
-        IV[4] ^ count,
-        IV[5],
-        IV[6] ^ last,
-        IV[7],
-    ];
+    let mut v = [a, b, c, d, e, f, g, h, IV[0], IV[1], IV[2], IV[3], IV[4] ^ count, IV[5], IV[6] ^ last, IV[7]];
     round!(v, m: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
     round!(v, m: 14 10 4 8 9 15 13 6 1 12 0 2 11 7 5 3);
     round!(v, m: 11 8 12 0 5 2 15 13 10 14 3 6 7 1 9 4);

@@ -562,6 +562,8 @@ mod pod {
     // SAFETY: repr(C), no hidden padding, no invalid bit pattern.
     unsafe impl aya::Pod for super::Config {}
     // SAFETY: as above.
+    unsafe impl aya::Pod for super::Address {}
+    // SAFETY: as above.
     unsafe impl aya::Pod for super::Endpoint {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::EndpointBuckets {}

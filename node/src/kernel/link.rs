@@ -17,6 +17,7 @@ use self::netlink::{FoundLink, Netlink, is};
 use super::{KernelError, Link, LinkKind, LinkState};
 
 pub(crate) mod netlink;
+mod underlay;
 
 /// Our number among routing protocols (`proto 117` in `ip route`). Neither the kernel's `rtnetlink.h` nor iproute2's
 /// `rt_protos` assigns it, so routes that have it are ours to remove.

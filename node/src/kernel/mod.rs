@@ -16,10 +16,12 @@ use crate::lower::Tables;
 
 pub mod datapath;
 pub mod fake;
+pub mod guard;
 pub mod inspect;
 pub mod link;
 pub mod wireguard;
 
+pub use guard::Guard;
 pub use inspect::Inspect;
 
 /// Which WireGuard carries the packets.

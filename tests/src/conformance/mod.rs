@@ -8,6 +8,7 @@ pub mod fragments;
 pub mod network;
 pub mod place;
 pub mod random;
+pub mod underlay;
 
 use std::fs::File;
 use std::panic::resume_unwind;

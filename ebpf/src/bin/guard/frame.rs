@@ -17,8 +17,8 @@ pub(crate) trait Hook: Frame {
     /// Datagrams in it.
     fn segments(&self) -> u32;
 
-    /// `bytes` bytes at an offset, as they lie, ahead of zeros.
-    fn fill(&self, offset: u32, words: &mut [u32; 16], bytes: u32) -> bool;
+    /// `N` bytes at an offset, at most 64, as words of little-endian order, ahead of zeros.
+    fn fill<const N: u32>(&self, offset: u32, words: &mut [u32; 16]) -> bool;
 }
 
 /// At a classifier.
@@ -64,10 +64,11 @@ impl Hook for Skb<'_> {
     }
 
     #[inline(always)]
-    fn fill(&self, offset: u32, words: &mut [u32; 16], bytes: u32) -> bool {
-        *words = [0; 16];
-        // SAFETY: the callers ask for at most the 64 bytes that there is room for, by a constant.
-        unsafe { bpf_skb_load_bytes(self.0.as_ptr().cast(), offset, words.as_mut_ptr().cast(), bytes) == 0 }
+    fn fill<const N: u32>(&self, offset: u32, words: &mut [u32; 16]) -> bool {
+        fill::<N>(words, |to| {
+            // SAFETY: there is room for the `N` bytes.
+            unsafe { bpf_skb_load_bytes(self.0.as_ptr().cast(), offset, to.cast(), N) == 0 }
+        })
     }
 }
 
@@ -106,11 +107,27 @@ impl Hook for Buffer<'_> {
     }
 
     #[inline(always)]
-    fn fill(&self, offset: u32, words: &mut [u32; 16], bytes: u32) -> bool {
-        *words = [0; 16];
-        // SAFETY: as for the classifier.
-        unsafe { bpf_xdp_load_bytes(self.0.ctx, offset, words.as_mut_ptr().cast(), bytes) == 0 }
+    fn fill<const N: u32>(&self, offset: u32, words: &mut [u32; 16]) -> bool {
+        fill::<N>(words, |to| {
+            // SAFETY: there is room for the `N` bytes.
+            unsafe { bpf_xdp_load_bytes(self.0.ctx, offset, to.cast(), N) == 0 }
+        })
     }
+}
+
+#[inline(always)]
+fn fill<const N: u32>(words: &mut [u32; 16], load: impl FnOnce(*mut u32) -> bool) -> bool {
+    const { assert!(N <= 64) }
+    *words = [0; 16];
+    if !load(words.as_mut_ptr()) {
+        return false;
+    }
+    if cfg!(target_endian = "big") {
+        for word in words {
+            *word = u32::from_le(*word);
+        }
+    }
+    true
 }
 
 /// Of global linkage: the verifier checks the walk once, and not along each path that leads here.

@@ -27,6 +27,16 @@ pub(crate) static GUARD_CHECKS: PerCpuArray<u64> = PerCpuArray::with_max_entries
 #[map]
 pub(crate) static GUARD_COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(reason::COUNT, 0);
 
+/// A hash in the making: what does not fit beside the rest on the stack.
+#[map]
+pub(crate) static GUARD_HASH: PerCpuArray<Hash> = PerCpuArray::with_max_entries(1, 0);
+
+#[repr(C)]
+pub(crate) struct Hash {
+    pub(crate) state: [u32; 8],
+    pub(crate) words: [u32; 16],
+}
+
 /// Plain additions: the map is per CPU, and the hooks run with bottom halves off.
 #[inline(always)]
 pub(crate) fn count(reason: u8, bytes: u32, segments: u32) {

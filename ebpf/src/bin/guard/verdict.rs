@@ -10,7 +10,8 @@ use ebpf_common::underlay::{
 
 use crate::frame::Hook;
 use crate::maps::{
-    GUARD_ADDRESSES, GUARD_CHECKS, GUARD_CONFIG, GUARD_ENDPOINTS, GUARD_LINK_HEADER, GUARD_SOURCES, GUARD_TOTALS, count,
+    GUARD_ADDRESSES, GUARD_CHECKS, GUARD_CONFIG, GUARD_ENDPOINTS, GUARD_HASH, GUARD_LINK_HEADER, GUARD_SOURCES,
+    GUARD_TOTALS, Hash, count,
 };
 
 /// Whether the frame passes. Nothing is counted of what is no datagram to the port and to this machine.
@@ -21,10 +22,7 @@ pub(crate) fn pass<F: Hook>(frame: &F) -> bool {
         return true;
     }
     let mut datagram = Datagram::default();
-    if !datagram.find(frame, GUARD_LINK_HEADER.load(), config.port) {
-        return true;
-    }
-    if GUARD_ADDRESSES.get_ptr(datagram.destination).is_none() {
+    if !find(frame, &mut datagram, config.port) || GUARD_ADDRESSES.get_ptr(datagram.destination).is_none() {
         return true;
     }
     let reason = judge(frame, &datagram, config);
@@ -32,41 +30,64 @@ pub(crate) fn pass<F: Hook>(frame: &F) -> bool {
     reason::passes(reason)
 }
 
-#[inline(always)]
-fn judge<F: Hook>(frame: &F, datagram: &Datagram, config: &Config) -> u8 {
-    let joined = frame.joined();
-    if joined == 0 || joined >= datagram.length {
-        return judge_message(frame, datagram, config, datagram.message, datagram.length);
-    }
-    judge_joined(frame, datagram, config, joined)
+/// A function of its own: what it needs of the stack is free again when a MAC is computed.
+#[inline(never)]
+fn find<F: Hook>(frame: &F, datagram: &mut Datagram, port: u16) -> bool {
+    datagram.find(frame, GUARD_LINK_HEADER.load(), port)
 }
 
-/// Datagrams of one socket that came together: all of one length but for the last, which may be shorter.
-///
-/// A handshake message may be the last among data, or the first ahead of a shorter one. Of a peer's own data nothing is
-/// ever lost here, so what follows it passes unseen: whoever forges both, in a row and from a peer's endpoint, gets past.
 #[inline(always)]
-fn judge_joined<F: Hook>(frame: &F, datagram: &Datagram, config: &Config, joined: u32) -> u8 {
-    let first = match classify(frame.load(datagram.message), joined, false) {
-        Ok(first) => first,
+fn judge<F: Hook>(frame: &F, datagram: &Datagram, config: &Config) -> u8 {
+    let part = match part(frame, datagram) {
+        Ok(part) => part,
         Err(reason) => return reason,
     };
-    let rest = datagram.length - joined;
-    match first.bucket() {
-        None if is_known(datagram) => first.passed(),
-        None => {
-            let last = match rest % joined {
-                0 => joined,
-                last => last,
-            };
-            match judge_message(frame, datagram, config, datagram.message + datagram.length - last, last) {
-                reason if reason::passes(reason) => first.passed(),
-                reason => reason,
-            }
-        }
-        Some(_) if rest >= joined => reason::JOINED,
-        Some(_) => judge_message(frame, datagram, config, datagram.message, joined),
+    let message = match classify(frame.load(part.at), part.length, datagram.fragment != 0) {
+        Ok(message) => message,
+        Err(reason) => return reason,
+    };
+    let reason = match message.bucket() {
+        None => message.passed(),
+        Some(bucket) => judge_handshake(frame, datagram, config, part.at, bucket) as u8,
+    };
+    if part.behind_data && reason::passes(reason) { reason::DATA } else { reason }
+}
+
+/// The message that decides about a frame.
+struct Part {
+    at: u32,
+    length: u32,
+    behind_data: bool,
+}
+
+/// Of one datagram that is its message. Of several of one socket that the kernel has joined, which are of one length but for
+/// the last, the only one that can be a handshake: the last behind data, or the first ahead of a shorter one.
+///
+/// Of a peer's own data nothing is ever lost here, so what follows it passes unseen: whoever forges both, in a row and from
+/// a peer's endpoint, gets past.
+#[inline(always)]
+fn part<F: Hook>(frame: &F, datagram: &Datagram) -> Result<Part, u8> {
+    let &Datagram { message: at, length, .. } = datagram;
+    let joined = frame.joined();
+    if joined == 0 || joined >= length {
+        return Ok(Part { at, length, behind_data: false });
     }
+    let first = classify(frame.load(at), joined, false)?;
+    if first.bucket().is_some() {
+        return if length - joined >= joined {
+            Err(reason::JOINED)
+        } else {
+            Ok(Part { at, length: joined, behind_data: false })
+        };
+    }
+    if is_known(datagram) {
+        return Err(first.passed());
+    }
+    let last = match length % joined {
+        0 => joined,
+        last => last,
+    };
+    Ok(Part { at: at + length - last, length: last, behind_data: true })
 }
 
 #[inline(always)]
@@ -77,18 +98,6 @@ fn is_known(datagram: &Datagram) -> bool {
 #[inline(always)]
 fn endpoint(datagram: &Datagram) -> Endpoint {
     Endpoint { address: datagram.source, port: datagram.source_port, _pad: [0; 6] }
-}
-
-#[inline(always)]
-fn judge_message<F: Hook>(frame: &F, datagram: &Datagram, config: &Config, at: u32, length: u32) -> u8 {
-    let message = match classify(frame.load(at), length, datagram.fragment != 0) {
-        Ok(message) => message,
-        Err(reason) => return reason,
-    };
-    match message.bucket() {
-        None => message.passed(),
-        Some(bucket) => judge_handshake(frame, datagram, config, at, bucket) as u8,
-    }
 }
 
 /// The dear part comes after buckets that bound how often it is done, and ahead of those that a stranger's forgeries could
@@ -145,45 +154,42 @@ fn has_mac<F: Hook>(frame: &F, config: &Config, at: u32, bucket: u32) -> bool {
     if config.keyed == 0 {
         return true;
     }
-    let mut state = config.mac1;
-    let mut words = [0; 16];
+    let Some(hash) = GUARD_HASH.get_ptr_mut(0) else { return true };
+    // SAFETY: the map's value, checked not to be null; per CPU, and the hooks run with bottom halves off.
+    let Hash { state, words } = unsafe { &mut *hash };
+    *state = config.mac1;
     let at = if bucket == 0 {
-        if !frame.fill(at, &mut words, BLOCK) {
+        if !frame.fill::<BLOCK>(at, words) {
             return false;
         }
-        compress(&mut state, &words, 2 * BLOCK, 0);
-        if !frame.fill(at + BLOCK, &mut words, INITIATION - BLOCK) {
+        compress(2 * BLOCK, 0);
+        if !frame.fill::<{ INITIATION - BLOCK }>(at + BLOCK, words) {
             return false;
         }
-        compress(&mut state, &words, BLOCK + INITIATION, 1);
+        compress(BLOCK + INITIATION, 1);
         at + INITIATION
     } else {
-        if !frame.fill(at, &mut words, RESPONSE) {
+        if !frame.fill::<RESPONSE>(at, words) {
             return false;
         }
-        compress(&mut state, &words, BLOCK + RESPONSE, 1);
+        compress(BLOCK + RESPONSE, 1);
         at + RESPONSE
     };
-    if !frame.fill(at, &mut words, MAC_LENGTH) {
+    if !frame.fill::<MAC_LENGTH>(at, words) {
         return false;
     }
     // No secret is compared: whoever can guess the MAC knows the key, and is only let on to WireGuard.
-    let differ = state[0] ^ u32::from_le(words[0])
-        | state[1] ^ u32::from_le(words[1])
-        | state[2] ^ u32::from_le(words[2])
-        | state[3] ^ u32::from_le(words[3]);
-    differ == 0
+    state[0] ^ words[0] | state[1] ^ words[1] | state[2] ^ words[2] | state[3] ^ words[3] == 0
 }
 
-/// A function of its own: its 1,600 additions and shifts are verified once a call, and stand in the object once.
+/// Takes the words of [`GUARD_HASH`] into its state. Of global linkage: its 2,000 additions and shifts are verified once,
+/// and not along each path that leads here.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn compress(state: &mut [u32; 8], words: &[u32; 16], count: u32, last: u32) -> u32 {
-    let mut block = *words;
-    if cfg!(target_endian = "big") {
-        for word in &mut block {
-            *word = u32::from_le(*word);
-        }
-    }
-    blake2s::compress(state, &block, count, last != 0);
-    0
+extern "C" fn compress(count: u32, last: u32) -> u32 {
+    let Some(hash) = GUARD_HASH.get_ptr_mut(0) else { return 0 };
+    // SAFETY: as in the caller, which does not use its reference meanwhile.
+    let Hash { state, words } = unsafe { &mut *hash };
+    blake2s::compress(state, words, count, last != 0);
+    1
 }

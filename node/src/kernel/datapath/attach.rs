@@ -3,19 +3,61 @@
 use std::path::Path;
 
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
-use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
+use aya::programs::tc::{SchedClassifierLink, TcAttachOptions, TcHandle};
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier};
+use ebpf_common::{PROGRAM, underlay};
 use std::os::fd::AsFd;
 
 use super::{clsact, pin, sys};
 use crate::kernel::{Attachment, KernelError};
 
-/// One direction of one interface.
+/// One direction of one interface, and whose program is meant.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Hook<'a> {
     pub(super) interface: &'a str,
     pub(super) index: u32,
     pub(super) direction: u32,
+    pub(super) owner: &'static Owner,
+}
+
+/// What tells our programs from each other and from those of others.
+#[derive(Debug)]
+pub(super) struct Owner {
+    /// For errors.
+    pub(super) what: &'static str,
+    /// The program's name, which is that of its filter.
+    pub(super) program: &'static str,
+    /// Of its filters. The second is used while the first has somebody ahead of it: a new filter goes to the head of its
+    /// preference.
+    pub(super) handles: [TcHandle; 2],
+    /// Whether somebody ahead of it is to be put behind it again.
+    pub(super) insists: bool,
+}
+
+/// On the interface that we made we decide first.
+pub(super) static POLICY: Owner = Owner {
+    what: "the policy",
+    program: PROGRAM,
+    handles: [TcHandle::new(0, 0x7270), TcHandle::new(0, 0x7271)],
+    insists: true,
+};
+
+/// On an interface of others we begin first, and whoever goes ahead then has a reason to.
+pub(super) static GUARD: Owner = Owner {
+    what: "the guard",
+    program: underlay::program::TC,
+    handles: [TcHandle::new(0, 0x7272), TcHandle::new(0, 0x7273)],
+    insists: false,
+};
+
+impl Owner {
+    /// Whether a program that is among these is where it should be.
+    fn is_placed(&self, programs: &[Option<u32>], program: u32) -> bool {
+        match self.insists {
+            true => programs.first() == Some(&Some(program)),
+            false => programs.contains(&Some(program)),
+        }
+    }
 }
 
 /// What keeps a program where it is while the agent lives; the pin does when it does not.
@@ -62,7 +104,7 @@ impl Hook<'_> {
                 Err(TcxError::Kernel(error)) => return Err(error),
             }
         }
-        clsact::attach(program, self.interface, self.index, self.direction).map_err(|error| self.failed(error))?;
+        clsact::attach(program, self).map_err(|error| self.failed(error))?;
         *method = Some(Attachment::Clsact);
         Ok(Attached::Clsact)
     }
@@ -83,10 +125,10 @@ impl Hook<'_> {
         held(link.into())
     }
 
-    /// Our pinned link, if it still holds this interface and runs first there.
+    /// Our pinned link, if it still holds this interface and its program runs where it should there.
     fn link_to_take_over(&self, pin: &Path) -> Result<Option<SchedClassifierLink>, TcxError> {
         let Some(link) = pinned(pin).filter(|link| link.is_at(self.index, self.direction)) else { return Ok(None) };
-        if self.programs(Attachment::Tcx)?.first() != Some(&Some(link.program)) {
+        if !self.owner.is_placed(&self.programs(Attachment::Tcx)?, link.program) {
             return Ok(None);
         }
         Ok(Some(FdLink::from(PinnedLink::from_pin(pin)?).try_into()?))
@@ -106,13 +148,18 @@ impl Hook<'_> {
         })
     }
 
+    /// Whether a program is attached and runs where it should.
+    pub(super) fn has(&self, attachment: Attachment, program: u32) -> Result<bool, KernelError> {
+        Ok(self.owner.is_placed(&self.programs(attachment)?, program))
+    }
+
     /// Takes off what is ours of either kind, but for the kind that is to stay.
     pub(super) fn detach(&self, pin: &Path, keep: Option<Attachment>) -> Result<(), KernelError> {
         if keep != Some(Attachment::Tcx) {
             pin::remove_file(pin)?;
         }
         if keep != Some(Attachment::Clsact) {
-            clsact::detach(self.interface, self.index, self.direction).map_err(|error| {
+            clsact::detach(self).map_err(|error| {
                 let (direction, interface) = (pin::name(self.direction), self.interface);
                 KernelError::with(format!("failed to take the filter off {direction} of `{interface}`"), error)
             })?;
@@ -122,7 +169,7 @@ impl Hook<'_> {
 
     fn failed(&self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> KernelError {
         let (direction, interface) = (pin::name(self.direction), self.interface);
-        KernelError::with(format!("failed to attach the policy to {direction} of `{interface}`"), error)
+        KernelError::with(format!("failed to attach {} to {direction} of `{interface}`", self.owner.what), error)
     }
 }
 

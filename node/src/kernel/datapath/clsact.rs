@@ -5,16 +5,15 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact};
 use aya::programs::{Link, ProgramError, SchedClassifier, TcAttachType};
-use ebpf_common::{EGRESS, PROGRAM};
+use ebpf_common::EGRESS;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, socket,
 };
 
+use super::attach::{Hook, Owner};
+
 /// The first preference: filters of others come after ours.
 const PREFERENCE: u16 = 1;
-/// Ours among the filters of that preference. The second is used while the first has somebody ahead of it: a new filter
-/// goes to the head of its preference.
-const HANDLES: [TcHandle; 2] = [TcHandle::new(0, 0x7270), TcHandle::new(0, 0x7271)];
 
 /// One filter of an interface, in the order in which they run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,48 +30,47 @@ impl Filter {
         self.program
     }
 
-    /// Our handle, if it is ours.
-    fn ours(&self) -> Option<TcHandle> {
+    /// Its handle, if it is the owner's.
+    fn of(&self, owner: &Owner) -> Option<TcHandle> {
         // The filter's name is the program's.
-        let ours = self.preference == PREFERENCE && self.name == PROGRAM.as_bytes();
-        HANDLES.into_iter().find(|handle| ours && self.handle == u32::from(*handle))
+        let ours = self.preference == PREFERENCE && self.name == owner.program.as_bytes();
+        owner.handles.into_iter().find(|handle| ours && self.handle == u32::from(*handle))
     }
 }
 
-/// Puts the program where ours is, in place and at once, or makes its place ahead of everybody else.
-pub(super) fn attach(
-    program: &mut SchedClassifier,
-    interface: &str,
-    index: u32,
-    direction: u32,
-) -> Result<(), ProgramError> {
+/// Puts the program where its owner's is, in place and at once, or makes its place ahead of everybody else.
+pub(super) fn attach(program: &mut SchedClassifier, hook: &Hook<'_>) -> Result<(), ProgramError> {
+    let Hook { interface, index, direction, owner } = *hook;
     let kind = attach_type(direction);
     let filters = filters(index, direction)?;
-    let ours = filters.iter().find_map(Filter::ours);
-    let in_place = filters.first().and_then(Filter::ours);
-    let link = if let Some(handle) = in_place {
+    let ours: Vec<_> = filters.iter().map(|filter| filter.of(owner)).collect();
+    let in_place = ours.iter().take(if owner.insists { 1 } else { usize::MAX }).find_map(|handle| *handle);
+    let (link, kept) = if let Some(handle) = in_place {
         // Without NLM_F_CREATE the kernel replaces the program of that handle.
-        program.attach_to_link(SchedClassifierLink::attached(interface, kind, PREFERENCE, handle, None)?)?
+        let link = SchedClassifierLink::attached(interface, kind, PREFERENCE, handle, None)?;
+        (program.attach_to_link(link)?, handle)
     } else {
         match qdisc_add_clsact(interface) {
             Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
             result => result?,
         }
-        let handle = if ours == Some(HANDLES[0]) { HANDLES[1] } else { HANDLES[0] };
+        let taken = |handle| ours.contains(&Some(handle));
+        let handle = if taken(owner.handles[0]) { owner.handles[1] } else { owner.handles[0] };
         let options = NlOptions { priority: PREFERENCE, handle, classid: None };
-        program.attach_with_options(interface, kind, TcAttachOptions::Netlink(options))?
+        (program.attach_with_options(interface, kind, TcAttachOptions::Netlink(options))?, handle)
     };
     // Dropping it would take the filter off, also when the agent ends as it should.
     std::mem::forget(program.take_link(link)?);
-    for handle in filters.iter().skip(1).filter_map(Filter::ours) {
+    for handle in ours.into_iter().flatten().filter(|handle| *handle != kept) {
         SchedClassifierLink::attached(interface, kind, PREFERENCE, handle, None)?.detach()?;
     }
     Ok(())
 }
 
-/// Takes our filters off; `false`: there are none.
-pub(super) fn detach(interface: &str, index: u32, direction: u32) -> Result<bool, ProgramError> {
-    let ours: Vec<TcHandle> = filters(index, direction)?.iter().filter_map(Filter::ours).collect();
+/// Takes the owner's filters off; `false`: there are none.
+pub(super) fn detach(hook: &Hook<'_>) -> Result<bool, ProgramError> {
+    let Hook { interface, index, direction, owner } = *hook;
+    let ours: Vec<TcHandle> = filters(index, direction)?.iter().filter_map(|filter| filter.of(owner)).collect();
     for handle in &ours {
         SchedClassifierLink::attached(interface, attach_type(direction), PREFERENCE, *handle, None)?.detach()?;
     }

@@ -82,7 +82,7 @@ fn per_cpu<V: Pod>(folder: &Path, name: &str) -> Result<PerCpuArray<MapData, V>,
         .map_err(|error| KernelError::with(format!("`{name}` is no array for each CPU"), error))
 }
 
-fn sum(values: &PerCpuValues<Counter>) -> Counter {
+pub(super) fn sum(values: &PerCpuValues<Counter>) -> Counter {
     values.iter().fold(Counter::default(), |sum, one| Counter {
         packets: sum.packets.wrapping_add(one.packets),
         bytes: sum.bytes.wrapping_add(one.bytes),

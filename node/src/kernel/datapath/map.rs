@@ -14,19 +14,19 @@ use super::{pin, sys};
 use crate::kernel::KernelError;
 
 /// What a map must be for the programs and this build to understand each other.
-struct Layout {
-    name: &'static str,
-    kind: MapType,
-    key: usize,
-    value: usize,
-    entries: u32,
+pub(super) struct Layout {
+    pub(super) name: &'static str,
+    pub(super) kind: MapType,
+    pub(super) key: usize,
+    pub(super) value: usize,
+    pub(super) entries: u32,
 }
 
-const fn array(name: &'static str, value: usize, entries: u32) -> Layout {
+pub(super) const fn array(name: &'static str, value: usize, entries: u32) -> Layout {
     Layout { name, kind: MapType::Array, key: 4, value, entries }
 }
 
-const fn per_cpu(name: &'static str, value: usize, entries: u32) -> Layout {
+pub(super) const fn per_cpu(name: &'static str, value: usize, entries: u32) -> Layout {
     Layout { name, kind: MapType::PerCpuArray, key: 4, value, entries }
 }
 
@@ -97,6 +97,14 @@ pub(super) fn check_layouts(folder: &Path) -> Result<bool, KernelError> {
 }
 
 impl Layout {
+    /// Whether the map that is pinned in a folder, if there is one, is laid out like this.
+    pub(super) fn fits(&self, folder: &Path) -> Result<bool, KernelError> {
+        let path = folder.join(self.name);
+        let failed = |error| KernelError::with(format!("failed to open the pinned map `{}`", path.display()), error);
+        let Some(fd) = sys::object(&path).map_err(failed)? else { return Ok(true) };
+        Ok(MapData::from_fd(fd).and_then(|map| map.info()).is_ok_and(|info| self.describes(&info)))
+    }
+
     fn describes(&self, info: &MapInfo) -> bool {
         info.map_type().is_ok_and(|kind| kind == self.kind)
             && info.key_size() as usize == self.key

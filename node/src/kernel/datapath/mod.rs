@@ -19,6 +19,7 @@ mod counters;
 mod events;
 mod flows;
 mod fragments;
+mod guard;
 mod inspect;
 mod map;
 pub mod packet;
@@ -38,7 +39,7 @@ use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 use policy::{Generation, Revision};
 
-use self::attach::{Attached, Hook};
+use self::attach::{Attached, Hook, POLICY};
 use self::copies::Copies;
 use self::counters::CounterMaps;
 use self::flows::Flows;
@@ -49,6 +50,7 @@ use super::{Attachment, Datapath, DatapathState, KernelError};
 use crate::lower::Tables;
 
 pub use events::{EventStream, Events};
+pub use guard::{EbpfGuard, GuardProbe};
 pub use pin::DEFAULT_ROOT;
 pub use probe::{Probe, SHORTEST};
 pub use program::BENCH_OBJECT;
@@ -184,7 +186,7 @@ impl EbpfDatapath {
     }
 
     fn hooks(&self, index: u32) -> [Hook<'_>; 2] {
-        [EGRESS, INGRESS].map(|direction| Hook { interface: &self.interface, index, direction })
+        [EGRESS, INGRESS].map(|direction| Hook { interface: &self.interface, index, direction, owner: &POLICY })
     }
 
     /// Whether our programs are in place, first, and pinned: egress, ingress. Not where the interface is gone.
@@ -200,7 +202,7 @@ impl EbpfDatapath {
             let pinned = maps
                 && loaded.attached.is_pinned(&running.pins.link(hook.direction))
                 && pinned_program(&running.pins, hook.direction) == Some(loaded.id);
-            Ok::<bool, KernelError>(pinned && hook.programs(running.method)?.first() == Some(&Some(loaded.id)))
+            Ok::<bool, KernelError>(pinned && hook.has(running.method, loaded.id)?)
         };
         Ok([check(&hooks[0], &running.egress)?, check(&hooks[1], &running.ingress)?])
     }
@@ -222,8 +224,7 @@ fn pinned_program(pins: &Pins, direction: u32) -> Option<u32> {
 
 fn is_pinned_first(hook: &Hook<'_>, pins: &Pins) -> Result<bool, KernelError> {
     let Some(program) = pinned_program(pins, hook.direction) else { return Ok(false) };
-    let first = |attachment| Ok::<_, KernelError>(hook.programs(attachment)?.first() == Some(&Some(program)));
-    Ok(first(Attachment::Tcx)? || first(Attachment::Clsact)?)
+    Ok(hook.has(Attachment::Tcx, program)? || hook.has(Attachment::Clsact, program)?)
 }
 
 /// Whether a former process's program is attached in some direction, wherever among others.
@@ -302,9 +303,8 @@ impl Datapath for EbpfDatapath {
         self.running = None;
         for direction in [EGRESS, INGRESS] {
             match self.index() {
-                Ok(index) => {
-                    Hook { interface: &self.interface, index, direction }.detach(&pins.link(direction), None)?
-                }
+                Ok(index) => Hook { interface: &self.interface, index, direction, owner: &POLICY }
+                    .detach(&pins.link(direction), None)?,
                 Err(_) => pin::remove_file(&pins.link(direction))?,
             }
         }

@@ -22,6 +22,7 @@ const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_MAP_TYPE_ARRAY_OF_MAPS: u32 = 12;
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
+const BPF_LINK_TYPE_XDP: u32 = 6;
 const BPF_LINK_TYPE_TCX: u32 = 11;
 
 /// Calls bpf(2). The kernel takes a shorter `bpf_attr` as if the rest were zero.
@@ -206,6 +207,31 @@ struct LinkInfo {
 
 /// `None`: a link of another kind.
 pub(super) fn tcx_link(link: BorrowedFd<'_>) -> io::Result<Option<TcxLink>> {
+    let info = link_info(link)?;
+    Ok((info.kind == BPF_LINK_TYPE_TCX).then_some(TcxLink {
+        id: info.id,
+        program: info.program,
+        interface: info.interface,
+        attach_type: info.attach_type,
+    }))
+}
+
+/// What an XDP link says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct XdpLink {
+    pub(super) id: u32,
+    pub(super) program: u32,
+    /// 0: the interface is gone.
+    pub(super) interface: u32,
+}
+
+/// `None`: a link of another kind.
+pub(super) fn xdp_link(link: BorrowedFd<'_>) -> io::Result<Option<XdpLink>> {
+    let LinkInfo { kind, id, program, interface, .. } = link_info(link)?;
+    Ok((kind == BPF_LINK_TYPE_XDP).then_some(XdpLink { id, program, interface }))
+}
+
+fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let mut info = LinkInfo::default();
     let mut attributes = InfoAttributes {
         fd: link.as_raw_fd() as u32,
@@ -213,12 +239,7 @@ pub(super) fn tcx_link(link: BorrowedFd<'_>) -> io::Result<Option<TcxLink>> {
         info: &raw mut info as u64,
     };
     bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
-    Ok((info.kind == BPF_LINK_TYPE_TCX).then_some(TcxLink {
-        id: info.id,
-        program: info.program,
-        interface: info.interface,
-        attach_type: info.attach_type,
-    }))
+    Ok(info)
 }
 
 fn attach_type(direction: u32) -> u32 {

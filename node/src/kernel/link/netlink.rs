@@ -32,6 +32,8 @@ pub(crate) struct FoundLink {
     pub(crate) ours: bool,
     pub(crate) up: bool,
     pub(crate) mtu: u32,
+    /// What lies ahead of the IP header in what arrives.
+    pub(crate) layer: LinkLayerType,
 }
 
 /// Why the kernel would not create a WireGuard link.
@@ -149,6 +151,7 @@ fn describe(message: &LinkMessage) -> FoundLink {
         ours: false,
         up: message.header.flags.contains(LinkFlags::Up),
         mtu: 0,
+        layer: message.header.link_layer_type,
     };
     for attribute in &message.attributes {
         match attribute {
