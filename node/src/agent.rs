@@ -19,8 +19,9 @@ use crate::control::{self, Answerer, Request};
 use crate::controller;
 use crate::enforcer::{self, Setup};
 use crate::events;
+use crate::guard::Watch;
 use crate::identity::{Identity, Keys};
-use crate::kernel::datapath::{EbpfDatapath, Events};
+use crate::kernel::datapath::{EbpfDatapath, EbpfGuard, Events};
 use crate::kernel::link::NetlinkLink;
 use crate::kernel::wireguard::{self, Options};
 use crate::kernel::{Link, WireGuard};
@@ -44,11 +45,12 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// Between two attempts to open what only an attached datapath has.
 const OPEN_AGAIN: Duration = Duration::from_secs(1);
 
-/// The three halves of the interface, chosen and checked; nothing is touched yet.
+/// The three halves of the interface and the guard, chosen and checked; nothing is touched yet.
 pub struct Machine {
     pub wireguard: Box<dyn WireGuard>,
     pub link: Box<dyn Link>,
     pub datapath: EbpfDatapath,
+    pub guard: EbpfGuard,
 }
 
 impl std::fmt::Debug for Machine {
@@ -66,7 +68,8 @@ impl Machine {
         let wireguard = wireguard::detect(interface, settings.wireguard, options)?;
         startup::check(settings, wireguard.backend())?;
         let link = Box::new(NetlinkLink::new(interface)?);
-        Ok(Self { wireguard, link, datapath: EbpfDatapath::new(interface, &settings.bpffs) })
+        let datapath = EbpfDatapath::new(interface, &settings.bpffs);
+        Ok(Self { wireguard, link, datapath, guard: EbpfGuard::new(interface, &settings.bpffs)? })
     }
 }
 
@@ -158,7 +161,7 @@ impl Drop for SocketFile {
 }
 
 fn setup(settings: &Settings, keys: Keys, machine: Machine, state: Option<State>, trace_datapath: bool) -> Setup {
-    let Machine { wireguard, link, mut datapath } = machine;
+    let Machine { wireguard, link, mut datapath, guard } = machine;
     if trace_datapath {
         let runtime = tokio::runtime::Handle::current();
         datapath = datapath.with_trace(move |trace| {
@@ -177,6 +180,7 @@ fn setup(settings: &Settings, keys: Keys, machine: Machine, state: Option<State>
         wireguard,
         link,
         datapath: Box::new(datapath),
+        guard: Watch::new(Box::new(guard), settings.guard.clone()),
         key: keys.wireguard,
         state_dir: settings.state_dir.clone(),
         listen_port: settings.listen_port,

@@ -5,18 +5,21 @@ use std::net::IpAddr;
 
 use ebpf_common::counter::{Counter, PairKey};
 use ebpf_common::table::{ALLOW, Decision, LOCAL, LOG, NO_RULE_SLOT, cell_index};
-use ebpf_common::{EGRESS, INGRESS, reason};
+use ebpf_common::{EGRESS, INGRESS, reason, underlay};
 use ipnet::IpNet;
 use policy::{Action, CidrId, Flow, Slice, Verdict};
 
 use crate::enforcer::{Enforcer, Intent};
+use crate::guard::Watch;
+use crate::kernel::guard::Place;
 use crate::kernel::inspect::Probed;
 use crate::kernel::{Attachment, Backend, KernelError, LinkState};
 use crate::lower::{TableCell, Tables};
 use crate::reconcile::Observed;
 use crate::reconcile::apply::chain;
 use crate::report::{
-    Answer, Direction, End, Entry, Explanation, Interpreted, KernelAnswer, Peer, PeerState, Policy, Question, Status,
+    Answer, Direction, End, Entry, Explanation, Guard, GuardPlace, Interpreted, KernelAnswer, Peer, PeerState, Policy,
+    Question, Status,
 };
 
 /// What the agent knows and the kernel does not.
@@ -40,6 +43,7 @@ pub fn status(enforcer: &mut Enforcer, context: &Context) -> Result<Status, Stri
     let observed = enforcer.observe().map_err(text)?;
     let flow_records = enforcer.datapath.flow_records().unwrap_or(0);
     let attached = observed.datapath.as_ref().filter(|datapath| datapath.egress && datapath.ingress);
+    let guard = guard(&mut enforcer.guard);
     let slice = enforcer.intent.as_ref().map(|intent| &intent.slice);
     Ok(Status {
         network: context.network.clone(),
@@ -64,10 +68,43 @@ pub fn status(enforcer: &mut Enforcer, context: &Context) -> Result<Status, Stri
         controller: context.controller.clone(),
         peers: observed.device.as_ref().map_or(0, |device| device.peers.len()),
         flow_records,
+        guard,
         drift_repairs: enforcer.repairs.values().sum(),
         certificate_expires_at: context.certificate_expires_at,
         error: enforcer.refused.clone().or_else(|| enforcer.error.clone()),
     })
+}
+
+fn guard(watch: &mut Watch) -> Guard {
+    let (counters, unread) = match watch.counters() {
+        Ok(counters) => (counters, None),
+        Err(error) => (BTreeMap::new(), Some(error)),
+    };
+    let place = |place: &Place| {
+        let mut here = GuardPlace {
+            interface: place.interface.clone(),
+            hook: place.hook.map(|hook| hook.to_string()),
+            ahead: place.ahead,
+            note: place.note.clone(),
+            passed: 0,
+            dropped: BTreeMap::new(),
+        };
+        let own =
+            counters.iter().filter(|((interface, _), counter)| *interface == place.interface && counter.packets > 0);
+        for ((_, number), counter) in own {
+            if underlay::reason::passes(*number) {
+                here.passed += counter.packets;
+            } else {
+                here.dropped.insert(underlay::reason::name(*number).to_owned(), counter.packets);
+            }
+        }
+        here
+    };
+    Guard {
+        enabled: watch.is_wanted(),
+        error: watch.error().map(str::to_owned).or(unread),
+        places: watch.places().iter().map(place).collect(),
+    }
 }
 
 /// `nodectl peers`.

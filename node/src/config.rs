@@ -23,21 +23,32 @@ pub struct Field {
     pub sample: &'static str,
 }
 
-macro_rules! file {
-    ($($(#[doc = $doc:literal])+ $field:ident $name:literal: $type:ty = $sample:literal;)*) => {
-        /// `node.toml`. Every field may be left out.
+macro_rules! section {
+    (
+        $(#[$about:meta])* $section:ident, $fields:ident $(, $part:ident: $part_type:ty)*;
+        $($(#[doc = $doc:literal])+ $field:ident $name:literal: $type:ty = $sample:literal;)*
+    ) => {
+        $(#[$about])*
         #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
         #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-        pub struct File {
+        pub struct $section {
             $($(#[doc = $doc])+ pub $field: Option<$type>,)*
+            $(pub $part: Option<$part_type>,)*
         }
 
-        /// The fields of [`File`], in the order of the sample.
-        pub const FIELDS: &[Field] = &[$(Field { name: $name, doc: &[$($doc),+], sample: $sample },)*];
+        /// The fields, in the order of the sample.
+        pub const $fields: &[Field] = &[$(Field { name: $name, doc: &[$($doc),+], sample: $sample },)*];
     };
 }
 
-file! {
+mod guard;
+
+pub use guard::{GUARD_FIELDS, Guard, GuardFile};
+
+section! {
+    /// `node.toml`. Every field may be left out.
+    File, FIELDS, guard: GuardFile;
+
     /// The WireGuard interface that the daemon creates. It never touches one that it did not make.
     interface "interface": Interface = "\"rampart0\"";
     /// Where keys, certificate and last good state are kept.
@@ -111,6 +122,8 @@ pub struct Settings {
     pub mtu: u32,
     pub persistent_keepalive: Option<Duration>,
     pub reconcile_interval: Duration,
+    /// `None`: there is none.
+    pub guard: Option<Guard>,
 }
 
 /// Where metrics are served.
@@ -147,19 +160,16 @@ pub enum ConfigError {
     },
     #[error("configuration file `{}`: {message}", path.display())]
     Parse { path: PathBuf, message: String },
-    #[error("configuration file `{}`: unknown field `{field}`; {}", path.display(), hint(nearest.as_deref()))]
-    UnknownField { path: PathBuf, field: String, nearest: Option<String> },
+    #[error("configuration file `{}`: unknown field `{field}`; {}", path.display(), hint(nearest.as_deref(), known))]
+    UnknownField { path: PathBuf, field: String, nearest: Option<String>, known: Vec<&'static str> },
     #[error("{0}")]
     Value(String),
 }
 
-fn hint(nearest: Option<&str>) -> String {
+fn hint(nearest: Option<&str>, known: &[&str]) -> String {
     match nearest {
         Some(name) => format!("did you mean `{name}`?"),
-        None => format!(
-            "known are {}",
-            FIELDS.iter().map(|field| format!("`{}`", field.name)).collect::<Vec<_>>().join(", ")
-        ),
+        None => format!("known are {}", known.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")),
     }
 }
 
@@ -187,22 +197,36 @@ pub fn load(flags: &Flags) -> Result<Settings, ConfigError> {
 pub fn parse(path: &Path, text: &str) -> Result<File, ConfigError> {
     let error = |message: String| ConfigError::Parse { path: path.to_owned(), message };
     let table: toml::Table = text.parse().map_err(|e: toml::de::Error| error(e.to_string().trim_end().to_owned()))?;
-    for field in table.keys() {
-        if FIELDS.iter().all(|known| known.name != field) {
-            return Err(ConfigError::UnknownField {
-                path: path.to_owned(),
-                field: field.clone(),
-                nearest: nearest(field),
-            });
-        }
+    refuse_unknown(path, &table, FIELDS, &["guard"])?;
+    if let Some(toml::Value::Table(guard)) = table.get("guard") {
+        refuse_unknown(path, guard, GUARD_FIELDS, &[])?;
     }
     toml::from_str(text).map_err(|e| error(e.to_string().trim_end().to_owned()))
 }
 
-fn nearest(field: &str) -> Option<String> {
-    let likeness = |known: &Field| strsim::jaro_winkler(known.name, &field.to_lowercase().replace('_', "-"));
-    let best = FIELDS.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
-    (likeness(best) >= NEAREST).then(|| best.name.to_owned())
+/// `sections`: known beside the fields.
+fn refuse_unknown(
+    path: &Path,
+    table: &toml::Table,
+    fields: &'static [Field],
+    sections: &[&'static str],
+) -> Result<(), ConfigError> {
+    let known: Vec<_> = fields.iter().map(|field| field.name).chain(sections.iter().copied()).collect();
+    match table.keys().find(|field| !known.contains(&field.as_str())) {
+        None => Ok(()),
+        Some(field) => Err(ConfigError::UnknownField {
+            path: path.to_owned(),
+            field: field.clone(),
+            nearest: nearest(field, &known),
+            known,
+        }),
+    }
+}
+
+fn nearest(field: &str, known: &[&'static str]) -> Option<String> {
+    let likeness = |known: &str| strsim::jaro_winkler(known, &field.to_lowercase().replace('_', "-"));
+    let best = known.iter().copied().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
+    (likeness(best) >= NEAREST).then(|| best.to_owned())
 }
 
 fn resolve(flags: &Flags, file: File) -> Result<Settings, ConfigError> {
@@ -233,6 +257,7 @@ fn resolve(flags: &Flags, file: File) -> Result<Settings, ConfigError> {
         mtu,
         persistent_keepalive: (!keepalive.is_zero()).then_some(keepalive),
         reconcile_interval: interval,
+        guard: file.guard.unwrap_or_default().resolve(),
     })
 }
 
@@ -241,14 +266,20 @@ pub fn sample() -> String {
     let mut text = String::from(
         "# Configuration of `noded`. Every line that is commented out shows the default, except `endpoint`, which has none.\n",
     );
-    for Field { name, doc, sample } in FIELDS {
+    write_fields(&mut text, FIELDS);
+    text.push_str("\n# The guard on the underlay. Without it a flood of forged handshakes keeps WireGuard from answering peers.\n[guard]\n");
+    write_fields(&mut text, GUARD_FIELDS);
+    text
+}
+
+fn write_fields(text: &mut String, fields: &[Field]) {
+    for Field { name, doc, sample } in fields {
         text.push('\n');
         for line in *doc {
             text.push_str(&format!("#{line}\n"));
         }
         text.push_str(&format!("# {name} = {sample}\n"));
     }
-    text
 }
 
 impl Interface {
@@ -365,6 +396,17 @@ mod tests {
     }
 
     #[test]
+    fn the_sample_shows_the_guards_defaults() {
+        let sample = sample();
+        let (_, guard) = sample.split_once("\n[guard]\n").unwrap();
+        let shown = |line: &&str| GUARD_FIELDS.iter().any(|field| line.starts_with(&format!("{} = ", field.name)));
+        let lines: Vec<_> = guard.lines().filter_map(|line| line.strip_prefix("# ")).filter(shown).collect();
+        assert_eq!(lines.len(), GUARD_FIELDS.len());
+        assert_eq!(file(&format!("[guard]\n{}", lines.join("\n"))).unwrap(), file("").unwrap());
+        assert_eq!(file("[guard]\nenabled = false").unwrap().guard, None);
+    }
+
+    #[test]
     fn a_flag_beats_the_file() {
         let flags = Flags { interface: Some("wg7".parse().unwrap()), metrics: Some(Metrics::Off), ..Flags::default() };
         let parsed = parse(Path::new("x"), "interface = \"wg1\"\nlisten-port = 7").unwrap();
@@ -390,6 +432,13 @@ mod tests {
             ("reconcile-interval = 0", &["`0`"]),
             ("endpoint = \"host:1\"", &["endpoint"]),
             ("listen-port", &["node.toml"]),
+            ("guard = 1", &["guard"]),
+            ("[gard]", &["`gard`", "did you mean `guard`"]),
+            ("[guard]\nmodes = 1", &["`modes`", "did you mean `mode`"]),
+            ("[guard]\nmode = \"skb\"", &["`skb`", "`xdp`"]),
+            ("[guard]\ninterfaces = \"eth0\"", &["`eth0`", "`auto`"]),
+            ("[guard]\ninterfaces = []", &["enabled = false"]),
+            ("[guard]\nhandshakes-in-all = 0", &["`0`", "from 1"]),
         ] {
             let error = file(text).expect_err(text).to_string();
             for word in words {

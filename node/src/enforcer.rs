@@ -13,7 +13,8 @@ use policy::{CidrId, CidrName, Generation, PublicKey, Revision, RuleName, Slice}
 use tokio::sync::{oneshot, watch};
 
 use crate::controller::{self, Enforced};
-use crate::kernel::{Inspect, KernelError, Link, PeerConfig, WireGuard};
+use crate::guard;
+use crate::kernel::{Device, Inspect, KernelError, Link, PeerConfig, WireGuard};
 use crate::key::PrivateKey;
 use crate::lower::{RuleSlots, Tables, lower};
 use crate::reconcile::holders;
@@ -25,6 +26,7 @@ pub struct Setup {
     pub wireguard: Box<dyn WireGuard>,
     pub link: Box<dyn Link>,
     pub datapath: Box<dyn Inspect>,
+    pub guard: guard::Watch,
     pub key: PrivateKey,
     pub state_dir: PathBuf,
     pub listen_port: u16,
@@ -78,6 +80,7 @@ pub struct Enforcer {
     pub wireguard: Box<dyn WireGuard>,
     pub link: Box<dyn Link>,
     pub datapath: Box<dyn Inspect>,
+    pub guard: guard::Watch,
     pub slots: RuleSlots,
     pub intent: Option<Intent>,
     /// Repairs since the start, by kind.
@@ -160,6 +163,7 @@ impl Enforcer {
             wireguard,
             link,
             datapath,
+            guard,
             key,
             state_dir,
             listen_port,
@@ -174,6 +178,7 @@ impl Enforcer {
             wireguard,
             link,
             datapath,
+            guard,
             stale_counters: slots.is_none(),
             slots: slots.unwrap_or_default(),
             intent: None,
@@ -284,13 +289,31 @@ impl Enforcer {
 
     /// One look at the kernel, and what follows from it.
     pub fn round(&mut self) {
+        let device = self.look();
+        // Last, and off the path of a change: it protects the node from being kept busy, and decides about nothing.
+        let peers = self.peers();
+        let repaired = self.guard.round(self.listen_port, self.key.public(), device.as_ref(), peers.values());
+        if repaired > 0 {
+            *self.repairs.entry(guard::REPAIR).or_default() += repaired;
+        }
+    }
+
+    /// Returns the device as it was before.
+    fn look(&mut self) -> Option<Device> {
         self.rounds += 1;
         let settled = self.intent.as_ref().is_none_or(|intent| intent.settled);
-        let outcome = match self.kernel().observe() {
-            // What another process attached is taken over by attaching.
-            Ok(observed) if !self.attached => self.reconcile(&Observed { datapath: None, ..observed }),
-            Ok(observed) => self.reconcile(&observed),
-            Err(error) => return self.conclude(Some(apply::chain(&error)), settled, false),
+        let (outcome, device) = match self.kernel().observe() {
+            Ok(mut observed) => {
+                if !self.attached {
+                    // What another process attached is taken over by attaching.
+                    observed.datapath = None;
+                }
+                (self.reconcile(&observed), observed.device)
+            }
+            Err(error) => {
+                self.conclude(Some(apply::chain(&error)), settled, false);
+                return None;
+            }
         };
         let first = self.rounds == 1;
         for step in &outcome.done {
@@ -304,6 +327,7 @@ impl Enforcer {
         let switched = outcome.generation.is_some();
         self.note(&outcome);
         self.conclude(outcome.error(), settled, switched);
+        device
     }
 
     fn kernel(&mut self) -> Kernel<'_> {

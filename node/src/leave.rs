@@ -12,7 +12,7 @@ use crate::controller::sync_client;
 use crate::disk::{self, DiskError};
 use crate::identity::{self, Identity, IdentityError, Keys};
 use crate::join::{self, JoinError, ReachError};
-use crate::kernel::{Datapath, KernelError, Link, WireGuard};
+use crate::kernel::{Datapath, Guard, KernelError, Link, WireGuard};
 use crate::lock;
 use crate::reconcile::apply::chain;
 use crate::state;
@@ -76,10 +76,13 @@ pub fn remove(
     wireguard: &mut dyn WireGuard,
     link: &mut dyn Link,
     datapath: &mut dyn Datapath,
+    guard: &mut dyn Guard,
 ) -> Result<(), LeaveError> {
     if link.observe().map_err(LeaveError::Kernel)?.is_some() {
         wireguard.destroy().map_err(LeaveError::Kernel)?;
     }
+    // Its pins lie within the policy's.
+    guard.detach().map_err(LeaveError::Kernel)?;
     datapath.detach().map_err(LeaveError::Kernel)?;
     state::remove(&settings.state_dir)?;
     disk::remove(&settings.state_dir.join(WIREGUARD_LOG))?;

@@ -15,6 +15,7 @@ pub mod enforcer;
 pub mod events;
 #[cfg(test)]
 mod fixture;
+pub mod guard;
 pub mod identity;
 pub mod join;
 pub mod kernel;

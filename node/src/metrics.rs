@@ -13,6 +13,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use ebpf_common::counter::{LOSS_EVENT_FULL, LOSS_EVENT_LIMITED, LOSS_FLOW, LOSS_FLOW_QUOTA, LOSS_FRAGMENT, LOSS_PAIR};
 use ebpf_common::reason;
+use ebpf_common::counter::{Counter, LOSS_EVENT_FULL, LOSS_EVENT_LIMITED, LOSS_FLOW, LOSS_PAIR};
+use ebpf_common::{reason, underlay};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
@@ -27,6 +29,8 @@ use tokio::time::timeout;
 
 use crate::answers::{Context, seconds};
 use crate::enforcer::Enforcer;
+use crate::guard;
+use crate::kernel::guard::Place;
 use crate::kernel::inspect::Counters;
 use crate::kernel::{Backend, Device};
 use crate::reconcile::Step;
@@ -69,6 +73,7 @@ pub fn collect(enforcer: &mut Enforcer, context: &Context) -> Result<Vec<Family>
         families.extend(packets(enforcer, &counters));
         families.extend(losses(&counters));
     }
+    families.extend(guarded(&mut enforcer.guard));
     families.push(gauge(
         "rampart_flow_records",
         "Records of flows in the kernel.",
@@ -90,7 +95,7 @@ fn node(enforcer: &Enforcer, context: &Context, datapath: Option<&crate::kernel:
     ];
     let repaired =
         |kind: &'static str| (vec![("kind", kind.to_owned())], enforcer.repairs.get(kind).copied().unwrap_or(0));
-    let repairs = Step::KINDS.into_iter().map(repaired).collect();
+    let repairs = Step::KINDS.into_iter().chain([guard::REPAIR]).map(repaired).collect();
     let attached = datapath.is_some_and(|datapath| datapath.egress && datapath.ingress);
     vec![
         Family {
@@ -197,7 +202,7 @@ fn packets(enforcer: &Enforcer, counters: &Counters) -> Vec<Family> {
         let rule = enforcer.slots.rule(*slot).and_then(|rule| intent.and_then(|intent| intent.slice.rules.get(&rule)));
         rule.map(|rule| rule.name.to_string())
     };
-    let rules = |value: &dyn Fn(&ebpf_common::counter::Counter) -> u64| {
+    let rules = |value: &dyn Fn(&Counter) -> u64| {
         let named = counters
             .rules
             .iter()
@@ -229,6 +234,56 @@ fn outcome(direction: u32, number: u8) -> Labels {
         ("verdict", if passes { "allow" } else { "deny" }.to_owned()),
         ("reason", reason::name(number).to_owned()),
     ]
+}
+
+/// The guard on the underlay.
+fn guarded(watch: &mut guard::Watch) -> Vec<Family> {
+    let mut families = Vec::new();
+    if watch.is_wanted() {
+        let there = |place: &Place| {
+            let hook = place.hook.map(|hook| hook.to_string()).unwrap_or_default();
+            let labels = vec![("interface", place.interface.clone()), ("hook", hook)];
+            (labels, u64::from(place.hook.is_some()))
+        };
+        families.push(Family {
+            name: "rampart_guard_attached",
+            help: "Whether the guard on the underlay is attached.",
+            kind: Kind::Gauge,
+            samples: watch.places().iter().map(there).collect(),
+        });
+        families.push(gauge(
+            "rampart_guard_error",
+            "Whether the guard on the underlay is nowhere, or not up to date.",
+            u64::from(watch.error().is_some()),
+        ));
+    }
+    let counters = watch.counters().unwrap_or_default();
+    let samples = |value: &dyn Fn(&Counter) -> u64| {
+        let sample = |((interface, number), counter): (&(String, u8), &Counter)| {
+            let verdict = if underlay::reason::passes(*number) { "allow" } else { "deny" };
+            let labels = vec![
+                ("interface", interface.clone()),
+                ("verdict", verdict.to_owned()),
+                ("reason", underlay::reason::name(*number).to_owned()),
+            ];
+            (labels, value(counter))
+        };
+        counters.iter().map(sample).collect::<Vec<_>>()
+    };
+    let counter = |name, help, samples| Family { name, help, kind: Kind::Counter, samples };
+    families.extend([
+        counter(
+            "rampart_guard_packets",
+            "Packets to WireGuard's port by what the guard did with them.",
+            samples(&|counter| counter.packets),
+        ),
+        counter(
+            "rampart_guard_bytes",
+            "Bytes of their messages, by what the guard did with them.",
+            samples(&|counter| counter.bytes),
+        ),
+    ]);
+    families
 }
 
 fn losses(counters: &Counters) -> Vec<Family> {

@@ -1,5 +1,6 @@
 //! What `nodectl` shows: the daemon fills these, and they travel, print as JSON and YAML, and make tables.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
@@ -29,12 +30,40 @@ pub struct Status {
     pub controller: Controller,
     pub peers: usize,
     pub flow_records: usize,
+    pub guard: Guard,
     /// Since the daemon started.
     pub drift_repairs: u64,
     /// Seconds since the epoch.
     pub certificate_expires_at: u64,
     /// What could not be enforced, and why.
     pub error: Option<String>,
+}
+
+/// The guard on the underlay.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Guard {
+    /// Whether there is to be one.
+    pub enabled: bool,
+    /// Why it is nowhere, or not up to date.
+    pub error: Option<String>,
+    pub places: Vec<GuardPlace>,
+}
+
+/// The guard on one interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct GuardPlace {
+    pub interface: String,
+    /// "xdp", "tc (tcx)" or "tc (clsact)"; absent where it is not attached.
+    pub hook: Option<String>,
+    /// Other programs that run before it there.
+    pub ahead: usize,
+    /// Why it is not there, or not as it was asked for.
+    pub note: Option<String>,
+    /// Datagrams to WireGuard's port that passed, and those that did not, by reason.
+    pub passed: u64,
+    pub dropped: BTreeMap<String, u64>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -33,6 +33,7 @@ macro_rules! defaults {
     (@type bytes) => { usize };
     (@type mtu) => { u32 };
     (@type percent) => { u32 };
+    (@type rate) => { u32 };
     (@type $duration:ident) => { Duration };
 
     (@value $value:tt seconds) => { Duration::from_secs($value) };
@@ -42,6 +43,7 @@ macro_rules! defaults {
 
     (@text $value:tt bytes) => { concat!($value, " bytes") };
     (@text $value:tt mtu) => { concat!($value, " bytes") };
+    (@text $value:tt rate) => { concat!($value, " a second") };
     (@text $value:tt percent) => { concat!($value, " %") };
     (@text $value:tt seconds) => { concat!($value, " s") };
     (@text $value:tt hours) => { concat!($value, " h") };
@@ -79,6 +81,10 @@ defaults! {
     "reconnect-min" RECONNECT_MIN = 1 seconds, "a node's first wait before it tries its controller again; doubled each time";
     "reconnect-max" RECONNECT_MAX = 10 seconds, "a node's longest wait before it tries its controller again";
     "reconcile-interval" RECONCILE_INTERVAL = 2 seconds, "how often a node compares the kernel with what it should be";
+    "handshakes-per-source" HANDSHAKES_PER_SOURCE = 20 rate, "WireGuard handshakes that a node's guard lets through from one address (/32, /64) that is no peer's endpoint";
+    "handshakes-in-all" HANDSHAKES_IN_ALL = 1000 rate, "likewise, from all such addresses: at about 0.1 ms each a tenth of a CPU";
+    "handshakes-per-endpoint" HANDSHAKES_PER_ENDPOINT = 10 rate, "likewise, from the endpoint of one peer, which sends one in 5 s at most";
+    "checks-per-cpu" CHECKS_PER_CPU = 100000 rate, "handshakes of strangers whose MAC the guard computes, on each CPU: at about 0.6 us each a sixteenth of it";
     "max-request" MAX_REQUEST = 4194304 bytes, "the largest request that the controller reads";
     "max-response" MAX_RESPONSE = 268435456 bytes, "the largest answer that a node or admin reads: a whole network or slice";
     "update-queue" UPDATE_QUEUE = 64 count, "updates that wait for one node; while it is slower than that, its changes become one update";

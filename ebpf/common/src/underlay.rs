@@ -8,6 +8,7 @@
 //! frame ─ UDP to the port, to us ─► type, length ─► data, cookie reply ─► pass
 //!                                       └► initiation, response
 //!            from a known endpoint:  its bucket ──────────────────────────► mac1 ─► pass
+//!                                        └► (empty) ──┐
 //!            from anywhere else:     its prefix's bucket ─► budget of checks ─► mac1 ─► bucket of all ─► pass
 //! ```
 //!
@@ -176,7 +177,7 @@ pub mod reason {
         LIMITED_SOURCE = 8, "limited-source", false;
         /// More handshakes than all strangers get together.
         LIMITED_TOTAL = 9, "limited-total", false;
-        /// More handshakes than one known endpoint gets.
+        /// More handshakes than one known endpoint gets, and than there is time to check beyond that.
         LIMITED_ENDPOINT = 10, "limited-endpoint", false;
         /// More MACs to check than this CPU has time for.
         LIMITED_CHECKS = 11, "limited-checks", false;

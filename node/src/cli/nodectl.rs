@@ -14,7 +14,7 @@ use super::{DENIED, DIFFERS, FAILED, UNREACHABLE, colour, fail};
 use crate::config::{self, Flags, Interface};
 use crate::control::{AskError, Request, ask};
 use crate::controller::now;
-use crate::report::{Answer, Entry, Explanation, Peer, PeerState, Policy, Question, Status};
+use crate::report::{Answer, Entry, Explanation, Guard, Peer, PeerState, Policy, Question, Status};
 
 /// Shows what this node does and what its kernel enforces
 #[derive(Debug, Parser)]
@@ -180,12 +180,33 @@ fn status(status: &Status) -> String {
     line("public key", status.public_key.clone());
     line("peers", status.peers.to_string());
     line("flow records", status.flow_records.to_string());
+    for (index, text) in guard(&status.guard).into_iter().enumerate() {
+        line(if index == 0 { "guard" } else { "" }, text);
+    }
     line("repairs", format!("{} since the daemon started", status.drift_repairs));
     line("certificate", until(status.certificate_expires_at));
     if let Some(error) = &status.error {
         line("error", loud(error, colour()));
     }
     lines.join("\n")
+}
+
+/// A line for each interface.
+fn guard(guard: &Guard) -> Vec<String> {
+    if !guard.enabled {
+        return vec!["off".to_owned()];
+    }
+    let places = guard.places.iter().map(|place| {
+        let note = place.note.as_ref().map(|note| format!("; {note}")).unwrap_or_default();
+        let Some(hook) = &place.hook else {
+            return format!("{}: {}{note}", place.interface, loud("not there", colour()));
+        };
+        let ahead = if place.ahead > 0 { format!(", {} others ahead", place.ahead) } else { String::new() };
+        let dropped: Vec<_> = place.dropped.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
+        let dropped = if dropped.is_empty() { "nothing".to_owned() } else { dropped.join(", ") };
+        format!("{}: {hook}{ahead}; passed {}, dropped {dropped}{note}", place.interface, place.passed)
+    });
+    guard.error.iter().map(|error| loud(error, colour())).chain(places).collect()
 }
 
 /// What `status` and `policy show` begin with.

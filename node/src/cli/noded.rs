@@ -186,11 +186,11 @@ impl Leave {
 }
 
 fn remove(settings: &Settings, machine: Machine) -> anyhow::Result<()> {
-    let Machine { mut wireguard, mut link, mut datapath } = machine;
+    let Machine { mut wireguard, mut link, mut datapath, mut guard } = machine;
     for prefix in link.barriers()? {
         link.remove_barrier(prefix)?;
     }
-    leave::remove(settings, &mut *wireguard, &mut *link, &mut datapath)?;
+    leave::remove(settings, &mut *wireguard, &mut *link, &mut datapath, &mut guard)?;
     Ok(())
 }
 

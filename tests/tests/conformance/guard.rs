@@ -210,24 +210,46 @@ fn all_strangers_together_get_so_much_and_a_forged_mac_takes_none_of_it() {
 
 #[test]
 fn a_known_endpoint_has_a_bucket_that_strangers_do_not_empty() {
-    let none = Limit { per_second: ONCE, burst: 1 };
-    let limits = Limits { source: none, total: none, checks: none, endpoint: Limit { per_second: ONCE, burst: 4 } };
+    let limits = Limits {
+        total: Limit { per_second: ONCE, burst: 1 },
+        endpoint: Limit { per_second: ONCE, burst: 4 },
+        ..plenty()
+    };
     let known = ["203.0.113.5:51820", "[2001:db8:5::5]:51820"];
     each(limits, &known, |guarded| {
-        for stranger in ["198.51.100.1:1", "198.51.100.2:1", "198.51.100.3:1"] {
-            guarded.probe.judge(&guarded.frame(&to_port(stranger, &initiation(1)))).expect("judged");
-        }
+        guarded.expect_initiation("198.51.100.1:1", INITIATION);
+        guarded.expect_initiation("198.51.100.2:1", LIMITED_TOTAL);
         for endpoint in known {
             for _ in 0..3 {
                 guarded.expect_initiation(endpoint, INITIATION);
             }
             guarded.expect(&to_port(endpoint, &initiation(1)), Some(WRONG_MAC), "forged as from a peer");
-            guarded.expect_initiation(endpoint, LIMITED_ENDPOINT);
+            // From now on it is one stranger among others.
+            guarded.expect_initiation(endpoint, LIMITED_TOTAL);
             let answer = with_mac(response(1), &KEY);
             guarded.expect(&to_port(endpoint, &answer), Some(RESPONSE), "responses have a bucket of their own");
         }
-        // The address alone is not the endpoint.
-        guarded.expect_initiation("203.0.113.5:51821", LIMITED_CHECKS);
+        guarded.expect_initiation("203.0.113.5:51821", LIMITED_TOTAL);
+    });
+}
+
+#[test]
+fn whoever_forges_a_known_endpoint_does_not_shut_it_out() {
+    let limits = Limits { endpoint: Limit { per_second: ONCE, burst: 1 }, ..plenty() };
+    let known = "203.0.113.5:51820";
+    each(limits, &[known], |guarded| {
+        for n in 0..50 {
+            guarded.expect(&to_port(known, &initiation(n)), Some(WRONG_MAC), "forged");
+        }
+        guarded.expect_initiation(known, INITIATION);
+    });
+    let none = Limit { per_second: ONCE, burst: 1 };
+    each(Limits { checks: none, ..limits }, &[known], |guarded| {
+        let cpus = std::thread::available_parallelism().expect("CPUs").get();
+        let frame = guarded.frame(&to_port(known, &initiation(1)));
+        let seen: Vec<_> = (0..cpus + 2).map(|_| guarded.judge(&frame).expect("counted")).collect();
+        assert!(seen.starts_with(&[WRONG_MAC, WRONG_MAC]), "its own token, then one of the CPU's: {seen:?}");
+        assert!(seen.contains(&LIMITED_ENDPOINT), "{seen:?}");
     });
 }
 
@@ -262,15 +284,17 @@ fn a_bucket_fills_up_again() {
 
 #[test]
 fn changes_of_configuration_are_used_at_once_and_spare_the_buckets() {
-    let tight = Limits { endpoint: Limit { per_second: ONCE, burst: 1 }, ..plenty() };
+    let one = Limit { per_second: ONCE, burst: 1 };
+    let tight = Limits { endpoint: one, total: one, ..plenty() };
     in_lab(|lab| {
         let endpoint = "203.0.113.5:51820";
         let mut guarded = Guarded::new(lab, Mode::Tc, true, &wanted(tight, &[endpoint]));
+        guarded.expect_initiation("198.51.100.1:1", INITIATION);
         guarded.expect_initiation(endpoint, INITIATION);
-        guarded.expect_initiation(endpoint, LIMITED_ENDPOINT);
+        guarded.expect_initiation(endpoint, LIMITED_TOTAL);
         let own = ["192.0.2.1".parse().expect("an address")];
         guarded.probe.configure(&wanted(tight, &[endpoint, "203.0.113.6:1"]), &own).expect("configured");
-        guarded.expect_initiation(endpoint, LIMITED_ENDPOINT);
+        guarded.expect_initiation(endpoint, LIMITED_TOTAL);
         guarded.expect_initiation("203.0.113.6:1", INITIATION);
         let mut moved = wanted(tight, &[]);
         moved.port = PORT + 1;

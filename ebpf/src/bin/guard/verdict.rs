@@ -108,28 +108,32 @@ fn judge_handshake<F: Hook>(frame: &F, datagram: &Datagram, config: &Config, at:
     let now = unsafe { bpf_ktime_get_coarse_ns() };
     let bucket = bucket & (underlay::HANDSHAKES - 1);
     let message = if bucket == 0 { Message::Initiation } else { Message::Response };
-    if let Some(buckets) = GUARD_ENDPOINTS.get_ptr_mut(endpoint(datagram)) {
+    let mut limited = reason::LIMITED_SOURCE;
+    let is_free = if let Some(buckets) = GUARD_ENDPOINTS.get_ptr_mut(endpoint(datagram)) {
         // SAFETY: the map's value, checked not to be null; the index is within it.
         let full = unsafe { &raw mut (*buckets).full[bucket as usize] };
-        if !take(full, &config.endpoint, now) {
-            return reason::LIMITED_ENDPOINT.into();
+        limited = reason::LIMITED_ENDPOINT;
+        take(full, &config.endpoint, now)
+    } else {
+        let (first, second) = bins(datagram.source, config.seed);
+        // Both are asked, so that both empty at the same pace.
+        let first = GUARD_SOURCES.get_ptr_mut(first).is_some_and(|full| take(full, &config.source, now));
+        let second = GUARD_SOURCES.get_ptr_mut(second).is_some_and(|full| take(full, &config.source, now));
+        if !first && !second {
+            return limited.into();
         }
-        return if has_mac(frame, config, at, bucket) { message.passed() } else { reason::WRONG_MAC }.into();
-    }
-    let (first, second) = bins(datagram.source, config.seed);
-    // Both are asked, so that both empty at the same pace.
-    let first = GUARD_SOURCES.get_ptr_mut(first).is_some_and(|full| take(full, &config.source, now));
-    let second = GUARD_SOURCES.get_ptr_mut(second).is_some_and(|full| take(full, &config.source, now));
-    if !first && !second {
-        return reason::LIMITED_SOURCE.into();
-    }
-    if !GUARD_CHECKS.get_ptr_mut(bucket).is_some_and(|full| take(full, &config.checks, now)) {
-        return reason::LIMITED_CHECKS.into();
+        limited = reason::LIMITED_CHECKS;
+        false
+    };
+    // A known endpoint pays with its own tokens, and is a stranger when it has none left: somebody forges it, and it is let
+    // in as far as there is time to tell it from the forgeries.
+    if !is_free && !GUARD_CHECKS.get_ptr_mut(bucket).is_some_and(|full| take(full, &config.checks, now)) {
+        return limited.into();
     }
     if !has_mac(frame, config, at, bucket) {
         return reason::WRONG_MAC.into();
     }
-    if !GUARD_TOTALS.get_ptr_mut(bucket).is_some_and(|full| take(full, &config.total, now)) {
+    if !is_free && !GUARD_TOTALS.get_ptr_mut(bucket).is_some_and(|full| take(full, &config.total, now)) {
         return reason::LIMITED_TOTAL.into();
     }
     message.passed().into()
