@@ -2,6 +2,8 @@
 
 #[path = "conformance/guard.rs"]
 mod guard;
+#[path = "conformance/guard_place.rs"]
+mod guard_place;
 
 use std::time::Duration;
 

@@ -14,6 +14,7 @@ const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_PROG_QUERY: libc::c_int = 16;
 const BPF_MAP_FREEZE: libc::c_int = 22;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_DETACH: libc::c_int = 34;
@@ -170,4 +171,49 @@ pub fn tun(name: &str) -> io::Result<File> {
     }
     let status = std::process::Command::new("ip").args(["link", "set", name, "up"]).status()?;
     if status.success() { Ok(file) } else { Err(io::Error::other("`ip link set up` failed")) }
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Query {
+    target: u32,
+    attach_type: u32,
+    _flags: [u32; 2],
+    programs: u64,
+    count: u32,
+    _rest: [u32; 9],
+}
+
+/// How many TCX programs an interface has in one direction.
+pub fn count_tcx(interface: u32, direction: u32) -> io::Result<usize> {
+    let attach_type = if direction == EGRESS { BPF_TCX_EGRESS } else { BPF_TCX_INGRESS };
+    let mut query = Query { target: interface, attach_type, ..Default::default() };
+    bpf(BPF_PROG_QUERY, &mut query)?;
+    Ok(query.count as usize)
+}
+
+/// Sends a whole frame, link header included, out of an interface.
+pub fn send_frame(interface: &str, frame: &[u8]) -> io::Result<()> {
+    let index = nix::net::if_::if_nametoindex(interface)?;
+    // SAFETY: the call returns a new descriptor, or -1.
+    let socket = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+    if socket < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let socket = own(socket.into());
+    // SAFETY: all zero is a valid address of this kind.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    (address.sll_family, address.sll_ifindex) = (libc::AF_PACKET as u16, index.cast_signed());
+    // SAFETY: bytes and address are as long as is said and live as long as the call.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            frame.as_ptr().cast(),
+            frame.len(),
+            0,
+            (&raw const address).cast(),
+            size_of::<libc::sockaddr_ll>() as u32,
+        )
+    };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
