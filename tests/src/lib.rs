@@ -4,6 +4,7 @@
 
 pub mod bench;
 pub mod conformance;
+pub mod flood;
 pub mod forge;
 pub mod mesh;
 pub mod metrics;

@@ -19,6 +19,7 @@ use crate::underlay::Underlay;
 /// State lives on the host's own /run, so that it ends with the host.
 const CONTROLLER_STATE: &str = "/run/rampart-controller";
 const NODE_STATE: &str = "/run/rampart-node";
+const NODE_CONFIG: &str = "/run/rampart-node.toml";
 const CONTROLLER_LOG: &str = "/run/controllerd.log";
 const NODE_LOG: &str = "/run/noded.log";
 const CONTROLLER_PORT: u16 = 7443;
@@ -56,6 +57,11 @@ pub struct Node {
 impl Node {
     pub fn namespace(&self) -> &Namespace {
         &self.host.namespace
+    }
+
+    /// Its address on the underlay.
+    pub fn underlay_v4(&self) -> Ipv4Addr {
+        self.host.underlay_v4
     }
 
     /// Its address inside the mesh.
@@ -132,10 +138,18 @@ impl Mesh {
         Ok(())
     }
 
+    /// What `noded` is configured with when it starts next.
+    pub fn configure_node(&self, name: &str, text: &str) -> Result<()> {
+        self.node(name)?.host.namespace.enter(|| Ok(std::fs::write(NODE_CONFIG, text)?))
+    }
+
     /// Starts `noded` without waiting.
     pub fn start_node(&mut self, name: &str) -> Result<()> {
         let mut run = self.program("noded");
         run.args(["run", "--state-dir", NODE_STATE]);
+        if self.node(name)?.host.namespace.enter(|| Ok(std::path::Path::new(NODE_CONFIG).exists()))? {
+            run.args(["--config", NODE_CONFIG]);
+        }
         let node = self.nodes.get_mut(name).with_context(|| format!("no node `{name}`"))?;
         node.host.start(run, NODE_LOG)
     }

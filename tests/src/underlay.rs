@@ -37,6 +37,11 @@ impl Underlay {
         &self.router
     }
 
+    /// The router's end of the link of the host that has this address.
+    pub fn port(&self, address: Ipv4Addr) -> String {
+        format!("port{}", address.octets()[2])
+    }
+
     /// Connects a host and returns its addresses.
     pub fn connect(&mut self, host: &Namespace) -> Result<(Ipv4Addr, Ipv6Addr)> {
         let n = self.hosts;
