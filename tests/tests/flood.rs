@@ -20,13 +20,12 @@ const NEWCOMER_LIMIT: Duration = Duration::from_secs(60);
 /// `app1` is flooded, `web1` has a flow to it, `db1` is new to it.
 fn three() -> Result<(Mesh, EchoServer)> {
     let mut mesh = Mesh::new(Lifetime::Bound, "deny")?;
-    for (node, cidr, prefixes) in [
-        ("web1", "web", "10.42.1.0/24,fd42:0:0:1::/64"),
-        ("app1", "app", "10.42.2.0/24,fd42:0:0:2::/64"),
-        ("db1", "db", "10.42.3.0/24,fd42:0:0:3::/64"),
+    for (node, cidr, v4, v6) in [
+        ("web1", "web", "10.42.1.0/24", "fd42:0:0:1::/64"),
+        ("app1", "app", "10.42.2.0/24", "fd42:0:0:2::/64"),
+        ("db1", "db", "10.42.3.0/24", "fd42:0:0:3::/64"),
     ] {
-        let prefixes: Vec<_> = prefixes.split(',').flat_map(|prefix| ["--prefix", prefix]).collect();
-        mesh.meshctl_ok(&[&["cidr", "add", cidr][..], &prefixes].concat())?;
+        mesh.meshctl_ok(&["cidr", "add", cidr, v4, v6])?;
         mesh.add_node(node, cidr)?;
     }
     for (rule, from) in [("web", "cidr:web"), ("db", "cidr:db")] {
@@ -55,8 +54,8 @@ fn become_a_stranger(mesh: &mut Mesh) -> Result<()> {
     let [a, b, c, _] = former.octets();
     let host = mesh.node("db1")?.namespace();
     host.run("ip", &["link", "del", "rampart0"])?;
-    host.run("ip", &["address", "add", &format!("{}/24", Ipv4Addr::new(a, b, c, 77)), "dev", "eth0"])?;
     host.run("ip", &["address", "del", &format!("{former}/24"), "dev", "eth0"])?;
+    host.run("ip", &["address", "add", &format!("{}/24", Ipv4Addr::new(a, b, c, 77)), "dev", "eth0"])?;
     host.run("ip", &["route", "replace", "default", "via", &Ipv4Addr::new(a, b, c, 1).to_string()])?;
     Ok(())
 }
@@ -91,8 +90,6 @@ fn holds(mode: &str, expected: &str) -> Result<()> {
     become_a_stranger(&mut mesh)?;
     let target = target(&mesh)?;
     let before = dropped(&mesh)?;
-    let router = mesh.underlay().router().holder();
-    let _ = router;
     let ((took, beats), sent) = {
         mesh.start_node("db1")?;
         let mesh = &mesh;
@@ -140,7 +137,7 @@ fn likewise_with_the_guard_in_the_driver() -> Result<()> {
 #[test]
 fn the_guard_is_off_where_it_is_turned_off_and_gone_with_the_node() -> Result<()> {
     let mut mesh = Mesh::new(Lifetime::Bound, "deny")?;
-    mesh.meshctl_ok(&["cidr", "add", "app", "--prefix", "10.42.2.0/24", "--prefix", "fd42:0:0:2::/64"])?;
+    mesh.meshctl_ok(&["cidr", "add", "app", "10.42.2.0/24", "fd42:0:0:2::/64"])?;
     mesh.add_node("app1", "app")?;
     let target = target(&mesh)?;
     hook(&mesh)?;
