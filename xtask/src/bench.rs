@@ -47,6 +47,8 @@ pub(crate) struct Args {
 pub(crate) enum What {
     /// What a packet costs, and what a policy costs
     Datapath,
+    /// A node under a flood of forged handshakes
+    Guard,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {

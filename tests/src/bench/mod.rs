@@ -2,6 +2,7 @@
 //! measure is a failure.
 
 pub mod datapath;
+pub mod guard;
 pub mod report;
 pub mod scale;
 pub mod statistics;

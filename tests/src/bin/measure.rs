@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use tests::bench::{Effort, datapath};
+use tests::bench::{Effort, datapath, guard};
 use tests::namespace;
 
 /// Measures, and prints one table. Exit status 0 also where a target is missed, 1 where something could not be measured.
@@ -29,6 +29,8 @@ struct Options {
 enum What {
     /// What a packet costs, and what a policy costs.
     Datapath(datapath::Selection),
+    /// A node under a flood of forged handshakes.
+    Guard,
 }
 
 fn main() -> ExitCode {
@@ -47,6 +49,7 @@ fn run(options: &Options) -> Result<()> {
     let effort = if options.quick { Effort::Quick } else { Effort::Full };
     let report = match &options.what {
         What::Datapath(selection) => datapath::run(selection, effort)?,
+        What::Guard => guard::run(effort)?,
     };
     print!("{}", if options.readme { report.to_markdown() } else { report.to_text() });
     if let Some(path) = &options.json {

@@ -60,10 +60,35 @@ struct CreateLink {
 /// A TCX link of somebody else that lets everything pass on (`TCX_NEXT`), ahead of all others. Lives until dropped.
 pub fn attach_ahead(interface: u32, direction: u32) -> io::Result<OwnedFd> {
     // r0 = -1; exit
-    let instructions: [u64; 2] = [0xffff_ffff_0000_00b7, 0x95];
+    attach_program(&[0xffff_ffff_0000_00b7, 0x95], interface, direction)
+}
+
+/// The least that keeps a flood away: drops what arrives for a UDP port and begins with a 1, behind an Ethernet and an IPv4
+/// header without options, and lets everything else pass on. Lives until dropped.
+pub fn attach_bare_drop(interface: u32, port: u16) -> io::Result<OwnedFd> {
+    const PORT_AT: u32 = 14 + 20 + 2;
+    const TYPE_AT: u32 = 14 + 20 + 8;
+    let instruction = |code: u8, registers: u8, offset: u16, value: u32| {
+        u64::from(code) | u64::from(registers) << 8 | u64::from(offset) << 16 | u64::from(value) << 32
+    };
+    let instructions = [
+        instruction(0xbf, 0x16, 0, 0),               // r6 = r1, where these loads find the packet
+        instruction(0x28, 0, 0, PORT_AT),            // r0 = 2 bytes of the packet
+        instruction(0x55, 0x00, 4, u32::from(port)), // if r0 != port: pass
+        instruction(0x30, 0, 0, TYPE_AT),            // r0 = 1 byte of the packet
+        instruction(0x55, 0x00, 2, 1),               // if r0 != 1: pass
+        instruction(0xb7, 0x00, 0, 2),               // r0 = TCX_DROP
+        instruction(0x95, 0, 0, 0),                  // exit
+        instruction(0xb7, 0x00, 0, u32::MAX),        // pass: r0 = TCX_NEXT
+        instruction(0x95, 0, 0, 0),                  // exit
+    ];
+    attach_program(&instructions, interface, ebpf_common::INGRESS)
+}
+
+fn attach_program(instructions: &[u64], interface: u32, direction: u32) -> io::Result<OwnedFd> {
     let mut load = Load {
         kind: BPF_PROG_TYPE_SCHED_CLS,
-        count: 2,
+        count: instructions.len() as u32,
         instructions: instructions.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
         ..Default::default()

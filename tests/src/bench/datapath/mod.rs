@@ -5,8 +5,8 @@ mod lookup;
 mod program;
 mod receive;
 mod receiver;
-mod traffic;
-mod tunnel;
+pub(in crate::bench) mod traffic;
+pub(in crate::bench) mod tunnel;
 mod whole;
 
 use anyhow::Result;
@@ -59,7 +59,7 @@ pub fn run(selection: &Selection, effort: Effort) -> Result<Report> {
 }
 
 /// On a host of its own, with one interface and bpffs.
-fn on_host(measure: impl FnOnce(&mut Lab) -> Result<()> + Send) -> Result<()> {
+pub(in crate::bench) fn on_host(measure: impl FnOnce(&mut Lab) -> Result<()> + Send) -> Result<()> {
     let mut result = Ok(());
     in_lab(|lab| result = measure(lab));
     result

@@ -12,7 +12,7 @@ use crate::namespace::Namespace;
 use crate::probe::udp_socket;
 
 /// Where the servers are.
-pub(super) const PORT: u16 = 5_201;
+pub(in crate::bench) const PORT: u16 = 5_201;
 /// How long a connection may take to come, or an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Traffic before the clock starts: windows open, and whatever was idle wakes up.
@@ -20,7 +20,7 @@ const WARM_UP: Duration = Duration::from_millis(100);
 
 /// One way to load a tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Load {
+pub(in crate::bench) enum Load {
     Tcp {
         streams: usize,
     },
@@ -31,10 +31,10 @@ pub(super) enum Load {
 }
 
 impl Load {
-    pub(super) const ALL: [Self; 4] =
+    pub(in crate::bench) const ALL: [Self; 4] =
         [Self::Tcp { streams: 1 }, Self::Tcp { streams: 8 }, Self::SmallUdp, Self::RoundTrips];
 
-    pub(super) fn name(self) -> &'static str {
+    pub(in crate::bench) fn name(self) -> &'static str {
         match self {
             Self::Tcp { streams: 1 } => "TCP, one stream",
             Self::Tcp { .. } => "TCP, eight streams",
@@ -43,7 +43,7 @@ impl Load {
         }
     }
 
-    pub(super) fn unit(self) -> &'static str {
+    pub(in crate::bench) fn unit(self) -> &'static str {
         match self {
             Self::Tcp { .. } => "Mbit/s",
             Self::SmallUdp => "packets/s",
@@ -54,16 +54,16 @@ impl Load {
 
 /// A host that sends and one that receives.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Way<'a> {
-    pub(super) client: &'a Namespace,
-    pub(super) server: &'a Namespace,
+pub(in crate::bench) struct Way<'a> {
+    pub(in crate::bench) client: &'a Namespace,
+    pub(in crate::bench) server: &'a Namespace,
     /// Of the server, inside the tunnel.
-    pub(super) address: IpAddr,
+    pub(in crate::bench) address: IpAddr,
 }
 
 impl Way<'_> {
     /// How much arrives in a second, in the load's unit.
-    pub(super) fn carry(&self, load: Load, time: Duration) -> Result<f64> {
+    pub(in crate::bench) fn carry(&self, load: Load, time: Duration) -> Result<f64> {
         match load {
             Load::Tcp { streams } => Ok(self.tcp(streams, time)? * 8.0 / 1e6),
             Load::SmallUdp => self.udp(time),

@@ -238,7 +238,7 @@ fn ends(mesh: &Mesh, cidrs: u32, bpffs: &Path) -> Result<Vec<End>> {
 }
 
 /// Does work in a host's network alone: files and processes are this process's.
-fn in_network<T: Send>(host: &Namespace, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+pub(in crate::bench) fn in_network<T: Send>(host: &Namespace, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     let network = File::open(format!("/proc/{}/ns/net", host.holder()))?;
     thread::scope(|scope| {
         let inside = scope.spawn(move || {
