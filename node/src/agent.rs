@@ -161,7 +161,8 @@ impl Drop for SocketFile {
 }
 
 fn setup(settings: &Settings, keys: Keys, machine: Machine, state: Option<State>, trace_datapath: bool) -> Setup {
-    let Machine { wireguard, link, mut datapath, guard } = machine;
+    let Machine { wireguard, link, datapath, guard } = machine;
+    let mut datapath = datapath.with_early_drop(settings.early_drop);
     if trace_datapath {
         let runtime = tokio::runtime::Handle::current();
         datapath = datapath.with_trace(move |trace| {

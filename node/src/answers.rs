@@ -13,7 +13,7 @@ use crate::enforcer::{Enforcer, Intent};
 use crate::guard::Watch;
 use crate::kernel::guard::Place;
 use crate::kernel::inspect::Probed;
-use crate::kernel::{Attachment, Backend, KernelError, LinkState};
+use crate::kernel::{Attachment, Backend, Early, KernelError, LinkState};
 use crate::lower::{TableCell, Tables};
 use crate::reconcile::Observed;
 use crate::reconcile::apply::chain;
@@ -62,6 +62,11 @@ pub fn status(enforcer: &mut Enforcer, context: &Context) -> Result<Status, Stri
             Attachment::Tcx => "tcx".to_owned(),
             Attachment::Clsact => "clsact".to_owned(),
         }),
+        early_drop: match observed.datapath.as_ref().map(|datapath| &datapath.early) {
+            None | Some(Early::Off) => "off".to_owned(),
+            Some(Early::On) => "on".to_owned(),
+            Some(Early::Failed(error)) => error.clone(),
+        },
         revision: observed.datapath.as_ref().map_or(0, |datapath| datapath.revision.0),
         generation: observed.datapath.as_ref().map_or(0, |datapath| datapath.generation.0),
         received_revision: context.received_revision,

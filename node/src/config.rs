@@ -73,6 +73,9 @@ section! {
     persistent_keepalive "persistent-keepalive": u16 = "25";
     /// Seconds between two looks at the kernel, to repair what others changed.
     reconcile_interval "reconcile-interval": u16 = "2";
+    /// Also drop arriving packets at XDP that no rule and no flow could let in. A flood of such packets costs less then, and
+    /// everything else more: the kernel no longer aggregates what arrives.
+    early_drop "early-drop": bool = "false";
 }
 
 /// The same fields as flags; a flag beats the file.
@@ -122,6 +125,7 @@ pub struct Settings {
     pub mtu: u32,
     pub persistent_keepalive: Option<Duration>,
     pub reconcile_interval: Duration,
+    pub early_drop: bool,
     /// `None`: there is none.
     pub guard: Option<Guard>,
 }
@@ -257,6 +261,7 @@ fn resolve(flags: &Flags, file: File) -> Result<Settings, ConfigError> {
         mtu,
         persistent_keepalive: (!keepalive.is_zero()).then_some(keepalive),
         reconcile_interval: interval,
+        early_drop: file.early_drop.unwrap_or_default(),
         guard: file.guard.unwrap_or_default().resolve(),
     })
 }

@@ -22,6 +22,8 @@ pub struct Status {
     pub link_up: bool,
     /// "tcx" or "clsact"; absent where nothing is attached.
     pub attachment: Option<String>,
+    /// "on", "off", or why it is not there although it was asked for.
+    pub early_drop: String,
     /// Of the tables in force; 0: no policy was ever loaded, and everything is denied.
     pub revision: u64,
     pub generation: u64,

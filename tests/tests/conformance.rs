@@ -15,7 +15,7 @@ use node::kernel::datapath::packet::{ACK, FIN, Packet, RST, SYN, ip};
 use node::kernel::{Datapath, Inspect};
 use policy::{Action, Generation};
 use tests::conformance::network::{ENDS, allowing, flow, node, small, with_rule};
-use tests::conformance::{DIRECTIONS, Judge, Lab, foreign, fragments, in_each_lab, in_lab, place, random};
+use tests::conformance::{DIRECTIONS, Judge, Lab, early, foreign, fragments, in_each_lab, in_lab, place, random};
 
 /// How long random networks are drawn, in seconds; `RAMPART_RANDOM_SECONDS` says otherwise.
 const RANDOM_SECONDS: u64 = 45;
@@ -535,4 +535,19 @@ fn first_fragments_hold_whole_headers() {
 #[test]
 fn fragments_take_the_place_of_old_ones() {
     in_lab(fragments::take_the_place_of_old_ones);
+}
+
+#[test]
+fn the_early_drop_drops_what_could_not_pass() {
+    in_each_lab(early::drops_what_could_not_pass);
+}
+
+#[test]
+fn the_early_drop_leaves_the_rest_to_the_classifier() {
+    in_each_lab(early::leaves_the_rest);
+}
+
+#[test]
+fn the_early_drop_is_kept_as_asked() {
+    in_each_lab(early::is_kept_as_asked);
 }

@@ -180,6 +180,9 @@ fn status(status: &Status) -> String {
     line("public key", status.public_key.clone());
     line("peers", status.peers.to_string());
     line("flow records", status.flow_records.to_string());
+    if status.early_drop != "off" {
+        line("early drop", status.early_drop.clone());
+    }
     for (index, text) in guard(&status.guard).into_iter().enumerate() {
         line(if index == 0 { "guard" } else { "" }, text);
     }

@@ -11,7 +11,7 @@ use policy::{Flow, Generation, PublicKey, Revision};
 
 use super::inspect::{Counters, Inspect, Probed};
 use super::{
-    Attachment, Backend, Datapath, DatapathState, Device, DevicePeer, KernelError, Link, LinkKind, LinkState,
+    Attachment, Backend, Datapath, DatapathState, Device, DevicePeer, Early, KernelError, Link, LinkKind, LinkState,
     PeerConfig, WireGuard,
 };
 use crate::key::PrivateKey;
@@ -353,6 +353,7 @@ impl Datapath for FakeDatapath {
                 ingress: false,
                 generation: Generation::default(),
                 revision: Revision::default(),
+                early: Early::Off,
             });
             datapath.egress = true;
             datapath.ingress = true;

@@ -124,6 +124,17 @@ pub enum Attachment {
     Clsact,
 }
 
+/// The drop at XDP, ahead of the programs that decide.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Early {
+    /// Not asked for.
+    #[default]
+    Off,
+    On,
+    /// Asked for and refused; the policy is enforced without it.
+    Failed(String),
+}
+
 /// The datapath as read back from the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DatapathState {
@@ -134,6 +145,8 @@ pub struct DatapathState {
     /// 0: no policy was ever loaded.
     pub generation: Generation,
     pub revision: Revision,
+    /// Of the agent that asks.
+    pub early: Early,
 }
 
 /// The eBPF half of the interface.

@@ -104,6 +104,27 @@ fn attach_program(instructions: &[u64], interface: u32, direction: u32) -> io::R
     bpf(BPF_LINK_CREATE, &mut link).map(own)
 }
 
+/// An XDP link of somebody else that lets everything pass. Lives until dropped.
+pub fn attach_xdp(interface: u32) -> io::Result<OwnedFd> {
+    const BPF_PROG_TYPE_XDP: u32 = 6;
+    const BPF_XDP: u32 = 37;
+    const XDP_FLAGS_SKB_MODE: u32 = 1 << 1;
+    // r0 = XDP_PASS; exit
+    let instructions = [0x0000_0002_0000_00b7_u64, 0x95];
+    let mut load = Load {
+        kind: BPF_PROG_TYPE_XDP,
+        count: instructions.len() as u32,
+        instructions: instructions.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        ..Default::default()
+    };
+    let program = own(bpf(BPF_PROG_LOAD, &mut load)?);
+    let program = program.as_raw_fd() as u32;
+    let mut link =
+        CreateLink { program, interface, attach_type: BPF_XDP, flags: XDP_FLAGS_SKB_MODE, ..Default::default() };
+    bpf(BPF_LINK_CREATE, &mut link).map(own)
+}
+
 #[repr(C)]
 #[derive(Default)]
 struct Object {

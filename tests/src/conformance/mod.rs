@@ -3,6 +3,7 @@
 //! `tests/conformance.rs` is made of these. Everything runs as root in namespaces of one thread; nothing of it is seen
 //! outside, and it goes with the thread.
 
+pub mod early;
 pub mod foreign;
 pub mod fragments;
 pub mod network;

@@ -16,6 +16,7 @@ mod attach;
 mod clsact;
 mod copies;
 mod counters;
+mod early;
 mod events;
 mod flows;
 mod fragments;
@@ -29,6 +30,7 @@ mod program;
 mod shares;
 mod sys;
 mod trace;
+mod xdp;
 
 use std::path::PathBuf;
 
@@ -42,6 +44,7 @@ use policy::{Generation, Revision};
 use self::attach::{Attached, Hook, POLICY};
 use self::copies::Copies;
 use self::counters::CounterMaps;
+use self::early::EarlyDrop;
 use self::flows::Flows;
 use self::map::Held;
 use self::pin::Pins;
@@ -62,6 +65,7 @@ pub struct EbpfDatapath {
     pin_root: PathBuf,
     forced: Option<Attachment>,
     trace: Option<Box<dyn FnMut(Trace) + Send>>,
+    early: EarlyDrop,
     running: Option<Running>,
     probe: Option<Probe>,
 }
@@ -103,6 +107,7 @@ impl EbpfDatapath {
             pin_root: pin_root.into(),
             forced: None,
             trace: None,
+            early: EarlyDrop::default(),
             running: None,
             probe: None,
         }
@@ -111,6 +116,12 @@ impl EbpfDatapath {
     /// Attaches in this way, or fails; otherwise by TCX where the kernel has it.
     pub fn with_attachment(self, attachment: Attachment) -> Self {
         Self { forced: Some(attachment), ..self }
+    }
+
+    /// Drops at XDP what could not pass in any case.
+    pub fn with_early_drop(mut self, wanted: bool) -> Self {
+        self.early.wanted = wanted;
+        self
     }
 
     /// Loads the programs so that they report every packet. `receive` gets the log of each instance as it is attached,
@@ -171,6 +182,7 @@ impl EbpfDatapath {
             copies.settle()?;
             flows.clear()?;
         }
+        self.early.keep(&pins, index)?;
         self.running = Some(Running { pins, maps, copies, counters, flows, method, egress, ingress });
         self.probe = None;
         Ok(())
@@ -200,6 +212,7 @@ impl EbpfDatapath {
         let maps = running.maps.are_pinned(&running.pins.maps);
         let check = |hook: &Hook<'_>, loaded: &Loaded| {
             let pinned = maps
+                && (hook.direction == EGRESS || self.early.is_settled(&running.pins))
                 && loaded.attached.is_pinned(&running.pins.link(hook.direction))
                 && pinned_program(&running.pins, hook.direction) == Some(loaded.id);
             Ok::<bool, KernelError>(pinned && hook.has(running.method, loaded.id)?)
@@ -274,7 +287,7 @@ impl Datapath for EbpfDatapath {
                 }
             }
         };
-        Ok(DatapathState { attachment, egress, ingress, generation, revision })
+        Ok(DatapathState { attachment, egress, ingress, generation, revision, early: self.early.state() })
     }
 
     fn switch(&mut self, tables: &Tables) -> Result<Generation, KernelError> {
@@ -301,6 +314,7 @@ impl Datapath for EbpfDatapath {
         let pins = Pins::new(&self.pin_root, &self.interface)?;
         self.probe = None;
         self.running = None;
+        self.early.remove(&pins)?;
         for direction in [EGRESS, INGRESS] {
             match self.index() {
                 Ok(index) => Hook { interface: &self.interface, index, direction, owner: &POLICY }

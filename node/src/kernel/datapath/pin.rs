@@ -54,6 +54,11 @@ impl Pins {
         self.links.join(name(direction))
     }
 
+    /// Of the early drop.
+    pub(super) fn early_link(&self) -> PathBuf {
+        self.links.join("early")
+    }
+
     /// Makes the folders. Refuses a root that is no bpffs, where nothing can be pinned.
     pub(super) fn create(&self) -> Result<(), KernelError> {
         self.require_bpffs()?;

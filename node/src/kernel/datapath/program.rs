@@ -1,10 +1,10 @@
-//! The embedded object, and instances of the classifier made from it.
+//! The embedded object, and instances of its programs.
 
 use std::path::Path;
 
-use aya::programs::SchedClassifier;
+use aya::programs::{ProgramError, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
-use ebpf_common::{PROGRAM, global, map};
+use ebpf_common::{EARLY_PROGRAM, PROGRAM, global, map};
 
 use super::pin;
 use crate::kernel::KernelError;
@@ -42,8 +42,27 @@ const PROBE_PAIRS: u32 = 1_024;
 const PROBE_EVENT_BYTES: u32 = 4_096;
 
 impl Instance<'_> {
-    /// Loads the program; maps that are pinned are used, others made and pinned.
+    /// Loads the classifier; maps that are pinned are used, others made and pinned.
     pub(super) fn load(&self) -> Result<Ebpf, KernelError> {
+        let mut ebpf = self.open()?;
+        classifier(&mut ebpf)?.load().map_err(|error| self.refused(error))?;
+        Ok(ebpf)
+    }
+
+    /// Loads the early drop, likewise.
+    pub(super) fn load_early(&self) -> Result<Ebpf, KernelError> {
+        let mut ebpf = self.open()?;
+        early(&mut ebpf)?.load().map_err(|error| self.refused(error))?;
+        Ok(ebpf)
+    }
+
+    fn refused(&self, error: ProgramError) -> KernelError {
+        let name = pin::name(self.direction);
+        KernelError::with(format!("the kernel's verifier refused the {name} program: this build is broken"), error)
+    }
+
+    /// Makes or opens the maps.
+    fn open(&self) -> Result<Ebpf, KernelError> {
         let name = pin::name(self.direction);
         let (direction, trace, link_header) = (self.direction, u32::from(self.trace), 0u32);
         let mut loader = EbpfLoader::new();
@@ -69,24 +88,28 @@ impl Instance<'_> {
                 .map_max_entries(map::PAIR_COUNTERS, PROBE_PAIRS)
                 .map_max_entries(map::EVENTS, PROBE_EVENT_BYTES);
         }
-        let mut ebpf = loader.load(OBJECT).map_err(|error| {
+        loader.load(OBJECT).map_err(|error| {
             KernelError::with(
                 format!("failed to create the maps of the {name} program: are CAP_BPF and CAP_NET_ADMIN there?"),
                 error,
             )
-        })?;
-        classifier(&mut ebpf)?.load().map_err(|error| {
-            KernelError::with(format!("the kernel's verifier refused the {name} program: this build is broken"), error)
-        })?;
-        Ok(ebpf)
+        })
     }
 }
 
-/// The one program of the object.
+/// The one for TC.
 pub(super) fn classifier(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, KernelError> {
     let program = ebpf.program_mut(PROGRAM);
     let program = program.ok_or_else(|| KernelError::new(format!("the embedded object has no program `{PROGRAM}`")))?;
     program.try_into().map_err(|error| KernelError::with(format!("`{PROGRAM}` is no classifier"), error))
+}
+
+/// The one for XDP.
+pub(super) fn early(ebpf: &mut Ebpf) -> Result<&mut Xdp, KernelError> {
+    let program = ebpf.program_mut(EARLY_PROGRAM);
+    let program =
+        program.ok_or_else(|| KernelError::new(format!("the embedded object has no program `{EARLY_PROGRAM}`")))?;
+    program.try_into().map_err(|error| KernelError::with(format!("`{EARLY_PROGRAM}` is no XDP program"), error))
 }
 
 /// The kernel's id of an instance.

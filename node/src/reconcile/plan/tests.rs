@@ -6,7 +6,7 @@ use std::time::Duration;
 use policy::Generation;
 
 use super::*;
-use crate::kernel::Attachment;
+use crate::kernel::{Attachment, Early};
 
 fn key(byte: u8) -> PublicKey {
     PublicKey::try_from([byte; 32].as_slice()).unwrap()
@@ -80,6 +80,7 @@ fn settled(peers: &[(PublicKey, DevicePeer)]) -> Observed {
             ingress: true,
             generation: Generation(3),
             revision: Revision(7),
+            early: Early::Off,
         }),
     }
 }

@@ -12,7 +12,6 @@
 mod load;
 mod maps;
 mod probe;
-mod xdp;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -21,15 +20,16 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use aya::Ebpf;
+use aya::programs::xdp::XdpMode;
 use ebpf_common::counter::Counter;
 use ebpf_common::{INGRESS, underlay};
 use netlink_packet_route::link::LinkLayerType;
 
 use self::load::Program;
 use self::maps::{Counters, Shared};
-use self::xdp::HeldXdp;
 use super::attach::{Attached, GUARD, Hook};
 use super::pin::{self, Pins, create_folder};
+use super::xdp::{self, HeldXdp};
 use crate::kernel::guard::{Interfaces, Kept, Mode, Place, Wanted};
 use crate::kernel::link::netlink::{FoundLink, Netlink};
 use crate::kernel::{Attachment, Guard, KernelError, guard};
@@ -183,7 +183,7 @@ impl EbpfGuard {
         let mut note = None;
         if asked == Mode::Xdp {
             let mut ebpf = load(Program::Xdp)?;
-            match xdp::attach(load::xdp(&mut ebpf)?, link.index, &xdp_pin(&at)) {
+            match xdp::attach(load::xdp(&mut ebpf)?, link.index, XdpMode::Driver, &xdp_pin(&at)) {
                 Ok(held) => {
                     hook.detach(&tcx_pin(&at), None)?;
                     let program = load::id(load::xdp(&mut ebpf)?.info())?;

@@ -1,4 +1,5 @@
-//! The guard in a driver. Generic XDP is never asked for: it would cost the whole interface its GRO.
+//! Programs at XDP: in a driver, or generic where an interface has nothing better. One link for each interface, whose program
+//! is replaced at once.
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -7,7 +8,7 @@ use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::xdp::{XdpLink, XdpMode};
 use aya::programs::{ProgramError, Xdp};
 
-use super::super::{pin, sys};
+use super::{pin, sys};
 use crate::kernel::KernelError;
 
 /// A link, held and pinned.
@@ -24,8 +25,8 @@ impl HeldXdp {
     }
 }
 
-/// Attaches the program to the driver, or puts it in the place of the one that is pinned.
-pub(super) fn attach(program: &mut Xdp, interface: u32, pin: &Path) -> Result<HeldXdp, KernelError> {
+/// Attaches the program, or puts it in the place of the one that is pinned.
+pub(super) fn attach(program: &mut Xdp, interface: u32, mode: XdpMode, pin: &Path) -> Result<HeldXdp, KernelError> {
     if pinned(pin).is_some_and(|link| link.interface == interface) {
         let link = PinnedLink::from_pin(pin).map_err(failed)?;
         let link = XdpLink::try_from(FdLink::from(link)).map_err(failed)?;
@@ -34,7 +35,7 @@ pub(super) fn attach(program: &mut Xdp, interface: u32, pin: &Path) -> Result<He
     }
     // A link whose interface is gone.
     pin::remove_file(pin)?;
-    let id = program.attach_to_if_index(interface, XdpMode::Driver).map_err(refused)?;
+    let id = program.attach_to_if_index(interface, mode).map_err(refused)?;
     let link = FdLink::try_from(program.take_link(id).map_err(failed)?).map_err(failed)?;
     let mut pinned = None;
     pin::replace(pin, |path| link.pin(path).map(|link| pinned = Some(link)))?;
@@ -55,7 +56,7 @@ fn pinned(pin: &Path) -> Option<sys::XdpLink> {
 }
 
 fn failed(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> KernelError {
-    KernelError::with("the guard cannot be attached as XDP", error)
+    KernelError::with("failed to attach to XDP", error)
 }
 
 /// What the usual refusals mean.
