@@ -1,7 +1,7 @@
 //! The guard's parser on the host: against etherparse on frames that are whole, and on whatever bytes; and its hash against
 //! a library's.
 
-use blake2::digest::{KeyInit as _, Mac as _};
+use blake2::digest::{KeyInit, Mac as _};
 use blake2::{Blake2s256, Blake2sMac, Digest as _};
 use ebpf_common::blake2s;
 use ebpf_common::table::Address;
@@ -93,7 +93,7 @@ proptest! {
     #[test]
     fn the_mac_is_wireguards(key in any::<[u8; 32]>(), bytes in prop::collection::vec(any::<u8>(), 1..200)) {
         let hashed = Blake2s256::new().chain_update(b"mac1----").chain_update(key).finalize();
-        let mut mac = Blake2sMac::<blake2::digest::consts::U16>::new_from_slice(&hashed).unwrap();
+        let mut mac = <Blake2sMac<blake2::digest::consts::U16> as KeyInit>::new_from_slice(&hashed).unwrap();
         mac.update(&bytes);
         prop_assert_eq!(&mac1(&mac1_state(&key), &bytes)[..], &mac.finalize().into_bytes()[..]);
     }
