@@ -97,7 +97,8 @@ pub fn mac1(state: &[u32; 8], message: &[u8]) -> [u8; MAC_LENGTH as usize] {
     let mut taken = KEY_BLOCK;
     for (i, bytes) in blocks.enumerate() {
         taken += bytes.len() as u32;
-        blake2s::compress(&mut state, &blake2s::block(bytes), taken, i + 1 == count);
+        let words = blake2s::block(bytes);
+        blake2s::compress(&mut state, |at| words[at], taken, i + 1 == count);
     }
     let mut mac = [0; MAC_LENGTH as usize];
     for (bytes, word) in mac.chunks_exact_mut(4).zip(state) {
