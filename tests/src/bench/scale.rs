@@ -225,7 +225,7 @@ impl Builder {
             let cidr = self.cidr(number, nets)?;
             if number == SUBJECT {
                 subject = Some((self.node(number, hosts)?, hosts));
-            } else if self.size.layout == Layout::Sparse || number & 255 != 0 {
+            } else if number > SUBJECT && (self.size.layout == Layout::Sparse || number & 255 != 0) {
                 self.node(number, hosts)?;
                 let turn = match number % 4 {
                     0 => Treatment::AnyService,
