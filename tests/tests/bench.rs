@@ -19,7 +19,7 @@ const WANTED: [&str; 24] = [
     "whole program, denied, IPv4",
     "whole program, reply of a known flow, 64 flows, IPv6",
     "whole program, new flow that needs a record, IPv4",
-    "whole program, first fragment",
+    "whole program, first fragment, allowed",
     "received, no policy, IPv4, 10 rules",
     "received, Rampart, IPv6, 10 rules",
     "received, Rampart / nftables, linear rules, IPv4",

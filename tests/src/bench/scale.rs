@@ -361,7 +361,7 @@ fn sparse(draw: &mut Draw, taken: &mut std::collections::BTreeSet<u32>) -> Place
         }
     };
     // Anywhere in the /32 but where the subject is.
-    let low = u128::from(draw.next()) | u128::from(draw.next() >> 32 | 1 << 31) << 64;
+    let low = u128::from(draw.word()) | u128::from(draw.word() >> 32 | 1 << 31) << 64;
     let host6 = Ipv6Addr::from(0xfd42 << 112 | low);
     let nets = (IpNet::new_assert(net4.into(), 24), IpNet::new_assert(host6.into(), 128));
     (nets, (Ipv4Addr::from(u32::from(net4) + 1), host6))

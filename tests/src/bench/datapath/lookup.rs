@@ -27,6 +27,10 @@ const GROWTH: f64 = 1.1;
 /// Any buffer that the kernel takes for a run.
 const BUFFER: [u8; 64] = [0x45; 64];
 
+/// Of the bench's object.
+const PROGRAMS_V4: [&str; 5] = ["ends_only", "lookup", "lpm_v4", "cilium_v4", "pair_v4"];
+const PROGRAMS_V6: [&str; 5] = ["ends_only", "lookup", "lpm_v6", "cilium_v6", "pair_v6"];
+
 pub(super) fn sizes(effort: Effort) -> &'static [u32] {
     effort.choose(&[100, 1_000, 10_000], &[100])
 }
@@ -112,7 +116,8 @@ struct Race {
 
 impl Race {
     fn start(lab: &Lab, scale: &Scale, slice: &Slice, family: Family, runs: usize) -> Result<Self> {
-        let mut programs = Programs::load(lab)?;
+        let programs = of_family(family, (PROGRAMS_V4, PROGRAMS_V6));
+        let mut programs = Programs::load(lab, &programs)?;
         let flows = flows(scale, family);
         let ends: Vec<Ends> = flows.iter().map(ends).collect();
         programs.set(INGRESS, map::ENDS, &ends)?;

@@ -9,7 +9,7 @@ use aya::maps::{Array, HashMap, MapData};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, Pod};
 use ebpf_common::bench::{LOOP, PACKET, SAMPLES};
-use ebpf_common::flow::{Flow, FlowKey};
+use ebpf_common::flow::{Flow, FlowKey, TOTAL_GONE, TOTAL_OPENED};
 use ebpf_common::{EGRESS, INGRESS, global, map};
 use node::kernel::datapath::BENCH_OBJECT;
 
@@ -30,12 +30,15 @@ pub(super) struct Programs {
 }
 
 impl Programs {
-    pub(super) fn load(lab: &Lab) -> Result<Self> {
+    /// Only these programs: the verifier takes its time. Of them `whole` in both directions.
+    pub(super) fn load(lab: &Lab, names: &[&str]) -> Result<Self> {
         let state = lab.bpffs.join("bench");
         let _former = fs::remove_dir_all(&state);
         fs::create_dir(&state)?;
         let tables = lab.pin("maps");
-        let programs = Self { egress: load(EGRESS, &tables, &state)?, ingress: load(INGRESS, &tables, &state)? };
+        let both: Vec<&str> = names.iter().copied().filter(|name| *name == "whole").collect();
+        let programs =
+            Self { egress: load(EGRESS, &both, &tables, &state)?, ingress: load(INGRESS, names, &tables, &state)? };
         // The instances hold the maps themselves.
         fs::remove_dir_all(&state)?;
         Ok(programs)
@@ -140,6 +143,11 @@ impl Programs {
         for key in &keys {
             flows.remove(key)?;
         }
+        // As many as there are, userspace would find: none.
+        let totals = self.ingress.map_mut(map::FLOW_TOTALS).context("no totals")?;
+        let mut totals: Array<&mut MapData, u64> = Array::try_from(totals)?;
+        totals.set(TOTAL_OPENED, 0, 0)?;
+        totals.set(TOTAL_GONE, 0, 0)?;
         Ok(keys.len())
     }
 }
@@ -148,7 +156,7 @@ fn net(with: &[f64], alone: &[f64]) -> Cost {
     Cost { minimum: minimum(with) - minimum(alone), median: median(with) - median(alone) }
 }
 
-fn load(direction: u32, tables: &Path, state: &Path) -> Result<Ebpf> {
+fn load(direction: u32, names: &[&str], tables: &Path, state: &Path) -> Result<Ebpf> {
     let (trace, link_header, allow) = (0u32, 0u32, -1i32);
     let mut loader = EbpfLoader::new();
     loader
@@ -164,9 +172,8 @@ fn load(direction: u32, tables: &Path, state: &Path) -> Result<Ebpf> {
         loader.map_pin_path(name, state.join(name));
     }
     let mut ebpf = loader.load(BENCH_OBJECT).context("failed to create the maps of the bench")?;
-    let names: Vec<String> = ebpf.programs().map(|(name, _)| name.to_owned()).collect();
     for name in names {
-        classifier(&mut ebpf, &name)?.load().with_context(|| format!("failed to load `{name}`"))?;
+        classifier(&mut ebpf, name)?.load().with_context(|| format!("failed to load `{name}`"))?;
     }
     Ok(ebpf)
 }

@@ -3,11 +3,14 @@
 //! Over many packets, by a loop inside a program that puts one after the other into the buffer of its run and calls what
 //! the node's program is. And over one packet again and again, by the node's own program as it is attached.
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
 use anyhow::{Result, ensure};
 use ebpf_common::bench::SAMPLES;
 use ebpf_common::{EGRESS, INGRESS};
 use node::kernel::Datapath;
-use node::kernel::datapath::packet::Packet;
+use node::kernel::datapath::packet::{Packet, ip};
 use policy::Flow;
 
 use super::lookup::{enforce, runs, sizes};
@@ -29,6 +32,9 @@ const HOT_FLOWS: u32 = 64;
 /// Source port of the first flow.
 const FIRST_PORT: u16 = 20_000;
 
+/// Of the bench's object.
+const PROGRAMS: [&str; 5] = ["empty", "packets_only", "whole", "headers", "counters"];
+
 /// What becomes of a packet, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
@@ -38,10 +44,11 @@ enum Fate {
     Denied,
     Reply { flows: u32 },
     NewFlow,
-    Fragment,
+    FirstFragment,
+    LaterFragment,
 }
 
-const FATES: [Fate; 8] = [
+const FATES: [Fate; 9] = [
     Fate::AnyService,
     Fate::Port,
     Fate::Denied,
@@ -49,7 +56,8 @@ const FATES: [Fate; 8] = [
     Fate::Reply { flows: SAMPLES },
     Fate::RecordedPort,
     Fate::NewFlow,
-    Fate::Fragment,
+    Fate::FirstFragment,
+    Fate::LaterFragment,
 ];
 
 impl Fate {
@@ -62,13 +70,14 @@ impl Fate {
             Self::Reply { flows: HOT_FLOWS } => "reply of a known flow, 64 flows",
             Self::Reply { .. } => "reply of a known flow, 4,096 flows",
             Self::NewFlow => "new flow that needs a record",
-            Self::Fragment => "first fragment of an allowed datagram, dropped",
+            Self::FirstFragment => "first fragment, allowed by any-service",
+            Self::LaterFragment => "later fragment, allowed by any-service",
         }
     }
 
     fn treatment(self) -> Treatment {
         match self {
-            Self::AnyService | Self::Fragment => Treatment::AnyService,
+            Self::AnyService | Self::FirstFragment | Self::LaterFragment => Treatment::AnyService,
             Self::Port => Treatment::Port,
             Self::RecordedPort | Self::NewFlow => Treatment::RecordedPort,
             Self::Denied | Self::Reply { .. } => Treatment::Replies,
@@ -102,7 +111,7 @@ fn measure_size(lab: &mut Lab, size: Size, family: Family, effort: Effort, repor
         report.push(Row::missing(format!("whole program, {what}"), refused.to_string(), "ns").at_most(target));
         return Ok(());
     }
-    let mut bench = Bench { programs: Programs::load(lab)?, scale, family, runs: runs(effort) };
+    let mut bench = Bench { programs: Programs::load(lab, &PROGRAMS)?, scale, family, runs: runs(effort) };
     let mut hot = [0.0; 2];
     for fate in FATES {
         let cost = bench.cost(fate)?;
@@ -135,8 +144,12 @@ struct Bench {
 impl Bench {
     fn cost(&mut self, fate: Fate) -> Result<Cost> {
         self.programs.forget()?;
-        let packets: Vec<Vec<u8>> = self.packets(fate).iter().map(|packet| self.bytes(fate, packet)).collect();
-        let buffer = self.programs.set_packets(INGRESS, &packets)?;
+        if fate == Fate::LaterFragment {
+            // The first ones went before.
+            let buffer = self.programs.set_packets(INGRESS, &self.bytes(Fate::FirstFragment))?;
+            self.programs.passed(INGRESS, "whole", &buffer)?;
+        }
+        let buffer = self.programs.set_packets(INGRESS, &self.bytes(fate))?;
         if let Fate::Reply { .. } = fate {
             // The subject opens the flows.
             let openers: Vec<Vec<u8>> = self.packets(fate).iter().map(|packet| packet.reply().to_bytes()).collect();
@@ -145,7 +158,7 @@ impl Bench {
             ensure!(opened == SAMPLES, "{opened} of {SAMPLES} packets that open flows pass");
         }
         let passed = self.programs.passed(INGRESS, "whole", &buffer)?;
-        let expected = if matches!(fate, Fate::Denied | Fate::Fragment) { 0 } else { SAMPLES };
+        let expected = if fate == Fate::Denied { 0 } else { SAMPLES };
         ensure!(passed == expected, "{passed} of {SAMPLES} packets pass and not {expected}: {}", fate.name());
         if fate == Fate::NewFlow {
             return self.cost_of_new(&buffer);
@@ -196,13 +209,17 @@ impl Bench {
         (0..flows).map(packet).collect()
     }
 
-    fn bytes(&self, fate: Fate, packet: &Packet) -> Vec<u8> {
-        let bytes = packet.to_bytes();
-        match (fate, self.family) {
-            (Fate::Fragment, Family::V4) => first_fragment_v4(bytes),
-            (Fate::Fragment, Family::V6) => first_fragment_v6(&bytes),
-            _ => bytes,
-        }
+    fn bytes(&self, fate: Fate) -> Vec<Vec<u8>> {
+        let mut ids: BTreeMap<IpAddr, u16> = BTreeMap::new();
+        let bytes = |packet: &Packet| {
+            if !matches!(fate, Fate::FirstFragment | Fate::LaterFragment) {
+                return packet.to_bytes();
+            }
+            // A datagram each, numbered by their senders.
+            let id = ids.entry(packet.source).and_modify(|id| *id += 1).or_default();
+            fragment(packet, *id, fate == Fate::FirstFragment)
+        };
+        self.packets(fate).iter().map(bytes).collect()
     }
 
     /// The node's own program, one packet a run: everything is at hand, and there is no loop.
@@ -218,25 +235,18 @@ impl Bench {
     }
 }
 
-/// Says that more fragments follow.
-fn first_fragment_v4(mut bytes: Vec<u8>) -> Vec<u8> {
-    const MORE_FRAGMENTS: u8 = 0x20;
-    bytes[6] |= MORE_FRAGMENTS;
-    (bytes[10], bytes[11]) = (0, 0);
-    let sum = node::kernel::datapath::packet::checksum(&bytes[..20]).to_be_bytes();
-    bytes[10..12].copy_from_slice(&sum);
-    bytes
-}
-
-/// Likewise, by a header of its own after the first 40 bytes.
-fn first_fragment_v6(bytes: &[u8]) -> Vec<u8> {
+/// The first 16 bytes of a datagram, its UDP header among them, or those after them, more of which follow.
+fn fragment(packet: &Packet, id: u16, first: bool) -> Vec<u8> {
     const FRAGMENT: u8 = 44;
-    const MORE_FRAGMENTS: u8 = 1;
-    let (head, rest) = bytes.split_at(40);
-    let extension = [head[6], 0, 0, MORE_FRAGMENTS, 0, 0, 0, 7];
-    let mut fragment = [head, &extension, rest].concat();
-    fragment[6] = FRAGMENT;
-    let length = (rest.len() as u16 + 8).to_be_bytes();
-    fragment[4..6].copy_from_slice(&length);
-    fragment
+    const MORE: u16 = 1;
+    let transport = packet.transport();
+    let offset = if first { 0 } else { transport.len() as u16 };
+    if packet.source.is_ipv4() {
+        let mut bytes = ip(packet.source, packet.destination, packet.protocol, &transport);
+        bytes[4..6].copy_from_slice(&id.to_be_bytes());
+        bytes[6..8].copy_from_slice(&((offset / 8) | (MORE << 13)).to_be_bytes());
+        return bytes;
+    }
+    let header = [&[packet.protocol, 0][..], &(offset | MORE).to_be_bytes(), &u32::from(id).to_be_bytes(), &transport];
+    ip(packet.source, packet.destination, FRAGMENT, &header.concat())
 }
