@@ -8,14 +8,18 @@ use anyhow::{Result, bail};
 use clap::ValueEnum;
 use nix::unistd::Uid;
 
+use crate::demo;
 use crate::process::{Ended, kill_orphans, run as run_command};
-use crate::setup;
+use crate::setup::{self, Purpose};
+use crate::vm::{self, Job, KernelVersion};
 
 /// Optimised, and quicker to build than a release. A first build on two cores takes some minutes.
 const PROFILE: &str = "measured";
 /// Of crate `tests`. (Crate `ebpf` has a `bench`.)
 const PROGRAM: &str = "measure";
 const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
+/// The part of a bench that a kernel with a WireGuard of its own has more to say to.
+const IN_MACHINE: &str = "tunnel";
 /// A full run takes less than ten minutes on two cores.
 const RUN_LIMIT: Duration = Duration::from_secs(40 * 60);
 
@@ -37,6 +41,10 @@ pub(crate) struct Args {
     /// Print the rows that have a target, in Markdown
     #[arg(long)]
     readme: bool,
+    /// Measure in a virtual machine with this kernel of Debian's and its own WireGuard: the shape, not the speed, of what
+    /// goes through a tunnel
+    #[arg(long, value_name = "KERNEL", conflicts_with = "json")]
+    vm: Option<KernelVersion>,
     /// Only these parts of it
     #[arg(long, value_name = "PART", value_delimiter = ',')]
     only: Vec<String>,
@@ -54,6 +62,9 @@ pub(crate) enum What {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if !Uid::effective().is_root() {
         bail!("a bench makes namespaces and loads eBPF programs; run it as root");
+    }
+    if let Some(version) = args.vm {
+        return run_in_machine(args, version);
     }
     setup::ensure(&setup::BENCH)?;
     eprintln!("building with the profile `{PROFILE}` (a first build takes some minutes) ...");
@@ -73,6 +84,26 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         eprintln!("the bench left {orphan} running; killed it");
     }
     Ok(ExitCode::from(ended.code()))
+}
+
+/// The programs are those of the demo and the tests, which machines bring along.
+fn run_in_machine(args: &Args, version: KernelVersion) -> Result<ExitCode> {
+    setup::ensure(&[Purpose::Build, Purpose::Vm(version)])?;
+    let built = demo::build()?;
+    if !built.success() {
+        bail!("failed to build the bench ({built})");
+    }
+    let mut words = args.words();
+    if args.only.is_empty() {
+        words.extend(["--only".to_owned(), IN_MACHINE.to_owned()]);
+    }
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let program = crate::target().join("debug").join(PROGRAM);
+    let ended = vm::start(version, Job::new(&program, &words, RUN_LIMIT))?;
+    if !ended.clean() {
+        eprintln!("vm {version}: {ended}");
+    }
+    Ok(ExitCode::from(if ended.clean() { 0 } else { ended.code().max(1) }))
 }
 
 impl Args {

@@ -4,12 +4,12 @@
 #![allow(unsafe_code, reason = "symbols with global linkage, which the verifier checks once and not once a call")]
 
 use aya_ebpf::EbpfContext;
-use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::bindings::{__sk_buff, xdp_action};
 use aya_ebpf::helpers::generated::bpf_skb_store_bytes;
-use aya_ebpf::macros::{classifier, map};
+use aya_ebpf::macros::{classifier, map, xdp};
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie};
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::programs::{TcContext, XdpContext};
 use ebpf::case::{Case, direction};
 use ebpf::hook::Skb;
 use ebpf::verdict;
@@ -35,6 +35,12 @@ static PAIRS: HashMap<Pair, u32> = HashMap::with_max_entries(65_536, 0);
 #[classifier]
 pub(crate) fn empty(_: TcContext) -> i32 {
     0
+}
+
+/// Does nothing ahead of everything else: what being there costs.
+#[xdp]
+pub(crate) fn empty_early(_: XdpContext) -> u32 {
+    xdp_action::XDP_PASS
 }
 
 /// Goes through the ends of flows, one function call each.

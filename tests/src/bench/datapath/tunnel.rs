@@ -12,12 +12,13 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use aya::programs::SchedClassifier;
+use aya::programs::{SchedClassifier, Xdp, XdpMode};
 use aya::sys::{Stats, enable_stats};
+use aya::{Ebpf, EbpfLoader};
 use ebpf_common::{ABI_VERSION, INGRESS};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::Signal;
-use node::kernel::datapath::{DEFAULT_ROOT, EbpfDatapath};
+use node::kernel::datapath::{BENCH_OBJECT, DEFAULT_ROOT, EbpfDatapath};
 use node::kernel::{Datapath, Inspect};
 use node::lower::{RuleSlots, Tables, lower};
 use policy::{Action, Change, Matrix, Revision, RuleSpec};
@@ -44,7 +45,7 @@ pub(super) fn measure(lab: &Lab, effort: Effort, report: &mut Report) -> Result<
     let cidrs = effort.choose(10_000, 300);
     let mesh = Mesh::new(Lifetime::Bound, "deny")?;
     let wireguard = if kernel_has_wireguard(mesh.controller())? { "kernel" } else { "userspace" };
-    let what = format!("through {wireguard} WireGuard, {} cidrs and {} rules", thousands(cidrs), thousands(cidrs * 10));
+    let what = format!("{wireguard} WireGuard, {} rules", thousands(cidrs * 10));
     let mut tunnel = Tunnel::build(mesh, cidrs, &lab.bpffs)?;
     let turns = effort.choose(30, 2);
     let time = effort.choose(Duration::from_millis(350), Duration::from_millis(50));
@@ -71,7 +72,7 @@ pub(super) fn measure(lab: &Lab, effort: Effort, report: &mut Report) -> Result<
     for load in [Load::Tcp { streams: 1 }, Load::SmallUdp] {
         tunnel.measure_share(load, time * 3, &what, report)?;
     }
-    Ok(())
+    tunnel.measure_early(turns, time, &what, report)
 }
 
 fn tell(load: Load, pairs: &[(f64, f64)], what: &str, report: &mut Report) {
@@ -158,13 +159,12 @@ impl Tunnel {
         Ok(())
     }
 
-    /// What the programs take of all that the processors do, by the kernel's own clock, and whether segments that came
-    /// together stay together.
+    /// What the programs take of all that the processors do, by the kernel's own clock.
     fn measure_share(&mut self, load: Load, time: Duration, what: &str, report: &mut Report) -> Result<()> {
         let statistics = enable_stats(Stats::RunTime).context("failed to have the kernel time programs")?;
-        let (before, busy_before, segments_before) = (self.ran()?, busy()?, self.arrived()?);
+        let (before, busy_before) = (self.ran()?, busy()?);
         self.way()?.carry(load, time)?;
-        let (after, busy_after, segments_after) = (self.ran()?, busy()?, self.arrived()?);
+        let (after, busy_after) = (self.ran()?, busy()?);
         drop(statistics);
         let (time, runs) = (after.0 - before.0, after.1 - before.1);
         ensure!(runs > 0.0, "the programs did not run");
@@ -173,12 +173,33 @@ impl Tunnel {
         report.push(Row::new(format!("{name}, the processors' time per skb, {what}"), busy / runs, "ns"));
         let share = 100.0 * time / busy;
         report.push(Row::new(format!("{name}, the programs' share of the processors' time, {what}"), share, "%"));
-        let segments = (segments_after.1 - segments_before.1) / (segments_after.0 - segments_before.0);
-        report.push(Row::new(
-            format!("{name}, segments per skb at the receiver's ingress, {what}"),
-            segments,
-            "segments",
-        ));
+        Ok(())
+    }
+
+    /// What an XDP program on the interface costs, whatever it does: the kernel no longer joins segments there.
+    fn measure_early(&mut self, turns: usize, time: Duration, what: &str, report: &mut Report) -> Result<()> {
+        let load = Load::Tcp { streams: 1 };
+        let (mut rates, mut joined) = (Vec::new(), [Vec::new(), Vec::new()]);
+        for turn in 0..turns {
+            let mut seen = [0.0; 2];
+            for early in [turn % 2 == 0, turn % 2 != 0] {
+                let host = self.mesh.node(NODES[1].0)?.namespace();
+                let program = if early { Some(in_network(host, attach_early)?) } else { None };
+                let before = self.arrived()?;
+                seen[usize::from(early)] = self.way()?.carry(load, time)?;
+                let after = self.arrived()?;
+                drop(program);
+                joined[usize::from(early)].push((after.1 - before.1) / (after.0 - before.0));
+            }
+            rates.push((seen[1], seen[0]));
+        }
+        for (joined, with) in joined.iter().zip(["without an", "with an empty"]) {
+            let name =
+                format!("{}, segments per skb at the receiver's ingress, {with} XDP program, {what}", load.name());
+            report.push(Row::new(name, median(joined), "segments"));
+        }
+        let name = format!("{}, an empty XDP program / none on the receiver's interface, {what}", load.name());
+        report.push(Row::estimate(name, ratio(&rates), "times"));
         Ok(())
     }
 
@@ -248,6 +269,15 @@ pub(in crate::bench) fn in_network<T: Send>(host: &Namespace, work: impl FnOnce(
         inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
     .with_context(|| format!("in the network of `{}`", host.name()))
+}
+
+/// An XDP program that does nothing, there until dropped. In generic mode, which is all that WireGuard's interfaces have.
+fn attach_early() -> Result<Ebpf> {
+    let mut ebpf = EbpfLoader::new().btf(None).load(BENCH_OBJECT)?;
+    let program: &mut Xdp = ebpf.program_mut("empty_early").context("the bench has no XDP program")?.try_into()?;
+    program.load()?;
+    program.attach(INTERFACE, XdpMode::Skb).context("failed to attach an XDP program")?;
+    Ok(ebpf)
 }
 
 /// What an agent left attached: pinned links of TCX, filters of clsact.
