@@ -17,6 +17,9 @@ use policy::{Action, Generation};
 use tests::conformance::network::{ENDS, allowing, flow, node, small, with_rule};
 use tests::conformance::{DIRECTIONS, Judge, Lab, early, foreign, fragments, in_each_lab, in_lab, place, random};
 
+#[path = "conformance/fire.rs"]
+mod fire;
+
 /// How long random networks are drawn, in seconds; `RAMPART_RANDOM_SECONDS` says otherwise.
 const RANDOM_SECONDS: u64 = 45;
 

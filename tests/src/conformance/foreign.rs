@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::process::Command;
 
 use ebpf_common::EGRESS;
 
@@ -127,6 +128,31 @@ pub fn attach_xdp(interface: u32) -> io::Result<OwnedFd> {
 
 #[repr(C)]
 #[derive(Default)]
+struct Query {
+    target: u32,
+    attach_type: u32,
+    flags: [u32; 2],
+    programs: u64,
+    count: u32,
+    _rest: [u32; 9],
+}
+
+/// How many TCX programs an interface has in a direction.
+pub fn tcx_programs(interface: u32, direction: u32) -> io::Result<usize> {
+    let attach_type = if direction == EGRESS { BPF_TCX_EGRESS } else { BPF_TCX_INGRESS };
+    let mut query = Query { target: interface, attach_type, ..Default::default() };
+    bpf(BPF_PROG_QUERY, &mut query)?;
+    Ok(query.count as usize)
+}
+
+/// How many clsact filters that are programs an interface has in a direction.
+pub fn filters(interface: &str, direction: &str) -> usize {
+    let shown = Command::new("tc").args(["filter", "show", "dev", interface, direction]).output().expect("`tc`");
+    String::from_utf8_lossy(&shown.stdout).lines().filter(|line| line.contains("handle 0x")).count()
+}
+
+#[repr(C)]
+#[derive(Default)]
 struct Object {
     path: u64,
     fd: u32,
@@ -215,7 +241,7 @@ pub fn tun(name: &str) -> io::Result<File> {
     if unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF as _, &raw mut request) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    let status = std::process::Command::new("ip").args(["link", "set", name, "up"]).status()?;
+    let status = Command::new("ip").args(["link", "set", name, "up"]).status()?;
     if status.success() { Ok(file) } else { Err(io::Error::other("`ip link set up` failed")) }
 }
 

@@ -4,6 +4,9 @@
 //! outside, and it goes with the thread.
 
 pub mod early;
+pub mod ear;
+pub mod failing;
+pub mod fault;
 pub mod foreign;
 pub mod fragments;
 pub mod network;
@@ -16,6 +19,7 @@ use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use ebpf_common::{EGRESS, INGRESS, reason};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -214,6 +218,15 @@ impl Judge {
 
 fn check(seen: Probed, expected: u8, what: &str) {
     assert_eq!(reason::name(seen.reason), reason::name(expected), "{what}");
+}
+
+/// Asks again and again, on a processor that others need too. Panics after half a minute.
+pub fn wait_until(mut condition: impl FnMut() -> bool, what: &str) {
+    let started = Instant::now();
+    while !condition() {
+        assert!(started.elapsed() < Duration::from_secs(30), "waited too long until {what}");
+        thread::yield_now();
+    }
 }
 
 /// Both directions.

@@ -6,7 +6,6 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
-use std::time::{Duration, Instant};
 
 use ebpf_common::{EGRESS, INGRESS, reason};
 use ipnet::IpNet;
@@ -17,7 +16,7 @@ use node::kernel::{Attachment, Datapath, DatapathState, Inspect};
 use policy::{Generation, Network};
 
 use super::network::{ENDS, allowing, flow, node, small};
-use super::{DIRECTIONS, INTERFACE, Lab, attachments, foreign, name};
+use super::{DIRECTIONS, INTERFACE, Lab, attachments, foreign, name, wait_until};
 
 fn network() -> Network {
     allowing(small(), "tcp", "cidr:web", "cidr:db", "tcp/443")
@@ -87,14 +86,6 @@ pub fn is_taken_over(lab: &mut Lab) {
     let next = enforce(lab);
     assert_eq!(next, Generation(generation.0 + 1));
     assert_in_force(lab, next);
-}
-
-fn wait_until(mut condition: impl FnMut() -> bool, what: &str) {
-    let started = Instant::now();
-    while !condition() {
-        assert!(started.elapsed() < Duration::from_secs(30), "waited too long until {what}");
-        thread::yield_now();
-    }
 }
 
 pub fn is_put_back(lab: &mut Lab) {
