@@ -1,9 +1,11 @@
-//! A socket on the lab's interface that tells at once whether the packet just written to the interface passed.
+//! Sockets on the lab's interface that tell of each packet at once whether it passed.
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
-use std::net::UdpSocket;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
 
+use nix::sys::socket::{setsockopt, sockopt};
 use node::kernel::datapath::packet::Packet;
 
 use super::network::flow;
@@ -24,8 +26,8 @@ impl Lab {
     }
 }
 
-/// One flow of datagrams to a port of this host. The kernel judges and delivers what is written to a TUN interface before the
-/// write returns, so nothing is waited for.
+/// Datagrams of one flow to a port of this host. The kernel judges and delivers what is written to a TUN interface before
+/// the write returns, so nothing is waited for.
 #[derive(Debug)]
 pub struct Ear {
     tun: File,
@@ -35,20 +37,14 @@ pub struct Ear {
 
 impl Ear {
     /// For a thread of the lab's namespace.
-    pub fn new(lab: &Lab, source: &str, destination: &str, port: u16) -> Self {
-        Self::of(lab.tun.try_clone().expect("a descriptor"), source, destination, port)
+    pub fn new(tun: &File, source: &str, destination: &str, port: u16) -> Self {
+        Self::of(tun, &Packet::opening(&flow(source, destination, &format!("udp/{port}"))))
     }
 
-    pub fn of(tun: File, source: &str, destination: &str, port: u16) -> Self {
-        let flow = flow(source, destination, &format!("udp/{port}"));
-        let socket = UdpSocket::bind((flow.destination, port)).expect("a socket");
-        socket.set_nonblocking(true).expect("a socket that does not wait");
-        Self { tun, socket, packet: Packet::opening(&flow).to_bytes() }
-    }
-
-    /// Bytes from the IP header on.
-    pub fn packet_length(&self) -> u64 {
-        self.packet.len() as u64
+    /// Likewise, for copies of this datagram.
+    pub fn of(tun: &File, packet: &Packet) -> Self {
+        let tun = tun.try_clone().expect("a descriptor");
+        Self { tun, socket: socket((packet.destination, packet.destination_port).into()), packet: packet.to_bytes() }
     }
 
     /// Whether one more packet passes.
@@ -59,5 +55,56 @@ impl Ear {
             Err(error) if error.kind() == ErrorKind::WouldBlock => false,
             Err(error) => panic!("the socket: {error}"),
         }
+    }
+
+    /// Whether a datagram from the ear's port passes.
+    pub fn says(&self, to: SocketAddr) -> bool {
+        says(&self.socket, to)
+    }
+}
+
+/// Datagrams from this host.
+#[derive(Debug)]
+pub struct Mouth {
+    socket: UdpSocket,
+    to: SocketAddr,
+}
+
+impl Mouth {
+    /// For a thread of the lab's namespace.
+    pub fn new(source: &str, destination: &str, port: u16) -> Self {
+        let flow = flow(source, destination, &format!("udp/{port}"));
+        Self { socket: socket((flow.source, 0).into()), to: (flow.destination, port).into() }
+    }
+
+    /// The other end's.
+    pub fn port(&self) -> u16 {
+        self.to.port()
+    }
+
+    /// Whether one more packet passes.
+    pub fn says(&self) -> bool {
+        says(&self.socket, self.to)
+    }
+}
+
+/// A socket that does not wait, and is told of packets that were dropped before they left.
+fn socket(own: SocketAddr) -> UdpSocket {
+    let socket = UdpSocket::bind(own).expect("a socket");
+    socket.set_nonblocking(true).expect("a socket that does not wait");
+    if own.is_ipv4() {
+        setsockopt(&socket, sockopt::Ipv4RecvErr, &true)
+    } else {
+        setsockopt(&socket, sockopt::Ipv6RecvErr, &true)
+    }
+    .expect("a socket that hears of errors");
+    socket
+}
+
+fn says(socket: &UdpSocket, to: SocketAddr) -> bool {
+    match socket.send_to(&[0; 8], to) {
+        Ok(_) => true,
+        Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => false,
+        Err(error) => panic!("the socket {}: {error}", socket.as_raw_fd()),
     }
 }

@@ -24,7 +24,7 @@ pub enum Fate {
 }
 
 /// A call that is about to happen, as far as it can be told without looking into the caller's memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Call {
     /// bpf(2) with this command.
     Bpf(u32),
@@ -62,6 +62,12 @@ impl Call {
             Self::Send | Self::Tree => true,
             Self::Mark => false,
         }
+    }
+
+    /// Whether a process that is killed after it leaves the kernel another than before it: what only the process holds goes
+    /// with it.
+    pub fn leaves_something(self) -> bool {
+        self.changes() && !matches!(self, Self::Bpf(command::MAP_CREATE | command::PROGRAM_LOAD))
     }
 
     fn new(data: &libc::seccomp_data) -> Self {

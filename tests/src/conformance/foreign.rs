@@ -199,9 +199,14 @@ pub fn pin_array(path: &Path, value_size: u32, entries: u32) -> io::Result<()> {
 
 /// Whether there is something to read at this moment.
 pub fn is_readable(file: &impl AsRawFd) -> bool {
+    becomes_readable(file, 0)
+}
+
+/// Whether there is something to read within so many milliseconds.
+pub fn becomes_readable(file: &impl AsRawFd, milliseconds: i32) -> bool {
     let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: one structure, for the time of the call.
-    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 }
+    unsafe { libc::poll(&raw mut poll, 1, milliseconds) == 1 }
 }
 
 pub const CAP_NET_ADMIN: u32 = 12;

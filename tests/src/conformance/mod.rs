@@ -7,8 +7,10 @@ pub mod early;
 pub mod ear;
 pub mod failing;
 pub mod fault;
+pub mod fire;
 pub mod foreign;
 pub mod fragments;
+pub mod killed;
 pub mod network;
 pub mod place;
 pub mod random;
@@ -218,6 +220,16 @@ impl Judge {
 
 fn check(seen: Probed, expected: u8, what: &str) {
     assert_eq!(reason::name(seen.reason), reason::name(expected), "{what}");
+}
+
+/// Says that the processor is emulated: long loops are done so many times less often.
+pub const SHARE: &str = "RAMPART_SHARE";
+
+/// A number of repetitions on this machine.
+pub fn share(repetitions: u64) -> u64 {
+    let given = std::env::var(SHARE).ok();
+    let divisor = given.map_or(1, |given| given.parse::<u64>().expect("RAMPART_SHARE is a number"));
+    (repetitions / divisor.max(1)).max(1)
 }
 
 /// Asks again and again, on a processor that others need too. Panics after half a minute.

@@ -84,7 +84,7 @@ struct Running {
 
 /// An instance of the program in its place.
 struct Loaded {
-    _ebpf: Ebpf,
+    ebpf: Ebpf,
     id: u32,
     attached: Attached,
 }
@@ -153,39 +153,67 @@ impl EbpfDatapath {
         // Programs that run already go on while the new ones are loaded.
         let egress = self.load(EGRESS, &pins)?;
         let ingress = self.load(INGRESS, &pins)?;
+        if self.running.is_some() {
+            self.replace(egress, ingress, index)?;
+        } else {
+            self.running = Some(self.begin(egress, ingress, index, pins, complete)?);
+        }
+        self.probe = None;
+        Ok(())
+    }
+
+    /// Puts the programs in the place of this process's own. Those are let go one by one, each when its successor is in
+    /// place: they may be held by nothing but this process.
+    fn replace(&mut self, egress: Ebpf, ingress: Ebpf, index: u32) -> Result<(), KernelError> {
+        let Some(running) = &mut self.running else { return Ok(()) };
+        let Running { pins, egress: our_egress, ingress: our_ingress, .. } = running;
+        let mut method = self.forced.or(Some(running.method));
+        for (ebpf, direction, ours) in [(egress, EGRESS, our_egress), (ingress, INGRESS, our_ingress)] {
+            let hook = Hook { interface: &self.interface, index, direction };
+            *ours = place(ebpf, &hook, pins, &mut method)?;
+            ours.pin(pins, direction)?;
+            hook.detach(&pins.link(direction), method)?;
+        }
+        Ok(())
+    }
+
+    /// Puts the programs in place over what other processes left, if anything.
+    fn begin(
+        &self,
+        egress: Ebpf,
+        ingress: Ebpf,
+        index: u32,
+        pins: Pins,
+        complete: bool,
+    ) -> Result<Running, KernelError> {
         let maps = Held::open(&pins.maps)?;
         let counters = CounterMaps::open(&pins.maps)?;
         let mut flows = Flows::open(&pins.maps)?;
         let mut copies = Copies::open(&pins.maps)?;
-        // Not dropped before its successors are in place: it may hold links whose pins are gone.
-        let mut former = self.running.take();
-        let mut method = self.forced.or(former.as_ref().map(|former| former.method));
+        let mut method = self.forced;
+        let [egress_hook, ingress_hook] = self.hooks(index);
         // A table that was lost is empty now, and contradicts the others. Maps without programs are of a former
         // interface, or of a namespace that had this one's number.
-        let anew = former.is_none() && (!complete || !is_enforced(&self.hooks(index), &pins)?);
-        if let Some(former) = &mut former {
-            // What is known of the tables' contents is still true.
-            std::mem::swap(&mut copies, &mut former.copies);
-        } else if anew {
+        let anew = !complete || !is_enforced(&[egress_hook, ingress_hook], &pins)?;
+        if anew {
             copies.close()?;
             flows.clear()?;
         }
-        let [egress_hook, ingress_hook] = self.hooks(index);
-        let egress = place(egress, &egress_hook, &pins, &mut method)?;
-        let ingress = place(ingress, &ingress_hook, &pins, &mut method)?;
-        let method = method.unwrap_or(Attachment::Tcx);
+        let mut egress = place(egress, &egress_hook, &pins, &mut method)?;
+        egress.pin(&pins, EGRESS)?;
+        let mut ingress = place(ingress, &ingress_hook, &pins, &mut method)?;
+        ingress.pin(&pins, INGRESS)?;
         for hook in [egress_hook, ingress_hook] {
-            hook.detach(&pins.link(hook.direction), Some(method))?;
+            hook.detach(&pins.link(hook.direction), method)?;
         }
         if anew {
             // A packet that the former programs still judged by the former tables may have left a record.
             copies.settle()?;
             flows.clear()?;
         }
+        let method = method.unwrap_or(Attachment::Tcx);
         self.early.keep(&pins, index)?;
-        self.running = Some(Running { pins, maps, copies, counters, flows, method, egress, ingress });
-        self.probe = None;
-        Ok(())
+        Ok(Running { pins, maps, copies, counters, flows, method, egress, ingress })
     }
 
     fn load(&mut self, direction: u32, pins: &Pins) -> Result<Ebpf, KernelError> {
@@ -221,13 +249,19 @@ impl EbpfDatapath {
     }
 }
 
-/// Attaches a loaded program and pins it.
+/// Attaches a loaded program.
 fn place(mut ebpf: Ebpf, hook: &Hook<'_>, pins: &Pins, method: &mut Option<Attachment>) -> Result<Loaded, KernelError> {
     let id = program::id(&mut ebpf)?;
-    let program = classifier(&mut ebpf)?;
-    let attached = hook.attach(program, &pins.link(hook.direction), method)?;
-    pin::replace(&pins.program(hook.direction), |path| program.pin(path))?;
-    Ok(Loaded { _ebpf: ebpf, id, attached })
+    let attached = hook.attach(classifier(&mut ebpf)?, &pins.link(hook.direction), method)?;
+    Ok(Loaded { ebpf, id, attached })
+}
+
+impl Loaded {
+    /// Lets others know it again.
+    fn pin(&mut self, pins: &Pins, direction: u32) -> Result<(), KernelError> {
+        let program = classifier(&mut self.ebpf)?;
+        pin::replace(&pins.program(direction), |path| program.pin(path))
+    }
 }
 
 /// Id of the program that whoever was here before had attached.
