@@ -57,7 +57,14 @@ impl Call {
         match self {
             Self::Bpf(command) => matches!(
                 command,
-                MAP_CREATE | MAP_UPDATE | MAP_DELETE | PROGRAM_LOAD | PIN | MAP_UPDATE_BATCH | LINK_CREATE | LINK_UPDATE
+                MAP_CREATE
+                    | MAP_UPDATE
+                    | MAP_DELETE
+                    | PROGRAM_LOAD
+                    | PIN
+                    | MAP_UPDATE_BATCH
+                    | LINK_CREATE
+                    | LINK_UPDATE
             ),
             Self::Send | Self::Tree => true,
             Self::Mark => false,

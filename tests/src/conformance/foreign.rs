@@ -1,17 +1,20 @@
 //! What others do to the interface: other programs, other links; and a TUN to write packets to.
 #![allow(unsafe_code, reason = "bpf(2) and ioctl(2) are called as they are")]
 
+use std::cell::RefCell;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use ebpf_common::EGRESS;
 
 const BPF_MAP_CREATE: libc::c_int = 0;
+const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
@@ -87,6 +90,10 @@ pub fn attach_bare_drop(interface: u32, port: u16) -> io::Result<OwnedFd> {
 }
 
 fn attach_program(instructions: &[u64], interface: u32, direction: u32) -> io::Result<OwnedFd> {
+    attach_tcx(&load(instructions)?, interface, direction, BPF_F_BEFORE)
+}
+
+fn load(instructions: &[u64]) -> io::Result<OwnedFd> {
     let mut load = Load {
         kind: BPF_PROG_TYPE_SCHED_CLS,
         count: instructions.len() as u32,
@@ -94,12 +101,15 @@ fn attach_program(instructions: &[u64], interface: u32, direction: u32) -> io::R
         license: c"GPL".as_ptr() as u64,
         ..Default::default()
     };
-    let program = own(bpf(BPF_PROG_LOAD, &mut load)?);
+    bpf(BPF_PROG_LOAD, &mut load).map(own)
+}
+
+fn attach_tcx(program: &OwnedFd, interface: u32, direction: u32, flags: u32) -> io::Result<OwnedFd> {
     let mut link = CreateLink {
         program: program.as_raw_fd() as u32,
         interface,
         attach_type: if direction == EGRESS { BPF_TCX_EGRESS } else { BPF_TCX_INGRESS },
-        flags: BPF_F_BEFORE,
+        flags,
         ..Default::default()
     };
     bpf(BPF_LINK_CREATE, &mut link).map(own)
@@ -124,6 +134,150 @@ pub fn attach_xdp(interface: u32) -> io::Result<OwnedFd> {
     let mut link =
         CreateLink { program, interface, attach_type: BPF_XDP, flags: XDP_FLAGS_SKB_MODE, ..Default::default() };
     bpf(BPF_LINK_CREATE, &mut link).map(own)
+}
+
+/// Where a bystander goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    Ahead,
+    /// Ahead of nobody, by its own wish.
+    Behind,
+    /// Likewise, and after all others.
+    Last,
+}
+
+/// A program of somebody else that counts the packets it sees and lets them pass on.
+#[derive(Debug)]
+pub struct Bystander {
+    program: OwnedFd,
+    counter: OwnedFd,
+    pin: PathBuf,
+    link: RefCell<Option<OwnedFd>>,
+}
+
+impl Bystander {
+    /// Pinned at `pin` as well, where `tc` finds it.
+    pub fn new(pin: &Path) -> io::Result<Self> {
+        let mut create = CreateMap { kind: BPF_MAP_TYPE_ARRAY, key_size: 4, value_size: 8, entries: 1 };
+        let counter = own(bpf(BPF_MAP_CREATE, &mut create)?);
+        let instruction = |code: u8, registers: u8, offset: i16, value: i32| {
+            u64::from(code) | u64::from(registers) << 8 | u64::from(offset as u16) << 16 | u64::from(value as u32) << 32
+        };
+        let instructions = [
+            instruction(0x62, 10, -4, 0),                    // *(u32 *)(r10 - 4) = 0
+            instruction(0xbf, 0xa2, 0, 0),                   // r2 = r10
+            instruction(0x07, 2, 0, -4),                     // r2 += -4
+            instruction(0x18, 0x11, 0, counter.as_raw_fd()), // r1 = the map
+            0,
+            instruction(0x85, 0, 0, 1),    // call bpf_map_lookup_elem
+            instruction(0x15, 0, 2, 0),    // if r0 == 0 goto +2
+            instruction(0xb7, 1, 0, 1),    // r1 = 1
+            instruction(0xdb, 0x10, 0, 0), // lock *(u64 *)r0 += r1
+            instruction(0xb7, 0, 0, -1),   // r0 = -1
+            instruction(0x95, 0, 0, 0),    // exit
+        ];
+        let program = load(&instructions)?;
+        let path = CString::new(pin.as_os_str().as_bytes())?;
+        let mut object = Object { path: path.as_ptr() as u64, fd: program.as_raw_fd() as u32, flags: 0 };
+        bpf(BPF_OBJ_PIN, &mut object)?;
+        Ok(Self { program, counter, pin: pin.to_owned(), link: RefCell::new(None) })
+    }
+
+    pub fn packets(&self) -> u64 {
+        let (key, mut value) = (0_u32, 0_u64);
+        let mut element = Element {
+            map: self.counter.as_raw_fd() as u32,
+            key: &raw const key as u64,
+            value: &raw mut value as u64,
+            ..Default::default()
+        };
+        bpf(BPF_MAP_LOOKUP_ELEM, &mut element).expect("a counter");
+        value
+    }
+
+    pub fn attach_tcx(&self, interface: u32, direction: u32, place: Place) -> io::Result<()> {
+        let flags = if place == Place::Ahead { BPF_F_BEFORE } else { 0 };
+        self.link.replace(Some(attach_tcx(&self.program, interface, direction, flags)?));
+        Ok(())
+    }
+
+    pub fn attach_filter(&self, interface: &str, direction: &str, place: Place) {
+        let (preference, handle) = match place {
+            Place::Ahead => ("1", "9"),
+            Place::Behind => ("7", "7"),
+            Place::Last => ("8", "8"),
+        };
+        let pin = self.pin.to_str().expect("plain text");
+        let words =
+            ["filter", "add", "dev", interface, direction, "protocol", "all", "pref", preference, "handle", handle];
+        let status = Command::new("tc").args(words).args(["bpf", "da", "object-pinned", pin]).status().expect("`tc`");
+        assert!(status.success(), "`tc filter add`: {status}");
+    }
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Element {
+    map: u32,
+    _pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// Fills a pinned per-CPU hash with zeros until there is no room; returns how many entries it took.
+pub fn fill<K: Copy>(path: &Path, key: impl Fn(u32) -> K, value_size: usize) -> io::Result<u32> {
+    let map = open(path)?;
+    // The kernel wants a value for each processor that could be.
+    let possible = aya::util::nr_cpus().map_err(|(_, error)| error)?;
+    let value = vec![0_u64; value_size.div_ceil(8) * possible];
+    for number in 0.. {
+        let key = key(number);
+        let mut element = Element {
+            map: map.as_raw_fd() as u32,
+            key: &raw const key as u64,
+            value: value.as_ptr() as u64,
+            ..Default::default()
+        };
+        match bpf(BPF_MAP_UPDATE_ELEM, &mut element) {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::E2BIG) => return Ok(number),
+            Err(error) => return Err(error),
+        }
+    }
+    unreachable!("the map takes as many entries as there are numbers")
+}
+
+/// A socket that sends packets as they are out of an interface, past the host's IP.
+#[derive(Debug)]
+pub struct Out(OwnedFd);
+
+impl Out {
+    pub fn new(interface: u32) -> io::Result<Self> {
+        // SAFETY: takes three integers and returns a new descriptor.
+        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let socket = own(fd.into());
+        // SAFETY: all zeros is an address without anything in it.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_ifindex = interface as i32;
+        // SAFETY: the structure is the kernel's and as long as it is said to be.
+        let bound = unsafe {
+            libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size_of::<libc::sockaddr_ll>() as u32)
+        };
+        if bound < 0 { Err(io::Error::last_os_error()) } else { Ok(Self(socket)) }
+    }
+
+    /// That the packet is dropped on its way out is no error.
+    pub fn send(&self, packet: &[u8]) -> io::Result<()> {
+        match nix::sys::socket::send(self.0.as_raw_fd(), packet, nix::sys::socket::MsgFlags::empty()) {
+            Ok(_) | Err(nix::errno::Errno::ENOBUFS) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
 }
 
 #[repr(C)]
@@ -226,6 +380,13 @@ pub fn keep_capabilities(kept: &[u32]) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Lets every other thread of the machine go before the calling one.
+pub fn stand_back() -> io::Result<()> {
+    // SAFETY: takes three integers; 0 is the calling thread.
+    let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// `struct ifreq` as TUNSETIFF reads it.
 #[repr(C)]
 struct InterfaceRequest {
@@ -236,11 +397,28 @@ struct InterfaceRequest {
 
 /// A TUN interface, up, that lives as long as the descriptor. Packets have no header ahead of the IP header.
 pub fn tun(name: &str) -> io::Result<File> {
+    open_tun(name, 0)
+}
+
+/// Likewise, with a `virtio_net_hdr` ahead of each packet, and whose reader cuts TCP and makes checksums by itself.
+pub fn tun_with_offloads(name: &str) -> io::Result<File> {
+    const IFF_VNET_HDR: u16 = 0x4000;
+    const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
+    const CHECKSUM_TSO4_TSO6: libc::c_ulong = 1 | 2 | 4;
+    let file = open_tun(name, IFF_VNET_HDR)?;
+    // SAFETY: takes an integer.
+    if unsafe { libc::ioctl(file.as_raw_fd(), TUNSETOFFLOAD as _, CHECKSUM_TSO4_TSO6) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file)
+}
+
+fn open_tun(name: &str, flags: u16) -> io::Result<File> {
     const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
     const IFF_TUN: u16 = 1;
     const IFF_NO_PI: u16 = 0x1000;
     let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
-    let mut request = InterfaceRequest { name: [0; 16], flags: IFF_TUN | IFF_NO_PI, _rest: [0; 22] };
+    let mut request = InterfaceRequest { name: [0; 16], flags: IFF_TUN | IFF_NO_PI | flags, _rest: [0; 22] };
     request.name[..name.len()].copy_from_slice(name.as_bytes());
     // SAFETY: the request is as long as the kernel's `ifreq`, its name ends with a zero.
     if unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF as _, &raw mut request) } < 0 {

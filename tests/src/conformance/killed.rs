@@ -9,8 +9,8 @@ use std::thread;
 
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
-use node::kernel::datapath::EbpfDatapath;
 use node::kernel::Datapath;
+use node::kernel::datapath::EbpfDatapath;
 use node::lower::Tables;
 
 use super::ear::Ear;
@@ -72,6 +72,50 @@ pub fn leave_the_old_policy_or_the_new(lab: &mut Lab) {
     assert!(!bench.lab.bpffs.join("rampart").exists(), "no pins are left");
 }
 
+/// However an agent ends, what it put in force stays, without any process that holds it.
+pub fn leave_enforcement(lab: &mut Lab) {
+    lab.give_addresses();
+    let [web, db, ..] = ENDS[0];
+    let mut ears = [OLD, NEW].map(|port| Ear::new(&lab.tun, db, web, port));
+    let mut tables = [OLD, NEW].map(|port| {
+        let network = allowing(small(), &format!("open-{port}"), "cidr:db", "cidr:web", &format!("udp/{port}"));
+        lab.lower(&network, node(&network, "web1")).1
+    });
+    // What a panic leaves behind: its destructors run; and a signal: they do not.
+    type End = (&'static str, fn(), WaitStatus);
+    let child = nix::unistd::Pid::from_raw(0);
+    let ends: [End; 3] = [
+        ("a clean exit", || (), WaitStatus::Exited(child, 0)),
+        ("a panic", || panic!("as a bug would"), WaitStatus::Exited(child, 1)),
+        ("SIGKILL", mark, WaitStatus::Signaled(child, Signal::SIGKILL, false)),
+    ];
+    for (at, (what, end, expected)) in ends.into_iter().enumerate() {
+        let (bpffs, attachment, tables) = (lab.bpffs.clone(), lab.attachment(), tables[at % 2].clone());
+        let at_the_mark = |call| if call == Call::Mark { Fate::Kills } else { Fate::Happens };
+        let status = supervised(at_the_mark, || {
+            in_child(|| {
+                let mut datapath = EbpfDatapath::new(INTERFACE, &bpffs).with_attachment(attachment);
+                datapath.attach().expect("attached");
+                datapath.switch(&tables).expect("switched");
+                end();
+            })
+        });
+        match (status, expected) {
+            (WaitStatus::Exited(_, a), WaitStatus::Exited(_, b)) if a == b => {}
+            (WaitStatus::Signaled(_, a, _), WaitStatus::Signaled(_, b, _)) if a == b => {}
+            (status, _) => panic!("{what}: the agent ended with {status:?}"),
+        }
+        let open = ears.each_mut().map(Ear::hears);
+        assert_eq!(open, [at % 2 == 0, at % 2 == 1], "after {what}");
+        let state = lab.datapath.observe().expect("observed");
+        assert_eq!((state.egress, state.ingress, state.generation.0), (true, true, at as u64 + 1), "after {what}");
+    }
+    tables.reverse();
+    lab.datapath.attach().expect("taken over");
+    lab.datapath.switch(&tables[0]).expect("switched");
+    assert_eq!(ears.each_mut().map(Ear::hears), [false, true]);
+}
+
 impl Bench<'_> {
     /// What both policies allow passes, and what neither does not, at each moment of `work`.
     fn under_traffic(&mut self, tun: &File, work: fn(&mut Self)) {
@@ -131,7 +175,10 @@ impl Bench<'_> {
             };
             let ended = self.kill_at(number, true, agent);
             let open = self.open();
-            assert!(open == [BOTH, OLD] || open == [BOTH, NEW], "killed at call {number} of a switch: {open:?} are open");
+            assert!(
+                open == [BOTH, OLD] || open == [BOTH, NEW],
+                "killed at call {number} of a switch: {open:?} are open"
+            );
             self.take_over_and_switch();
             match ended {
                 Ended::Killed(call) => killed.push((call, open)),

@@ -11,6 +11,9 @@ pub mod fire;
 pub mod foreign;
 pub mod fragments;
 pub mod killed;
+pub mod large;
+pub mod load;
+pub mod neighbours;
 pub mod network;
 pub mod place;
 pub mod random;
@@ -25,7 +28,8 @@ use std::time::{Duration, Instant};
 
 use ebpf_common::{EGRESS, INGRESS, reason};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
+use nix::unistd::Pid;
 use node::kernel::datapath::packet::Packet;
 use node::kernel::datapath::{EbpfDatapath, Probe};
 use node::kernel::inspect::Probed;
@@ -62,6 +66,18 @@ pub fn in_each_lab(test: impl Fn(&mut Lab) + Sync) {
         println!("{attachment:?}");
         in_lab_with(Some(*attachment), |lab| test(lab));
     }
+}
+
+/// Likewise, in all at once.
+pub fn in_all_labs(test: impl Fn(&mut Lab) + Sync) {
+    let test = &test;
+    thread::scope(|scope| {
+        let labs: Vec<_> = attachments()
+            .iter()
+            .map(|attachment| scope.spawn(move || in_lab_with(Some(*attachment), |lab| test(lab))))
+            .collect();
+        labs.into_iter().for_each(|lab| lab.join().unwrap_or_else(|panic| resume_unwind(panic)));
+    });
 }
 
 fn in_lab_with(attachment: Option<Attachment>, test: impl FnOnce(&mut Lab) + Send) {
@@ -129,9 +145,14 @@ impl Lab {
 
     /// Takes the interface away and makes another of its name.
     pub fn recreate_interface(&mut self) {
-        // The last holder of the descriptor takes the interface with it.
-        self.tun = File::open("/dev/null").expect("/dev/null");
+        self.take_interface_away();
         self.tun = foreign::tun(INTERFACE).expect("a TUN interface");
+    }
+
+    /// Whoever else holds the descriptor, a process that is just being started or a clone.
+    pub fn take_interface_away(&mut self) {
+        self.run("ip", &["link", "delete", INTERFACE]);
+        self.tun = File::open("/dev/null").expect("/dev/null");
     }
 
     /// Attaches where it is not yet, and puts the policy in force as a node has it.
@@ -230,6 +251,13 @@ pub fn share(repetitions: u64) -> u64 {
     let given = std::env::var(SHARE).ok();
     let divisor = given.map_or(1, |given| given.parse::<u64>().expect("RAMPART_SHARE is a number"));
     (repetitions / divisor.max(1)).max(1)
+}
+
+/// Keeps the calling thread on a processor, or on any where there is none of that number.
+pub fn on_processor(number: usize) {
+    let mut set = CpuSet::new();
+    set.set(number).expect("a processor");
+    let _ = sched_setaffinity(Pid::from_raw(0), &set);
 }
 
 /// Asks again and again, on a processor that others need too. Panics after half a minute.

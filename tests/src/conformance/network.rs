@@ -45,6 +45,12 @@ fn apply(network: &mut Network, change: Change) {
     network.apply(&change).expect("a valid change");
 }
 
+/// With the lineage default.
+pub fn lineage(mut network: Network) -> Network {
+    apply(&mut network, Change::SetDefault(DefaultPolicy::Lineage));
+    network
+}
+
 /// With one more rule.
 pub fn with_rule(mut network: Network, name: &str, action: Action, from: &str, to: &str, service: &str) -> Network {
     apply(

@@ -125,13 +125,17 @@ impl Copies {
             &tables.decisions,
         )?;
         let header = Header { generation, ..tables.header };
-        self.header.set(copy, header, 0).map_err(|error| KernelError::with("failed to write `HEADER`; the running policy is as it was", error))?;
+        self.header
+            .set(copy, header, 0)
+            .map_err(|error| KernelError::with("failed to write `HEADER`; the running policy is as it was", error))?;
         self.shadows[copy as usize] = Some(Arc::clone(tables));
         Ok(())
     }
 
     fn put_in_force(&mut self, control: Control) -> Result<(), KernelError> {
-        self.control.set(0, control, 0).map_err(|error| KernelError::with("failed to write `CONTROL`; the running policy is as it was", error))
+        self.control
+            .set(0, control, 0)
+            .map_err(|error| KernelError::with("failed to write `CONTROL`; the running policy is as it was", error))
     }
 
     fn read_header(&self, copy: u32) -> Result<Header, KernelError> {
