@@ -13,7 +13,7 @@ pub struct Case {
     pub packet: Packet,
     /// Bytes from the IP header on, by the kernel's word.
     pub length: u32,
-    /// On the wire: a GSO packet is several.
+    /// On the wire: a GSO packet is several, as is known once it was read.
     pub segments: u32,
     /// The copy of the tables that judges this packet, and the switch that put it in force.
     pub copy: u32,
@@ -39,7 +39,7 @@ impl Case {
         Self {
             packet: Packet::default(),
             length: hook.length(),
-            segments: hook.segments(),
+            segments: 1,
             copy: 0,
             generation: 0,
             own: 0,

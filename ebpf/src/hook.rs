@@ -7,7 +7,7 @@ use aya_ebpf::helpers::bpf_skb_load_bytes;
 use aya_ebpf::helpers::generated::{bpf_xdp_get_buff_len, bpf_xdp_load_bytes};
 use aya_ebpf::programs::{TcContext, XdpContext};
 use core::mem::MaybeUninit;
-use ebpf_common::packet::{self, Load};
+use ebpf_common::packet::{self, Load, Packet};
 
 use crate::case::Case;
 use crate::event;
@@ -18,8 +18,8 @@ pub trait Hook: Load {
     /// Bytes from the IP header on, by the kernel's word.
     fn length(&self) -> u32;
 
-    /// On the wire: a GSO packet is several.
-    fn segments(&self) -> u32;
+    /// On the wire: a GSO packet is several. `packet` is what was read of it.
+    fn segments(&self, packet: &Packet) -> u32;
 
     /// Says through aya-log what was found.
     fn trace(&self, case: &Case);
@@ -36,10 +36,11 @@ impl Hook for Skb<'_> {
     }
 
     #[inline(always)]
-    fn segments(&self) -> u32 {
+    fn segments(&self, packet: &Packet) -> u32 {
         // SAFETY: the kernel calls the program with a valid context.
-        let segments = unsafe { (*self.0.skb.skb).gso_segs };
-        segments.max(1)
+        let (segments, size) = unsafe { ((*self.0.skb.skb).gso_segs, (*self.0.skb.skb).gso_size) };
+        // Those who hand the kernel a large packet, a guest or a TUN, say how it is to be cut and not into how many.
+        if segments != 0 || size == 0 { segments.max(1) } else { cut(self, packet, size) }
     }
 
     #[inline(always)]
@@ -150,7 +151,7 @@ impl Hook for Buffer<'_> {
 
     /// Nothing was aggregated yet.
     #[inline(always)]
-    fn segments(&self) -> u32 {
+    fn segments(&self, _packet: &Packet) -> u32 {
         1
     }
 
@@ -179,6 +180,19 @@ impl Load for Buffer<'_> {
             reason => Err(reason as u8),
         }
     }
+}
+
+/// How many packets of `size` bytes behind the headers a packet becomes.
+#[inline(never)]
+fn cut(skb: &Skb<'_>, packet: &Packet, size: u32) -> u32 {
+    let transport = match packet.protocol {
+        packet::TCP => skb.load(packet.transport + 12).map_or(0, |[offset]: [u8; 1]| u32::from(offset >> 4) * 4),
+        packet::UDP => 8,
+        _ => 0,
+    };
+    let payload = skb.length().saturating_sub(packet.transport + transport);
+    // The verifier knows by the caller's test alone that it divides by no zero.
+    payload.div_ceil(size.max(1)).max(1)
 }
 
 /// Returned by functions of their own for a packet that has no fault; else it is a reason.

@@ -24,6 +24,7 @@ use crate::hook::Hook;
 pub fn pass<H: Hook>(hook: &H) -> bool {
     let mut case = Case::new(hook);
     case.reason = verdict::judge(hook, &mut case);
+    case.segments = hook.segments(&case.packet);
     maps::count(&case);
     event::report(hook, &case);
     reason::passes(case.reason)

@@ -1,4 +1,4 @@
-//! Packets in both directions on two processors, one by one, while the policy is switched to and fro as fast as it can be.
+//! Packets in both directions on two processors, one by one, while the policy is switched to and fro.
 //!
 //! Each packet's fate is known at once, and whether a switch was under way meanwhile. Where none was, the verdict must be
 //! that of the policy in force; where one was, that of either; and what both policies allow or deny has no moment at all.
@@ -7,8 +7,8 @@ use std::fs::File;
 use std::io::Read;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
-use std::time::Instant;
+use std::thread::{self, ScopedJoinHandle};
+use std::time::{Duration, Instant};
 
 use ebpf_common::{EGRESS, INGRESS, reason};
 use node::kernel::datapath::packet::Packet;
@@ -20,8 +20,10 @@ use super::ear::{Ear, Mouth};
 use super::network::{ENDS, allowing, flow, node, small};
 use super::{DIRECTIONS, Lab, foreign, name, on_processor, share, wait_until};
 
-/// Switches in each lab.
-const SWITCHES: u64 = 1_000;
+/// Switches in each lab before which senders rest, so that processors that idle end the grace period soon; and switches under
+/// packets that never cease.
+const RESTED: u64 = 800;
+const CEASELESS: u64 = 150;
 /// Processors that send.
 const SENDERS: usize = 2;
 /// Packets of one flow that are not read from the TUN yet: of all 24 that leave it, fewer than the 500 that it holds.
@@ -110,6 +112,10 @@ struct Fire {
     /// Even: twice the number of switches that are over. Odd: one is under way.
     epoch: AtomicU64,
     sending: AtomicBool,
+    /// Senders rest after each round of their flows while this is not set.
+    hot: AtomicBool,
+    /// Rounds of each sender.
+    rounds: [AtomicU64; SENDERS],
     reading: AtomicBool,
     /// Packets that were read from the TUN, by their destination port.
     left: Vec<AtomicU64>,
@@ -142,6 +148,8 @@ pub fn is_atomic(lab: &mut Lab) {
     let fire = &Fire {
         epoch: AtomicU64::new(0),
         sending: AtomicBool::new(true),
+        hot: AtomicBool::new(true),
+        rounds: Default::default(),
         reading: AtomicBool::new(true),
         left: std::iter::repeat_with(AtomicU64::default).take(1 << 16).collect(),
     };
@@ -150,7 +158,7 @@ pub fn is_atomic(lab: &mut Lab) {
         let _end = Extinguish(fire);
         scope.spawn(|| read(tun, fire));
         let senders: Vec<_> = (0..SENDERS).map(|cpu| scope.spawn(move || send(tun, cpu, fire))).collect();
-        switch(lab, [&first, &second], fire, || senders.iter().any(|sender| sender.is_finished()));
+        switch(lab, [&first, &second], fire, &senders);
         fire.sending.store(false, Ordering::Release);
         let streams: Vec<_> = senders.into_iter().flat_map(|sender| sender.join().expect("a sender")).collect();
         for stream in &streams {
@@ -187,17 +195,35 @@ fn counted(lab: &mut Lab) -> Tally {
     tally
 }
 
-fn switch(lab: &mut Lab, tables: [&Tables; 2], fire: &Fire, failed: impl Fn() -> bool) {
-    let (switches, started) = (share(SWITCHES), Instant::now());
+fn switch(lab: &mut Lab, tables: [&Tables; 2], fire: &Fire, senders: &[ScopedJoinHandle<'_, Vec<Stream>>]) {
+    let (rested, started) = (share(RESTED), Instant::now());
+    let switches = rested + share(CEASELESS);
     for number in 1..=switches {
+        if number <= rested {
+            fire.hot.store(false, Ordering::SeqCst);
+            lab.datapath.settle().expect("settled");
+            fire.hot.store(true, Ordering::SeqCst);
+            senders.iter().for_each(|sender| sender.thread().unpark());
+            await_round(fire, senders);
+        }
         fire.epoch.store(2 * number - 1, Ordering::SeqCst);
         lab.datapath.switch(tables[(number % 2) as usize]).expect("switched");
         fire.epoch.store(2 * number, Ordering::SeqCst);
-        if failed() {
+        await_round(fire, senders);
+        if senders.iter().any(ScopedJoinHandle::is_finished) {
             return;
         }
     }
     println!("{switches} switches in {:?}", started.elapsed());
+}
+
+/// Until every sender has sent a packet of each flow from now on.
+fn await_round(fire: &Fire, senders: &[ScopedJoinHandle<'_, Vec<Stream>>]) {
+    for (rounds, sender) in fire.rounds.iter().zip(senders) {
+        let now = rounds.load(Ordering::SeqCst);
+        let done = || rounds.load(Ordering::SeqCst) > now + 1 || sender.is_finished();
+        wait_until(done, "a sender sent a packet of each flow");
+    }
 }
 
 /// Sends on one processor until it is over.
@@ -209,6 +235,10 @@ fn send(tun: &File, cpu: usize, fire: &Fire) -> Vec<Stream> {
     while fire.sending.load(Ordering::Acquire) {
         for stream in &mut streams {
             stream.send(fire);
+        }
+        fire.rounds[cpu].fetch_add(1, Ordering::SeqCst);
+        while !fire.hot.load(Ordering::SeqCst) && fire.sending.load(Ordering::Acquire) {
+            thread::park_timeout(Duration::from_millis(100));
         }
     }
     streams
