@@ -9,7 +9,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::net::if_::if_nametoindex;
 use nix::sys::signal::Signal;
+use tests::conformance::{DIRECTIONS, foreign};
 use tests::mesh::{Family, Mesh, START_LIMIT, wait_for};
 use tests::namespace::Lifetime;
 use tests::probe::{self, RunningFlow, Seen, Traffic};
@@ -194,6 +196,79 @@ fn kill_agents(mesh: &mut Mesh) -> Result<()> {
         mesh.wait_until_up(node)?;
     }
     Ok(())
+}
+
+/// The link is deleted again and again under traffic: the agent makes it anew, nothing that is denied passes, and no moment is
+/// seen at which it is up without both programs.
+#[test]
+fn a_deleted_link_is_made_anew_and_enforced_before_it_is_up() -> Result<()> {
+    let (mesh, _servers) = story()?;
+    let (web, app) = (mesh.node("web1")?, mesh.node("app1")?);
+    let denied = SocketAddr::new(app.v6.into(), 9000);
+    let socket = probe::udp_socket(web.namespace(), denied.ip())?;
+    socket.set_read_timeout(Some(Duration::from_millis(1)))?;
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let trying = scope.spawn(|| {
+            let mut sent = 0_u64;
+            while !stop.load(Ordering::Relaxed) {
+                let _ = socket.send_to(b"ping", denied);
+                ensure!(socket.recv_from(&mut [0; 16]).is_err(), "a denied datagram was answered after {sent}");
+                sent += 1;
+            }
+            Ok(sent)
+        });
+        let watching = [web, app].map(|node| {
+            let stop = &stop;
+            scope.spawn(move || node.namespace().enter(|| watch_for_open_links(stop)))
+        });
+        let deleted = (0..6).try_for_each(|round| {
+            let node = [app, web][round % 2].namespace();
+            node.run("ip", &["link", "delete", "rampart0"])?;
+            wait_for("traffic after the link was deleted", START_LIMIT, || {
+                let seen = probe::attempt(web.namespace(), app.v4.into(), Traffic::Tcp(8080), Duration::from_secs(1));
+                // While there is no link there is no source address either.
+                Ok(seen.is_ok_and(|seen| seen == Seen::Answered))
+            })
+        });
+        stop.store(true, Ordering::Relaxed);
+        let sent = trying.join().expect("panicked")?;
+        for watching in watching {
+            let looked = watching.join().expect("panicked")?;
+            ensure!(looked > 100, "too few looks to tell: {looked}");
+        }
+        deleted?;
+        ensure!(sent > 100, "too little traffic to tell: {sent} datagrams");
+        Ok(())
+    })?;
+    for node in ["web1", "app1"] {
+        let repairs = mesh.scrape_node(node)?.sum("rampart_drift_repairs_total", &[]);
+        ensure!(repairs >= 3.0, "{node} counted {repairs} repairs");
+    }
+    check_lines(&mesh, "after all repairs")
+}
+
+/// Looks whether the link is up and then how many programs it has; returns how often it was up.
+fn watch_for_open_links(stop: &AtomicBool) -> Result<u64> {
+    let mut looked = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let Ok(index) = if_nametoindex("rampart0") else { continue };
+        let Ok(flags) = std::fs::read_to_string("/sys/class/net/rampart0/flags") else { continue };
+        let up = u32::from_str_radix(flags.trim().trim_start_matches("0x"), 16)? & 1 != 0;
+        // A number is never given twice: these are the flags of this link.
+        if !up || if_nametoindex("rampart0") != Ok(index) {
+            continue;
+        }
+        for direction in DIRECTIONS {
+            match foreign::tcx_programs(index, direction) {
+                Ok(programs) => ensure!(programs > 0, "the link is up without a program after {looked} looks"),
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
+                Err(error) => return Err(error).context("failed to ask for programs"),
+            }
+        }
+        looked += 1;
+    }
+    Ok(looked)
 }
 
 /// Every change that `meshctl` said was done is there after `controllerd` was killed, and reaches the nodes.

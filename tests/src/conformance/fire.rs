@@ -22,8 +22,8 @@ use super::{DIRECTIONS, Lab, foreign, name, on_processor, share, wait_until};
 
 /// Switches in each lab before which senders rest, so that processors that idle end the grace period soon; and switches under
 /// packets that never cease.
-const RESTED: u64 = 800;
-const CEASELESS: u64 = 150;
+const RESTED: u64 = 700;
+const CEASELESS: u64 = 60;
 /// Processors that send.
 const SENDERS: usize = 2;
 /// Packets of one flow that are not read from the TUN yet: of all 24 that leave it, fewer than the 500 that it holds.
@@ -217,20 +217,18 @@ fn switch(lab: &mut Lab, tables: [&Tables; 2], fire: &Fire, senders: &[ScopedJoi
     println!("{switches} switches in {:?}", started.elapsed());
 }
 
-/// Until every sender has sent a packet of each flow from now on.
+/// Until every sender is done with a round that it may have begun before.
 fn await_round(fire: &Fire, senders: &[ScopedJoinHandle<'_, Vec<Stream>>]) {
     for (rounds, sender) in fire.rounds.iter().zip(senders) {
         let now = rounds.load(Ordering::SeqCst);
-        let done = || rounds.load(Ordering::SeqCst) > now + 1 || sender.is_finished();
-        wait_until(done, "a sender sent a packet of each flow");
+        let done = || rounds.load(Ordering::SeqCst) > now || sender.is_finished();
+        wait_until(done, "a sender is done with a round");
     }
 }
 
 /// Sends on one processor until it is over.
 fn send(tun: &File, cpu: usize, fire: &Fire) -> Vec<Stream> {
     on_processor(cpu);
-    // The kernel's own threads end a grace period: a switch would wait for senders that take what there is.
-    foreign::stand_back().expect("less urgent");
     let mut streams = streams(tun, cpu as u16);
     while fire.sending.load(Ordering::Acquire) {
         for stream in &mut streams {

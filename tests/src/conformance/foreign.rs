@@ -380,13 +380,6 @@ pub fn keep_capabilities(kept: &[u32]) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Lets every other thread of the machine go before the calling one.
-pub fn stand_back() -> io::Result<()> {
-    // SAFETY: takes three integers; 0 is the calling thread.
-    let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
 /// `struct ifreq` as TUNSETIFF reads it.
 #[repr(C)]
 struct InterfaceRequest {

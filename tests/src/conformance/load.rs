@@ -159,7 +159,7 @@ fn overflows(lab: &mut Lab, network: &Network, tables: &Tables, expected: &mut C
     assert!(filled > 10_000, "{filled}");
     let [web, db, ..] = ENDS[0];
     for (number, service) in [(3, "icmp/8"), (4, "tcp/443")] {
-        // Icmp is denied by no rule: a pair known by now. A fragment's reason was not seen yet.
+        // Both of pairs that were seen by now.
         let shot = of_policy(network, tables, INGRESS, &flow(db, web, service), 8);
         for _ in 0..number {
             lab.tun.write_all(&shot.bytes).expect("written");

@@ -68,18 +68,6 @@ pub fn in_each_lab(test: impl Fn(&mut Lab) + Sync) {
     }
 }
 
-/// Likewise, in all at once.
-pub fn in_all_labs(test: impl Fn(&mut Lab) + Sync) {
-    let test = &test;
-    thread::scope(|scope| {
-        let labs: Vec<_> = attachments()
-            .iter()
-            .map(|attachment| scope.spawn(move || in_lab_with(Some(*attachment), |lab| test(lab))))
-            .collect();
-        labs.into_iter().for_each(|lab| lab.join().unwrap_or_else(|panic| resume_unwind(panic)));
-    });
-}
-
 fn in_lab_with(attachment: Option<Attachment>, test: impl FnOnce(&mut Lab) + Send) {
     assert!(nix::unistd::geteuid().is_root(), "the kernel's programs can only be tested as root: run this as root");
     let result = thread::scope(|scope| scope.spawn(|| test(&mut Lab::new(attachment))).join());

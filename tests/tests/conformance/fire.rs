@@ -1,6 +1,6 @@
 //! The datapath while the kernel refuses, agents die, policies change and packets come all the while. Needs root.
 
-use tests::conformance::{failing, fire, in_all_labs, in_each_lab, in_lab, killed, large, load, neighbours};
+use tests::conformance::{failing, fire, in_each_lab, in_lab, killed, large, load, neighbours};
 
 #[test]
 fn a_call_that_the_kernel_refuses_changes_nothing_and_the_next_attempt_succeeds() {
@@ -14,7 +14,7 @@ fn where_tcx_is_refused_the_policy_is_attached_by_clsact() {
 
 #[test]
 fn every_packet_sees_the_old_policy_or_the_new() {
-    in_all_labs(fire::is_atomic);
+    in_each_lab(fire::is_atomic);
 }
 
 #[test]
