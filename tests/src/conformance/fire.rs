@@ -22,7 +22,7 @@ use super::{DIRECTIONS, Lab, foreign, name, on_processor, share, wait_until};
 
 /// Switches in each lab before which senders rest, so that processors that idle end the grace period soon; and switches under
 /// packets that never cease.
-const RESTED: u64 = 700;
+const RESTED: u64 = 500;
 const CEASELESS: u64 = 60;
 /// Processors that send.
 const SENDERS: usize = 2;
