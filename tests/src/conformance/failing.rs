@@ -17,7 +17,7 @@ use policy::Generation;
 use super::ear::Ear;
 use super::fault::{Call, Fate, command, supervised};
 use super::network::{ENDS, allowing, node, small};
-use super::{DIRECTIONS, INTERFACE, Lab, attachments, foreign, name, share, wait_until};
+use super::{DIRECTIONS, INTERFACE, Lab, attachments, foreign, is_emulated, name, share, wait_until};
 
 const ERRORS: [i32; 4] = [libc::EPERM, libc::ENOMEM, libc::ENOSPC, libc::EINVAL];
 
@@ -128,7 +128,8 @@ pub fn changes_nothing(lab: &mut Lab) {
     let [first, second] = tables.each_mut().map(|tables| tables.clone());
     let mut bench = Bench { lab, ears: ears.into_iter().collect(), first, second };
     bench.lab.datapath.attach().expect("attached");
-    for operation in OPERATIONS {
+    for operation in OPERATIONS.into_iter().filter(|operation| operation.errors.len() == ERRORS.len() || !is_emulated())
+    {
         bench.check(operation);
     }
     bench.lab.datapath.detach().expect("detached");

@@ -32,21 +32,21 @@ const UNREAD: u64 = 16;
 /// Which of the two policies allow a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Allowed {
-    ByBoth,
-    ByFirst,
-    BySecond,
-    ByNeither,
+    Always,
+    First,
+    Second,
+    Never,
 }
 
-const ALLOWED: [Allowed; 4] = [Allowed::ByBoth, Allowed::ByFirst, Allowed::BySecond, Allowed::ByNeither];
+const ALLOWED: [Allowed; 4] = [Allowed::Always, Allowed::First, Allowed::Second, Allowed::Never];
 
 impl Allowed {
     fn by(self, policy: u64) -> bool {
         match self {
-            Self::ByBoth => true,
-            Self::ByFirst => policy == 0,
-            Self::BySecond => policy == 1,
-            Self::ByNeither => false,
+            Self::Always => true,
+            Self::First => policy == 0,
+            Self::Second => policy == 1,
+            Self::Never => false,
         }
     }
 
@@ -178,7 +178,7 @@ pub fn is_atomic(lab: &mut Lab) {
     }
     println!("{sent:?}");
     assert_eq!(counted(lab), sent, "what the programs counted, and what was sent");
-    for stream in streams.iter().filter(|stream| matches!(stream.allowed, Allowed::ByFirst | Allowed::BySecond)) {
+    for stream in streams.iter().filter(|stream| matches!(stream.allowed, Allowed::First | Allowed::Second)) {
         let Tally { passed, dropped } = stream.tally;
         assert!(passed != [0; 2] && dropped != [0; 2], "one of the policies was not met by {}", stream.describe());
     }
@@ -251,7 +251,7 @@ fn streams(tun: &File, cpu: u16) -> Vec<Stream> {
             add(Way::In(Ear::new(tun, db, web, allowed.ports(INWARD) + number)), allowed);
             add(Way::Out(Mouth::new(web, db, allowed.ports(OUTWARD) + number)), allowed);
         }
-        for (services, allowed) in [(ANSWERED, Allowed::ByBoth), (ANSWERED_BY_FIRST, Allowed::ByFirst)] {
+        for (services, allowed) in [(ANSWERED, Allowed::Always), (ANSWERED_BY_FIRST, Allowed::First)] {
             let service = services + number;
             let asked = flow(web, db, &format!("udp/{service}"));
             let answer = Packet::opening(&asked).with_source_port(ASKING + service - ANSWERED).reply();
@@ -290,7 +290,7 @@ impl Stream {
         for (direction, passed) in [(EGRESS, outward), (INGRESS, inward)] {
             let Some(passed) = passed else { continue };
             self.tally.add(direction, passed, 1);
-            if undisturbed || matches!(self.allowed, Allowed::ByBoth | Allowed::ByNeither) {
+            if undisturbed || matches!(self.allowed, Allowed::Always | Allowed::Never) {
                 let expected = self.allowed.by(before / 2 % 2);
                 let at = name(direction);
                 assert_eq!(passed, expected, "at {at} in epoch {before}, {} with {:?}", self.describe(), self.tally);
@@ -304,7 +304,7 @@ impl Stream {
             Way::Out(mouth) => format!("{mouth:?}"),
             Way::Answer(ear, to) => format!("answers of {to} to {ear:?}"),
         };
-        format!("a flow allowed {:?}: {way}", self.allowed)
+        format!("a flow allowed by `{:?}`: {way}", self.allowed)
     }
 }
 

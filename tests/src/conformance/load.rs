@@ -230,7 +230,7 @@ fn add(counters: &mut Counters, shot: &Shot, times: u64) {
     let [source, destination] = shot.pair;
     let key = PairKey { source, destination, direction: shot.direction as u8, reason: shot.reason, _pad: [0; 2] };
     add(counters.pairs.entry(key).or_default());
-    counters.losses.resize(LOSS_FLOW.max(LOSS_PAIR) as usize + 1, 0);
+    counters.losses.resize(LOSS_FLOW as usize + 1, 0);
 }
 
 fn compare(lab: &mut Lab, tables: &Tables, expected: &Counters) {

@@ -241,6 +241,11 @@ pub fn share(repetitions: u64) -> u64 {
     (repetitions / divisor.max(1)).max(1)
 }
 
+/// Whether repetitions are to be few.
+pub fn is_emulated() -> bool {
+    share(2) == 1
+}
+
 /// Keeps the calling thread on a processor, or on any where there is none of that number.
 pub fn on_processor(number: usize) {
     let mut set = CpuSet::new();
