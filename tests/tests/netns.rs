@@ -260,7 +260,7 @@ fn watch_for_open_links(stop: &AtomicBool) -> Result<u64> {
             continue;
         }
         for direction in DIRECTIONS {
-            match foreign::tcx_programs(index, direction) {
+            match foreign::count_tcx(index, direction) {
                 Ok(programs) => ensure!(programs > 0, "the link is up without a program after {looked} looks"),
                 Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
                 Err(error) => return Err(error).context("failed to ask for programs"),

@@ -226,7 +226,7 @@ impl Bench<'_> {
     fn programs(&self, direction: u32) -> usize {
         let index = if_nametoindex(INTERFACE).expect("the interface");
         match self.lab.attachment() {
-            Attachment::Tcx => foreign::tcx_programs(index, direction).expect("queried"),
+            Attachment::Tcx => foreign::count_tcx(index, direction).expect("queried"),
             Attachment::Clsact => foreign::filters(INTERFACE, name(direction)),
         }
     }

@@ -280,25 +280,6 @@ impl Out {
     }
 }
 
-#[repr(C)]
-#[derive(Default)]
-struct Query {
-    target: u32,
-    attach_type: u32,
-    flags: [u32; 2],
-    programs: u64,
-    count: u32,
-    _rest: [u32; 9],
-}
-
-/// How many TCX programs an interface has in a direction.
-pub fn tcx_programs(interface: u32, direction: u32) -> io::Result<usize> {
-    let attach_type = if direction == EGRESS { BPF_TCX_EGRESS } else { BPF_TCX_INGRESS };
-    let mut query = Query { target: interface, attach_type, ..Default::default() };
-    bpf(BPF_PROG_QUERY, &mut query)?;
-    Ok(query.count as usize)
-}
-
 /// How many clsact filters that are programs an interface has in a direction.
 pub fn filters(interface: &str, direction: &str) -> usize {
     let shown = Command::new("tc").args(["filter", "show", "dev", interface, direction]).output().expect("`tc`");

@@ -169,7 +169,7 @@ impl EbpfDatapath {
         let Running { pins, egress: our_egress, ingress: our_ingress, .. } = running;
         let mut method = self.forced.or(Some(running.method));
         for (ebpf, direction, ours) in [(egress, EGRESS, our_egress), (ingress, INGRESS, our_ingress)] {
-            let hook = Hook { interface: &self.interface, index, direction };
+            let hook = Hook { interface: &self.interface, index, direction, owner: &POLICY };
             *ours = place(ebpf, &hook, pins, &mut method)?;
             ours.pin(pins, direction)?;
             hook.detach(&pins.link(direction), method)?;
