@@ -125,7 +125,7 @@ impl Packet {
     fn set_fragment(&mut self, id: u32, offset: u32, more: bool) -> Result<(), u8> {
         let length = self.end - self.transport;
         // All but the last hold whole units of 8 bytes (RFC 791, 3.2; RFC 8200, 4.5), and none holds nothing.
-        if length == 0 || (more && length % 8 != 0) || self.transport + offset + length > DATAGRAM_MAX {
+        if length == 0 || (more && !length.is_multiple_of(8)) || self.transport + offset + length > DATAGRAM_MAX {
             return Err(reason::MALFORMED);
         }
         self.fragment_id = id;

@@ -3,8 +3,8 @@
 //! `tests/conformance.rs` is made of these. Everything runs as root in namespaces of one thread; nothing of it is seen
 //! outside, and it goes with the thread.
 
-pub mod early;
 pub mod ear;
+pub mod early;
 pub mod failing;
 pub mod fault;
 pub mod fire;

@@ -158,6 +158,9 @@ impl EbpfDatapath {
         } else {
             self.running = Some(self.begin(egress, ingress, index, pins, complete)?);
         }
+        if let Some(running) = &self.running {
+            self.early.keep(&running.pins, index)?;
+        }
         self.probe = None;
         Ok(())
     }
@@ -212,7 +215,6 @@ impl EbpfDatapath {
             flows.clear()?;
         }
         let method = method.unwrap_or(Attachment::Tcx);
-        self.early.keep(&pins, index)?;
         Ok(Running { pins, maps, copies, counters, flows, method, egress, ingress })
     }
 
