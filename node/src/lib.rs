@@ -28,3 +28,4 @@ pub mod reconcile;
 pub mod report;
 pub mod startup;
 pub mod state;
+pub mod verify;
