@@ -66,7 +66,6 @@ pub enum Difference {
         direction: Direction,
         source: End,
         destination: End,
-        /// The services of which it is so, with all others in `other_services`.
         service: Services,
         intended: Said,
         found: Said,

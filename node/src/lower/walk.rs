@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ebpf_common::packet::{ICMP, ICMPV6, Packet, TCP, UDP};
 use ebpf_common::table::{
-    ALLOW, Address, CELL_INDEX, CHILD, Decision, LOCAL, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD, Root,
+    ALLOW, Address, CELL_INDEX, CHILD, DENY, Decision, LOCAL, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD, Root,
     UNIFORM, UNKNOWN, cell_index,
 };
 use ebpf_common::{EGRESS, limit, reason};
@@ -45,8 +45,8 @@ impl Tables {
             return Outcome::dropped(unknown);
         }
         match self.decision(direction, own.class, other.class, flow.protocol, flow.port) {
-            Some((decision, record)) => Outcome::decided(decision, record),
-            None => Outcome::dropped(reason::CORRUPT_TABLE),
+            Some((decision, record)) if is_sound(&decision) => Outcome::decided(decision, record),
+            Some(_) | None => Outcome::dropped(reason::CORRUPT_TABLE),
         }
     }
 
@@ -142,6 +142,15 @@ impl Outcome {
         let rule = (decision.rule != NO_RULE_SLOT).then_some(decision.rule);
         Self { passes, reason, rule, record: passes && record, log: decision.flags & LOG != 0 }
     }
+}
+
+/// Whether the program would follow a decision.
+fn is_sound(decision: &Decision) -> bool {
+    let known = matches!(
+        (decision.verdict, decision.reason),
+        (ALLOW, reason::RULE | reason::LINEAGE) | (DENY, reason::RULE | reason::DENY_RULE | reason::NO_RULE)
+    );
+    known && (decision.rule < limit::RULES || decision.rule == NO_RULE_SLOT)
 }
 
 fn masked(Address([a, b]): Address, Address([mask_a, mask_b]): Address) -> Address {

@@ -67,8 +67,8 @@ pub(super) fn compare(slice: &Slice, tables: &Tables, verification: &mut Verific
         }
         let place = place.map(|index| places[index].value);
         let holder = holder.map_or(Holder::Nobody, |index| holders[index].value);
-        let leaf = leaf.and_then(|index| tables.leaves.get(found.leaves[index].value as usize)).copied();
-        let leaf = leaf.unwrap_or_default();
+        let leaf = leaf.map_or(UNKNOWN, |index| found.leaves[index].value);
+        let leaf = tables.leaves.get(leaf as usize).copied().unwrap_or_default();
         let number = match holder {
             Holder::Gateway(node) if place.is_some() => numbers.get(&node).copied().unwrap_or(0),
             _ => 0,
@@ -282,7 +282,7 @@ fn address(number: u128) -> IpAddr {
 /// What the stride tables say of every address.
 #[derive(Debug)]
 struct Rebuilt {
-    /// By index of the leaf; where there is no run, the address is unknown.
+    /// By index of the leaf; where there is no run it is the unknown one.
     leaves: Vec<Run<u32>>,
     /// Of which it cannot be said.
     malformed: Vec<Run<()>>,

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
 use ebpf_common::packet::{ICMP, ICMPV6, TCP, UDP};
-use ebpf_common::table::{ALLOW, CELL_INDEX, DENY, Decision, LOG, NO_RULE_SLOT, Page, RECORD, UNIFORM, cell_index};
+use ebpf_common::table::{ALLOW, CELL_INDEX, DENY, Decision, LOG, NO_RULE_SLOT, Page, RECORD, UNIFORM};
 use ebpf_common::{limit, reason};
 use policy::{Cell, ClassId, Reason, RuleId, ServiceRange, Slice, Verdict};
 
@@ -133,8 +133,10 @@ impl<'a> Rebuilt<'a> {
         if own == 0 || own > header.own || other >= header.classes {
             return None;
         }
-        let index = cell_index(header.own, header.classes, direction.number(), own, other);
-        self.tables.matrix.get(index as usize).copied()
+        // As `table::cell_index`, in a width in which no header overflows.
+        let row = u64::from(direction.number()) * u64::from(header.own) + u64::from(own - 1);
+        let index = usize::try_from(row * u64::from(header.classes) + u64::from(other)).ok()?;
+        self.tables.matrix.get(index).copied()
     }
 
     fn services(&self, word: Option<u32>, intended: &Cell) -> Vec<Wrong> {
@@ -153,13 +155,14 @@ impl<'a> Rebuilt<'a> {
     /// Compares a cell with what `found` says of low to high: decisions with the port up to which each goes.
     fn against(&self, intended: &Cell, found: impl Fn(u8, u16, u16) -> Vec<(u16, Option<Decision>)>) -> Vec<Wrong> {
         let mut wrong: Vec<Wrong> = Vec::new();
-        let mut services = 0u32;
+        let mut some_right = false;
         let mut compare = |protocol: u8, low: u16, high: u16, verdict: Verdict| {
-            services += 1;
             let mut low = low;
             for (last, decision) in found(protocol, low, high) {
                 let last = last.min(high);
-                if !self.means(verdict, decision) {
+                if self.means(verdict, decision) {
+                    some_right = true;
+                } else {
                     let services = Services::Range(ServiceRange { protocol, low, high: printed(protocol, last) });
                     wrong.push(Wrong { services, intended: verdict, found: decision });
                 }
@@ -187,7 +190,7 @@ impl<'a> Rebuilt<'a> {
         }
         match wrong.first() {
             // Everything, and all of it alike.
-            Some(first) if wrong.len() == services as usize && wrong.iter().all(|one| one.is_like(first)) => {
+            Some(first) if !some_right && wrong.iter().all(|one| one.is_like(first)) => {
                 vec![Wrong { services: Services::Any, ..*first }]
             }
             _ => wrong,
