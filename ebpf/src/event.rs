@@ -3,6 +3,7 @@
 #![allow(unsafe_code, reason = "map values are shared with other CPUs; the ring buffer lends uninitialised memory")]
 
 use aya_ebpf::EbpfContext;
+use aya_ebpf::bindings::BPF_RB_NO_WAKEUP;
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use ebpf_common::counter::{LOSS_EVENT_FULL, LOSS_EVENT_LIMITED};
 use ebpf_common::event::{Bucket, Event};
@@ -13,7 +14,7 @@ use crate::atomic;
 use crate::case::{Case, direction};
 use crate::flow::now;
 use crate::hook::Hook;
-use crate::maps::{EVENT_BUCKETS, EVENTS, HEADER, TRACE, lose};
+use crate::maps::{EVENT_BUCKETS, EVENTS, EVERY, HEADER, TRACE, lose};
 
 const NANOSECONDS_PER_TOKEN: u64 = 1_000_000_000 / EVENTS_PER_SECOND;
 
@@ -22,7 +23,9 @@ pub(crate) fn report(hook: &impl Hook, case: &Case) {
     if TRACE.load() != 0 {
         hook.trace(case);
     }
-    if case.log || !(reason::passes(case.reason) || case.reason == reason::SCOPE) {
+    if EVERY.load() != 0 {
+        emit_any(case);
+    } else if case.log || !(reason::passes(case.reason) || case.reason == reason::SCOPE) {
         emit(case);
     }
 }
@@ -38,9 +41,29 @@ fn emit(case: &Case) -> u32 {
     };
     // SAFETY: the map's value, checked not to be null, aligned to 8 bytes.
     let suppressed = unsafe { atomic::take(&raw mut (*bucket).suppressed) };
-    entry.write(Event {
-        // SAFETY: the helper takes nothing and always succeeds.
-        time: unsafe { bpf_ktime_get_ns() },
+    // SAFETY: the helper takes nothing and always succeeds.
+    let time = unsafe { bpf_ktime_get_ns() };
+    entry.write(event(case, time, suppressed));
+    entry.submit(0);
+    0
+}
+
+/// Reports a packet for which no bucket has a token, to a reader that looks without being woken.
+#[inline(never)]
+fn emit_any(case: &Case) -> u32 {
+    let Some(mut entry) = EVENTS.reserve::<Event>(0) else {
+        lose(LOSS_EVENT_FULL);
+        return 0;
+    };
+    entry.write(event(case, 0, 0));
+    entry.submit(BPF_RB_NO_WAKEUP.into());
+    0
+}
+
+#[inline(always)]
+fn event(case: &Case, time: u64, suppressed: u64) -> Event {
+    Event {
+        time,
         revision: HEADER.get(case.copy).map_or(0, |header| header.revision),
         source: case.packet.source,
         destination: case.packet.destination,
@@ -55,9 +78,7 @@ fn emit(case: &Case) -> u32 {
         reason: case.reason,
         _pad: 0,
         suppressed,
-    });
-    entry.submit(0);
-    0
+    }
 }
 
 #[inline(always)]

@@ -21,6 +21,8 @@ pub static DIRECTION: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static TRACE: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
+pub static EVERY: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
 pub static ALLOW: Global<i32> = Global::new(-1);
 
 #[map]

@@ -62,14 +62,7 @@ pub enum Difference {
     /// What addresses are: their cidr, whether this node stands for them, whose gateway does.
     Prefix { addresses: Range, intended: Place, found: Place },
     /// What one end may open to the other.
-    Cell {
-        direction: Direction,
-        source: End,
-        destination: End,
-        service: Services,
-        intended: Said,
-        found: Said,
-    },
+    Cell { direction: Direction, source: End, destination: End, service: Services, intended: Said, found: Said },
     /// Whether an allowed flow is recorded, so that it is answered.
     Record { direction: Direction, source: End, destination: End, intended: bool, found: bool },
 }

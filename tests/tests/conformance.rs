@@ -9,25 +9,80 @@ use std::time::Duration;
 
 use ebpf_common::flow::{STATE_ESTABLISHED, STATE_OPENING, STATE_TOMBSTONE};
 use ebpf_common::packet::{ICMP, ICMPV6, TCP, UDP};
+use ebpf_common::table::{ALLOW, DENY};
 use ebpf_common::{EGRESS, INGRESS, reason};
 use node::kernel::datapath::SHORTEST;
 use node::kernel::datapath::packet::{ACK, FIN, Packet, RST, SYN, ip};
 use node::kernel::{Datapath, Inspect};
-use policy::{Action, Generation};
+use node::lower::Tables;
+use policy::{Action, Flow, Generation, Network, Verdict, interpret};
 use tests::conformance::network::{ENDS, allowing, flow, node, small, with_rule};
+use tests::conformance::random::{Found, Sides, Until};
 use tests::conformance::{DIRECTIONS, Judge, Lab, early, foreign, fragments, in_each_lab, in_lab, place, random};
 
 #[path = "conformance/fire.rs"]
 mod fire;
 
-/// How long random networks are drawn, in seconds; `RAMPART_RANDOM_SECONDS` says otherwise.
-const RANDOM_SECONDS: u64 = 45;
+/// Verdicts on random networks, unless `RAMPART_RANDOM_SECONDS` says for how long, or `RAMPART_SEED` which one.
+const VERDICTS: u64 = 1_000_000;
 
 #[test]
-fn interpreter_slice_tables_and_program_agree_on_random_networks() {
-    let given = std::env::var("RAMPART_RANDOM_SECONDS").ok();
-    let seconds = given.map_or(RANDOM_SECONDS, |given| given.parse().expect("RAMPART_RANDOM_SECONDS is a number"));
-    in_lab(|lab| random::agree(lab, Duration::from_secs(seconds)));
+fn interpreter_matrix_tables_and_program_agree_on_random_networks() {
+    let given = |name: &str| -> Option<u64> {
+        let text = std::env::var(name).ok()?;
+        Some(text.parse().unwrap_or_else(|error| panic!("{name}=`{text}`: {error}")))
+    };
+    let until = match (given(random::SEED), given("RAMPART_RANDOM_SECONDS")) {
+        (Some(seed), _) => Until::Seed(seed),
+        (None, Some(seconds)) => Until::Time(Duration::from_secs(seconds)),
+        (None, None) => Until::Verdicts(VERDICTS),
+    };
+    in_lab(|lab| {
+        if let Err(found) = random::agree(lab, until, Sides::TRUE) {
+            panic!("{found}");
+        }
+    });
+}
+
+/// A fault of each kind is found, and shrunk until nothing is left but what shows it.
+#[test]
+fn a_fault_is_shrunk_to_one_rule_and_one_packet() {
+    // An interpreter that has forgotten a port.
+    let forgetful = |network: &Network, flow: &Flow| match (flow.protocol, flow.port) {
+        (TCP, 443) => Verdict::NO_RULE,
+        _ => interpret(network, flow),
+    };
+    let found = find(Sides { interpret: &forgetful, ..Sides::TRUE });
+    assert_eq!((found.flow.protocol, found.flow.port), (TCP, 443), "{found}");
+    assert!(found.what.contains("the interpreter says deny (no-rule)"), "{found}");
+
+    // A kernel in which one decision is another.
+    let flipped = |tables: &Tables| {
+        let mut tables = tables.clone();
+        let rule = tables.decisions.iter_mut().find(|one| one.reason == reason::RULE && one.verdict == ALLOW);
+        rule.into_iter().for_each(|decision| decision.verdict = DENY);
+        tables
+    };
+    let found = find(Sides { load: &flipped, ..Sides::TRUE });
+    assert!(found.what.contains("the program says drop (deny-rule"), "{found}");
+    let [rule] = found.network.rules().values().collect::<Vec<_>>()[..] else { panic!("{found}") };
+    assert_eq!(rule.action, Action::Allow, "{found}");
+}
+
+/// What is found with a side that is wrong, as it is printed.
+fn find(sides: Sides<'_>) -> Found {
+    let mut found = None;
+    in_lab(|lab| found = random::agree(lab, Until::Time(Duration::from_secs(120)), sides).err());
+    let found = *found.expect("no fault was found");
+    println!("{found}");
+    let network = &found.network;
+    assert!(network.rules().len() <= 1 && network.nodes().len() == 1 && network.groups().is_empty(), "{found}");
+    assert!(network.cidrs().len() <= 3 && network.services().len() <= 1, "{found}");
+    let text = found.to_string();
+    for word in ["RAMPART_SEED=", "packet ", "node ", "cidr "] {
+        assert!(text.contains(word), "no `{word}` in {text}");
+    }
+    found
 }
 
 /// The packet that opens a flow of a node of [`ENDS`] to another.

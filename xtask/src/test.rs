@@ -24,12 +24,18 @@ use crate::vm::{self, Job, KernelVersion};
 /// Brings what is missing, then runs the stages one after the other; a failed one does not keep the others from
 /// running. Needs root, for namespaces and eBPF. Exit status 0 only if all is well.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example: cargo xtask test --only unit --only conformance")]
+#[command(after_help = "Example: cargo xtask test --only conformance --minutes 30")]
 pub(crate) struct Args {
     /// Only this stage; may be given several times
     #[arg(long, value_enum, value_name = "STAGE")]
     only: Vec<Stage>,
+    /// How long conformance judges packets of random networks, in place of a million verdicts
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=MOST_MINUTES))]
+    minutes: Option<u64>,
 }
+
+/// A week: whoever wants longer starts it again.
+const MOST_MINUTES: u64 = 7 * 24 * 60;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Stage {
@@ -62,19 +68,24 @@ const CONFORMANCE: &str = "conformance";
 /// Crate `tests`; and `ebpf`, which has none, but with which cargo resolves the same features as for the workspace.
 const TESTS: [&str; 4] = ["-p", "tests", "-p", "ebpf"];
 /// How long conformance draws random networks on an emulated processor, which spends most of that on one of them.
-const RANDOM_SECONDS: &str = "RAMPART_RANDOM_SECONDS=15";
-/// And how many times less often it does what takes thousands of repetitions.
+const EMULATED_SECONDS: u64 = 15;
+/// Read by the conformance tests.
+const RANDOM_SECONDS: &str = "RAMPART_RANDOM_SECONDS";
+/// And how many times less often they do what takes thousands of repetitions.
 const SHARE: &str = "RAMPART_SHARE=8";
 /// Run by a stage of its own.
 const NOT_NETNS: [&str; 1] = [CONFORMANCE];
 
 impl Stage {
     /// Several times what a stage takes on two cores, for a machine that is slow or building for the first time.
-    fn limit(self) -> Duration {
+    fn limit(self, minutes: Option<u64>) -> Duration {
         match self {
+            Self::Conformance => {
+                15 * MINUTE + minutes.map_or(Duration::ZERO, |minutes| Duration::from_secs(60 * minutes))
+            }
             Self::Format | Self::Arrows | Self::Docs => 2 * MINUTE,
             Self::Lint | Self::Build => 30 * MINUTE,
-            Self::Unit | Self::Conformance => 15 * MINUTE,
+            Self::Unit => 15 * MINUTE,
             Self::Netns | Self::Vm6_1 | Self::Vm6_12 => 20 * MINUTE,
         }
     }
@@ -105,7 +116,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let mut outcomes: Vec<Outcome> = Vec::new();
     for &stage in Stage::value_variants().iter().filter(wanted) {
         let unbuilt = outcomes.iter().any(|outcome| outcome.stage == Stage::Build && outcome.result.is_err());
-        outcomes.push(run_stage(stage, unbuilt));
+        outcomes.push(run_stage(stage, args.minutes, unbuilt));
         if let Some(signal) = interrupted() {
             print_summary(&outcomes, started.elapsed());
             bail!("interrupted by {signal}");
@@ -116,14 +127,14 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn run_stage(stage: Stage, unbuilt: bool) -> Outcome {
-    let limit = stage.limit();
+fn run_stage(stage: Stage, minutes: Option<u64>, unbuilt: bool) -> Outcome {
+    let limit = stage.limit(minutes);
     println!("\n==> {stage} (at most {} min)", limit.as_secs() / 60);
     let started = Instant::now();
     let result = if unbuilt {
         Err("not run: the build failed".to_owned())
     } else {
-        stage_result(stage).map_err(|error| format!("{error:#}"))
+        stage_result(stage, minutes).map_err(|error| format!("{error:#}"))
     };
     let orphans = kill_orphans();
     let result = match (result, orphans.as_slice()) {
@@ -139,11 +150,11 @@ fn run_stage(stage: Stage, unbuilt: bool) -> Outcome {
     Outcome { stage, result, took }
 }
 
-fn stage_result(stage: Stage) -> Result<()> {
+fn stage_result(stage: Stage, minutes: Option<u64>) -> Result<()> {
     if stage.needs_root() && !Uid::effective().is_root() {
         bail!("it makes namespaces and loads eBPF programs; run `cargo xtask test` as root");
     }
-    let limit = stage.limit();
+    let limit = stage.limit(minutes);
     match stage {
         Stage::Format => cargo(&["fmt", "--all", "--check"], limit),
         Stage::Lint => cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], limit),
@@ -159,7 +170,8 @@ fn stage_result(stage: Stage) -> Result<()> {
         Stage::Unit => cargo(&["test", "--workspace", "--exclude", "tests"], limit),
         Stage::Conformance => {
             let arguments = [&["test"], &TESTS[..], &["--lib", "--bins", "--test", CONFORMANCE]].concat();
-            cargo(&arguments, limit)
+            let environment = minutes.map(|minutes| (RANDOM_SECONDS, (60 * minutes).to_string()));
+            cargo_with(&arguments, environment, limit)
         }
         Stage::Netns => netns(limit),
         Stage::Vm6_1 => machine(KernelVersion::V6_1, limit),
@@ -168,8 +180,12 @@ fn stage_result(stage: Stage) -> Result<()> {
 }
 
 fn cargo(arguments: &[&str], limit: Duration) -> Result<()> {
+    cargo_with(arguments, None, limit)
+}
+
+fn cargo_with(arguments: &[&str], environment: Option<(&str, String)>, limit: Duration) -> Result<()> {
     println!("cargo {}", arguments.join(" "));
-    let ended = process::run(Command::new("cargo").args(arguments), limit)?;
+    let ended = process::run(Command::new("cargo").args(arguments).envs(environment), limit)?;
     if !ended.success() {
         bail!("{ended}");
     }
@@ -240,7 +256,7 @@ fn machine(version: KernelVersion, limit: Duration) -> Result<()> {
         println!("kernel {version}: {name} {}", arguments.join(" "));
         let _best_effort = std::io::stdout().flush();
         let mut job = Job::new(&program, arguments, left);
-        job.environment.extend([RANDOM_SECONDS, SHARE].map(str::to_owned));
+        job.environment.extend([format!("{RANDOM_SECONDS}={EMULATED_SECONDS}"), SHARE.to_owned()]);
         let ended = vm::start(version, job)?;
         if !ended.clean() {
             bail!("`{name}`: {ended}");

@@ -98,6 +98,9 @@ pub mod global {
     pub const DIRECTION: &str = "DIRECTION";
     /// `u32`: 1 makes the programs report every packet through aya-log.
     pub const TRACE: &str = "TRACE";
+    /// `u32`: 1 makes the programs report every packet as an event, whatever its verdict and however many there are. For
+    /// probes: it says of each packet what was found, without a look at every counter.
+    pub const EVERY: &str = "EVERY";
     /// `i32`: what the program returns to let a packet pass: `TCX_NEXT` (-1; where other clsact filters
     /// follow, `TC_ACT_UNSPEC` is the same number).
     pub const ALLOW: &str = "ALLOW";

@@ -185,7 +185,7 @@ pub fn addresses(network: &Network) -> Vec<IpAddr> {
 }
 
 /// Addresses that a node may stand for: whether it does behind a shared gateway is for the slice to say.
-fn stood_for(network: &Network, node: &Node) -> Vec<IpAddr> {
+pub fn stood_for(network: &Network, node: &Node) -> Vec<IpAddr> {
     let behind = node.gateway_for.iter().filter_map(|id| network.cidrs().get(id)).flat_map(|cidr| cidr.prefixes.iter());
     let inside = |prefix: IpNet| around(prefix).into_iter().filter(move |address| prefix.contains(address));
     node.addresses.iter().chain(behind.flat_map(inside)).collect()

@@ -17,6 +17,7 @@ pub mod neighbours;
 pub mod network;
 pub mod place;
 pub mod random;
+pub mod shrink;
 pub mod underlay;
 
 use std::fs::File;

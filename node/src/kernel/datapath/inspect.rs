@@ -27,7 +27,12 @@ impl EbpfDatapath {
 
     /// A new probe on the live tables.
     pub fn new_probe(&mut self) -> Result<Probe, KernelError> {
-        Probe::load(&self.running()?.pins.maps)
+        Probe::load(&self.running()?.pins.maps, false)
+    }
+
+    /// Likewise for many packets: see [`Probe::report`].
+    pub fn new_reporting_probe(&mut self) -> Result<Probe, KernelError> {
+        Probe::load(&self.running()?.pins.maps, true)
     }
 
     /// Where the tables in force are not `intended`.

@@ -220,7 +220,8 @@ impl EbpfDatapath {
 
     fn load(&mut self, direction: u32, pins: &Pins) -> Result<Ebpf, KernelError> {
         let trace = self.trace.is_some();
-        let mut ebpf = Instance { direction, trace, tables: &pins.maps, state: &pins.maps, small: false }.load()?;
+        let mut ebpf =
+            Instance { direction, trace, tables: &pins.maps, state: &pins.maps, small: false, every: false }.load()?;
         if let Some(receive) = &mut self.trace {
             receive(Trace::new(&mut ebpf, direction)?);
         }

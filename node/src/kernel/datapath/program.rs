@@ -30,12 +30,16 @@ pub(super) struct Instance<'a> {
     pub(super) state: &'a Path,
     /// A probe: records and events for a handful of packets.
     pub(super) small: bool,
+    /// Report every packet as an event.
+    pub(super) every: bool,
 }
 
 /// Records that a probe has room for.
 const PROBE_FLOWS: u32 = 64;
 /// Datagrams in fragments that a probe has room for.
 const PROBE_FRAGMENTS: u32 = 1_024;
+/// Likewise for one that reports every packet, of which there are many between two looks at its records.
+const REPORTED_FLOWS: u32 = 4_096;
 /// Pairs that a probe has room for.
 const PROBE_PAIRS: u32 = 1_024;
 /// Bytes of a probe's ring buffer: a page.
@@ -65,12 +69,14 @@ impl Instance<'_> {
     fn open(&self) -> Result<Ebpf, KernelError> {
         let name = pin::name(self.direction);
         let (direction, trace, link_header) = (self.direction, u32::from(self.trace), 0u32);
+        let every = u32::from(self.every);
         let mut loader = EbpfLoader::new();
         loader
             // The programs read no kernel structures: nothing to relocate.
             .btf(None)
             .override_global(global::DIRECTION, &direction, true)
             .override_global(global::TRACE, &trace, true)
+            .override_global(global::EVERY, &every, true)
             .override_global(global::LINK_HEADER, &link_header, true)
             .override_global(global::ALLOW, &NEXT, true);
         for table in map::TABLES {
@@ -80,10 +86,11 @@ impl Instance<'_> {
             loader.map_pin_path(state, self.state.join(state));
         }
         if self.small {
+            let flows = if self.every { REPORTED_FLOWS } else { PROBE_FLOWS };
             loader
-                .map_max_entries(map::FLOWS, PROBE_FLOWS)
-                .map_max_entries(map::FLOWS_OPENED, PROBE_FLOWS)
-                .map_max_entries(map::FLOWS_GONE, PROBE_FLOWS)
+                .map_max_entries(map::FLOWS, flows)
+                .map_max_entries(map::FLOWS_OPENED, flows)
+                .map_max_entries(map::FLOWS_GONE, flows)
                 .map_max_entries(map::FRAGMENTS, PROBE_FRAGMENTS)
                 .map_max_entries(map::PAIR_COUNTERS, PROBE_PAIRS)
                 .map_max_entries(map::EVENTS, PROBE_EVENT_BYTES);
