@@ -35,6 +35,12 @@ fn every_kind_of_verdict_and_object_comes_up() {
             "group member".into(),
             network.groups().values().map(|group| group.nodes.len() + group.cidrs.len()).sum(),
         );
+        for &cidr in network.cidrs().keys() {
+            count("split cidr".into(), arbitrary::law::split(&network, cidr).is_some().into());
+            count("merged cidr".into(), arbitrary::law::merged(&network, cidr).is_some().into());
+        }
+        let literal = |selector: &&policy::Selector| matches!(selector, policy::Selector::Prefix(_));
+        count("literal prefix".into(), network.rules().values().flat_map(|rule| &rule.from).filter(literal).count());
         let matrix = Matrix::compile(&network).unwrap();
         for &node in network.nodes().keys() {
             let Some(slice) = matrix.slice(&network, Revision(1), node, None) else { continue };
@@ -66,6 +72,9 @@ fn every_kind_of_verdict_and_object_comes_up() {
         ("gateway", 30),
         ("external route", 15),
         ("split own classes", 30),
+        ("split cidr", 500),
+        ("merged cidr", 100),
+        ("literal prefix", 300),
     ] {
         assert!(seen.get(what).is_some_and(|count| *count >= least), "{what}: fewer than {least} of {seen:#?}");
     }

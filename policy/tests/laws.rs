@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use policy::arbitrary::law;
 use policy::{
-    Action, Change, Flow, Matrix, Network, NodeId, Revision, RuleId, RuleSpec, SelectorSpec, Service, ServiceSpec,
-    Slice, arbitrary, interpret,
+    Action, Change, Flow, Matrix, Network, NodeId, Reason, Revision, RuleId, RuleSpec, Service, ServiceSpec, Slice,
+    Verdict, arbitrary, interpret,
 };
 use proptest::prelude::*;
 
@@ -40,27 +41,38 @@ fn replaced(network: &Network, rule: RuleSpec) -> Network {
     network
 }
 
+/// What is said of flows before and after, by the interpreter and by the matrix.
+fn verdicts(before: &Network, after: &Network, flows: &[Flow]) -> Vec<((Verdict, Verdict), Flow)> {
+    let [compiled_before, compiled_after] = [before, after].map(|network| Matrix::compile(network).unwrap());
+    let interpreted = flows.iter().map(|flow| ((interpret(before, flow), interpret(after, flow)), *flow));
+    let compiled = flows.iter().map(|flow| ((compiled_before.verdict(flow), compiled_after.verdict(flow)), *flow));
+    interpreted.chain(compiled).collect()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(192))]
 
     /// Breaks if a verdict depends on the order of rules, or on anyone's id.
     #[test]
     fn neither_order_nor_ids_matter((network, flows) in with_flows()) {
-        let mut parts = network.to_parts();
-        let ids: Vec<RuleId> = parts.rules.iter().map(|rule| rule.id).collect();
-        for (rule, id) in parts.rules.iter_mut().zip(ids.iter().rev()) {
-            rule.id = *id;
+        let (after, moved) = law::reordered(&network);
+        let moved: BTreeMap<RuleId, RuleId> = moved.into_iter().collect();
+        let expected = |verdict: Verdict| Verdict { rule: verdict.rule.map(|rule| moved[&rule]), ..verdict };
+        for ((before, after), flow) in verdicts(&network, &after, &flows) {
+            prop_assert_eq!(expected(before), after, "{}", flow);
         }
-        parts.nodes.reverse();
-        parts.cidrs.reverse();
-        let shuffled = Network::from_parts(parts).unwrap();
-        let (before, after) = (Matrix::compile(&network).unwrap(), Matrix::compile(&shuffled).unwrap());
-        let named = |network: &Network, verdict: policy::Verdict| {
-            (verdict.action, verdict.reason, verdict.rule.map(|id| network.rules()[&id].name.clone()))
-        };
-        for flow in &flows {
-            prop_assert_eq!(named(&network, before.verdict(flow)), named(&shuffled, after.verdict(flow)));
-            prop_assert_eq!(named(&network, interpret(&network, flow)), named(&shuffled, interpret(&shuffled, flow)));
+    }
+
+    /// Breaks if a name means anything but which of equals decides.
+    #[test]
+    fn names_only_say_which_of_equals_decides((network, flows) in with_flows()) {
+        for ((before, after), flow) in verdicts(&network, &law::renamed(&network, true), &flows) {
+            prop_assert_eq!(before, after, "{}", flow);
+        }
+        for ((before, after), flow) in verdicts(&network, &law::renamed(&network, false), &flows) {
+            prop_assert_eq!((before.action, before.reason), (after.action, after.reason), "{}", flow);
+            let priority = |verdict: Verdict| verdict.rule.map(|rule| network.rules()[&rule].priority);
+            prop_assert_eq!(priority(before), priority(after), "{}", flow);
         }
     }
 
@@ -69,28 +81,43 @@ proptest! {
     fn widening_a_rule_only_does_what_the_rule_does(
         (network, flows) in with_flows(),
         which in any::<prop::sample::Index>(),
-        prefix in arbitrary::prefix(),
-        service in arbitrary::service(),
-        (from, to, both) in any::<(bool, bool, bool)>(),
+        (prefix, service) in (prop::option::of(arbitrary::prefix()), arbitrary::service()),
+        (to, both) in any::<(bool, bool)>(),
     ) {
         prop_assume!(!network.rules().is_empty());
-        let ids: Vec<RuleId> = network.rules().keys().copied().collect();
-        let mut rule = spec(&network, *which.get(&ids));
-        if from {
-            rule.from.push(SelectorSpec::Prefix(prefix));
+        let rules: Vec<_> = network.rules().values().collect();
+        let rule = which.get(&rules);
+        let wider = law::widened(&network, rule.id, prefix, to, both, service);
+        for ((before, after), flow) in verdicts(&network, &wider, &flows) {
+            match rule.action {
+                Action::Allow => prop_assert!(!before.is_allowed() || after.is_allowed(), "{}", flow),
+                Action::Deny => prop_assert!(before.is_allowed() || !after.is_allowed(), "{}", flow),
+            }
         }
-        if to {
-            rule.to.push(SelectorSpec::Any);
+    }
+
+    /// Breaks if a prefix in a rule is more or less than its two halves.
+    #[test]
+    fn a_prefix_in_a_rule_is_its_halves((network, flows) in with_flows()) {
+        for ((before, after), flow) in verdicts(&network, &law::halved_selectors(&network), &flows) {
+            prop_assert_eq!(before, after, "{}", flow);
         }
-        rule.both |= both;
-        rule.services.push(ServiceSpec::Literal(service));
-        let action = rule.action;
-        let wider = replaced(&network, rule);
-        let (before, after) = (Matrix::compile(&network).unwrap(), Matrix::compile(&wider).unwrap());
-        for flow in &flows {
-            match action {
-                Action::Allow => prop_assert!(!before.verdict(flow).is_allowed() || after.verdict(flow).is_allowed(), "{}", flow),
-                Action::Deny => prop_assert!(before.verdict(flow).is_allowed() || !after.verdict(flow).is_allowed(), "{}", flow),
+    }
+
+    /// Breaks if rules say something else of a cidr than of its halves, or of a cidr given up to its parent.
+    #[test]
+    fn splitting_and_merging_cidrs_changes_no_rule(
+        (network, flows) in with_flows(),
+        which in any::<prop::sample::Index>(),
+    ) {
+        prop_assume!(!network.cidrs().is_empty());
+        let cidr = *which.get(&Vec::from_iter(network.cidrs().keys()));
+        for (after, is_split) in [(law::split(&network, *cidr), true), (law::merged(&network, *cidr), false)] {
+            let Some(after) = after else { continue };
+            for ((before, after), flow) in verdicts(&network, &after, &flows) {
+                if before.reason == Reason::Rule || !law::lineage_may_differ(&network, *cidr, &flow, is_split) {
+                    prop_assert_eq!(before, after, "{}", flow);
+                }
             }
         }
     }

@@ -13,6 +13,7 @@ use proptest::prelude::*;
 use super::{LowerError, RuleSlots, Tables, lower};
 
 mod holders;
+mod laws;
 mod room;
 
 fn slice_of(network: &Network, node: NodeId, previous: Option<&Slice>) -> Slice {

@@ -18,6 +18,7 @@ use crate::{
 
 mod change;
 mod fit;
+pub mod law;
 
 pub use change::{change, prefix, rule, selector, service};
 
