@@ -21,6 +21,9 @@ struct ToolChain {
 /// What nodes load, and what measures it.
 const OBJECTS: [&str; 3] = ["rampart", "guard", "bench"];
 
+/// Not loaded by nodes.
+const BENCH: &str = "bench";
+
 fn main() {
     for path in ["../ebpf", "../Cargo.toml", "../Cargo.lock", "build.rs"] {
         println!("cargo::rerun-if-changed={path}");
@@ -86,7 +89,12 @@ fn build() -> Result<(), String> {
         fs::copy(&object, out_dir.join(name))
             .map_err(|error| format!("failed to copy `{}`: {error}", object.display()))?;
     }
-    Ok(())
+    let loaded = OBJECTS.iter().filter(|name| **name != BENCH);
+    let list: String = loaded
+        .map(|name| format!("({name:?}, aya::include_bytes_aligned!(concat!(env!(\"OUT_DIR\"), \"/{name}\"))),"))
+        .collect();
+    let path = out_dir.join("objects.rs");
+    fs::write(&path, format!("&[{list}]")).map_err(|error| format!("failed to write `{}`: {error}", path.display()))
 }
 
 fn missing(what: &str) -> String {

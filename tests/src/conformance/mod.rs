@@ -18,6 +18,7 @@ pub mod network;
 pub mod place;
 pub mod random;
 pub mod shrink;
+pub mod verifier;
 pub mod underlay;
 
 use std::fs::File;

@@ -42,11 +42,11 @@ pub const HOOKS: [Hook; 2] =
     [Hook { name: "tc ingress", direction: INGRESS }, Hook { name: "tc egress", direction: EGRESS }];
 
 /// Flows of one node of one network; each is asked about at every hook, in both directions.
-const FLOWS: usize = 400;
+const FLOWS: usize = 800;
 /// Nodes of one network whose slices are enforced, at most.
 const NODES: usize = 3;
 /// Flows after which the probe's records are deleted: fewer than it has room for.
-const FORGET: usize = 1_000;
+const FORGET: usize = 500;
 
 /// How long to go on.
 #[derive(Clone, Copy, Debug)]

@@ -31,6 +31,7 @@ mod shares;
 mod sys;
 mod trace;
 mod xdp;
+mod verifier;
 
 use std::path::PathBuf;
 
@@ -58,6 +59,7 @@ pub use pin::DEFAULT_ROOT;
 pub use probe::{Probe, SHORTEST};
 pub use program::BENCH_OBJECT;
 pub use trace::Trace;
+pub use verifier::{Verified, verified};
 
 /// The datapath of one interface in the network namespace of the thread that calls it.
 pub struct EbpfDatapath {
