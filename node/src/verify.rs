@@ -90,6 +90,8 @@ pub struct Place {
     pub cidr: Option<String>,
     /// This node stands for it.
     pub local: bool,
+    /// It lies behind a gateway that is another node.
+    pub external: bool,
     /// The gateway that stands for it.
     pub gateway: Option<String>,
 }
@@ -225,10 +227,11 @@ impl fmt::Display for Place {
             None => f.write_str("in no cidr")?,
         }
         match (self.local, &self.gateway) {
-            (true, _) => f.write_str(", this node's"),
-            (false, Some(gateway)) => write!(f, ", the gateway `{gateway}`'s"),
-            (false, None) => Ok(()),
+            (true, _) => f.write_str(", this node's")?,
+            (false, Some(gateway)) => write!(f, ", the gateway `{gateway}`'s")?,
+            (false, None) => {}
         }
+        if self.external { f.write_str(", external") } else { Ok(()) }
     }
 }
 

@@ -3,10 +3,10 @@
 //! Both become runs of addresses, sorted and disjoint, in one space of 128 bits in which IPv4 is mapped, as the tables have
 //! it. Two sorted lists of runs are compared in one pass.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 
-use ebpf_common::table::{CHILD, LOCAL, Leaf, NO_BLOCK, PLAIN, Root, UNKNOWN};
+use ebpf_common::table::{CHILD, EXTERNAL, LOCAL, Leaf, NO_BLOCK, PLAIN, Root, UNKNOWN};
 use ipnet::IpNet;
 use policy::{CidrId, ClassId, NodeId, Slice};
 
@@ -55,6 +55,7 @@ pub(super) fn compare(slice: &Slice, tables: &Tables, verification: &mut Verific
     let holders = longest(holders(slice));
     let found = Rebuilt::of(tables, verification);
     let numbers = numbers(&holders, &places, &found, tables);
+    let is_external = externals(slice);
     let mut kinds = Kinds::default();
     for (range, [place, holder, leaf, malformed]) in steps([
         &places.iter().map(Run::span).collect::<Vec<_>>(),
@@ -75,16 +76,18 @@ pub(super) fn compare(slice: &Slice, tables: &Tables, verification: &mut Verific
         };
         let cidr = place.map_or(0, |(_, cidr): (ClassId, CidrId)| cidr.0);
         let local = holder == Holder::Local;
+        let external = !local && place.is_some_and(|(_, cidr)| is_external.contains(&cidr));
         let equal = (leaf.class != 0) == place.is_some()
             && leaf.cidr == cidr
             && (leaf.flags & LOCAL != 0) == local
+            && (leaf.flags & EXTERNAL != 0) == external
             && leaf.holder() == number;
         if !equal {
             let gateway = match holder {
                 Holder::Gateway(node) if place.is_some() => Some(names.peer(node)),
                 _ => None,
             };
-            let intended = Place { cidr: place.map(|(_, cidr)| names.cidr(cidr)), local, gateway };
+            let intended = Place { cidr: place.map(|(_, cidr)| names.cidr(cidr)), local, external, gateway };
             let found = found_place(&names, leaf, &numbers);
             verification.add(Difference::Prefix { addresses: range, intended, found });
         }
@@ -106,7 +109,12 @@ fn found_place(names: &Names<'_>, leaf: Leaf, numbers: &BTreeMap<NodeId, u32>) -
         let node = numbers.iter().find(|(_, number)| **number == leaf.holder());
         node.map_or_else(|| format!("#{}", leaf.holder()), |(node, _)| names.peer(*node))
     });
-    Place { cidr: known.then(|| names.cidr(CidrId(leaf.cidr))), local: leaf.flags & LOCAL != 0, gateway }
+    Place {
+        cidr: known.then(|| names.cidr(CidrId(leaf.cidr))),
+        local: leaf.flags & LOCAL != 0,
+        external: leaf.flags & EXTERNAL != 0,
+        gateway,
+    }
 }
 
 impl Where {
@@ -119,6 +127,13 @@ impl Where {
     pub(super) fn ends(&self, other: &Self) -> Option<(Range, Range)> {
         self.v4.zip(other.v4).or(self.v6.zip(other.v6))
     }
+}
+
+/// The external cidrs: those outside the roots. Records of their addresses are counted by cidr.
+fn externals(slice: &Slice) -> BTreeSet<CidrId> {
+    let roots: Vec<IpNet> = slice.local.roots.iter().collect();
+    let outside = |net: &IpNet| !roots.iter().any(|root| root.contains(net));
+    slice.prefixes.iter().filter(|(net, _)| outside(net)).map(|(_, (_, cidr))| *cidr).collect()
 }
 
 /// docs/POLICY.md, section 3.3 and 3.5: the longest prefix says who stands for an address. Only gateways are told apart,

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use ebpf_common::table::{LOCAL, Leaf};
+use ebpf_common::table::{EXTERNAL, LOCAL, Leaf};
 use ebpf_common::{EGRESS, INGRESS, reason};
 use policy::{Flow, Matrix, Network, NodeId, Revision, Slice, arbitrary};
 use proptest::prelude::*;
@@ -170,8 +170,8 @@ impl Corruption {
 }
 
 /// What a leaf means, apart from numbers that mean nothing by themselves.
-fn meaning(leaf: Option<Leaf>) -> Option<(bool, u32, bool, bool)> {
-    leaf.map(|leaf| (leaf.class != 0, leaf.cidr, leaf.flags & LOCAL != 0, leaf.holder() != 0))
+fn meaning(leaf: Option<Leaf>) -> Option<(bool, u32, u32, bool)> {
+    leaf.map(|leaf| (leaf.class != 0, leaf.cidr, leaf.flags & (LOCAL | EXTERNAL), leaf.holder() != 0))
 }
 
 fn number(direction: Direction) -> u32 {
