@@ -1,9 +1,10 @@
 //! Random networks and packets: the interpreter, the matrix, the slice, the lowered tables and the loaded program say the
 //! same.
 //!
-//! A verdict here is one packet that the loaded program judged at one hook, held against the tables walked in userspace
+//! A verdict here is one packet that a loaded program judged at one hook, held against the tables walked in userspace
 //! (reason, rule and whether it passes); and where the policy speaks of it, these against the interpreter, the matrix and
-//! the slice. What only userspace compares is not counted.
+//! the slice. XDP sees every packet that TC ingress sees, before it: what it drops must be dropped there for the same reason,
+//! and of the first packet of a flow it must drop all that the tables deny. What only userspace compares is not counted.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,7 +16,7 @@ use ebpf_common::{EGRESS, INGRESS, reason};
 use node::kernel::datapath::Probe;
 use node::kernel::datapath::packet::{ACK, Packet};
 use node::kernel::inspect::{Counters, Probed};
-use node::kernel::{Datapath, Inspect};
+use node::kernel::{Datapath, Inspect, KernelError};
 use node::lower::{Outcome, Tables, lower};
 use policy::{Flow, Matrix, Network, NodeId, NodeState, Revision, Slice, Verdict, arbitrary, interpret};
 use proptest::strategy::{Strategy, ValueTree};
@@ -37,7 +38,7 @@ pub struct Hook {
     pub direction: u32,
 }
 
-/// Every program that gives a verdict of its own.
+/// Where flows are opened. XDP is asked ahead of TC ingress.
 pub const HOOKS: [Hook; 2] =
     [Hook { name: "tc ingress", direction: INGRESS }, Hook { name: "tc egress", direction: EGRESS }];
 
@@ -250,9 +251,14 @@ impl Bench<'_> {
             // Another flow of these addresses would have this one's record.
             self.probe.forget().expect("no records");
         }
-        let seen = self.judge(&opening, hook.direction, slice, model)?;
+        let (seen, early) = self.judge(&opening, hook.direction, slice, model)?;
         if !is(&seen, &lowered) {
             return Err(format!("the program says {}, the tables {}", probed(&seen), said(&lowered)));
+        }
+        // Nothing is recorded of it yet, so that the tables alone decide.
+        if hook.direction == INGRESS && early.is_none() != lowered.passes {
+            let early = early.map_or_else(|| "pass".to_owned(), |early| probed(&early));
+            return Err(format!("xdp says {early}, the tables {}", said(&lowered)));
         }
         if !slice.stands_for(own) || lowered.reason == reason::SCOPE {
             return Ok(());
@@ -279,7 +285,7 @@ impl Bench<'_> {
         } else {
             by_rules
         };
-        let answered = self.judge(&reply, back, slice, model)?;
+        let (answered, _) = self.judge(&reply, back, slice, model)?;
         if !is(&answered, &expected) {
             let at = name(back);
             return Err(format!(
@@ -291,21 +297,38 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// What the program says, which its event and its return value agree on.
-    fn judge(&mut self, packet: &Packet, direction: u32, slice: &Slice, model: &mut Model) -> Result<Probed, String> {
-        let (seen, event) = self
-            .probe
-            .report(direction, &packet.to_bytes())
-            .map_err(|error| format!("{error}: {:?}", std::error::Error::source(&error)))?;
+    /// What the program says, and at ingress what XDP said before it: a drop there must be the program's own verdict.
+    fn judge(
+        &mut self,
+        packet: &Packet,
+        direction: u32,
+        slice: &Slice,
+        model: &mut Model,
+    ) -> Result<(Probed, Option<Probed>), String> {
+        let failed = |error: KernelError| format!("{error}: {:?}", std::error::Error::source(&error));
+        let bytes = packet.to_bytes();
+        let mut early = None;
+        if direction == INGRESS {
+            early = self.probe.report_early(&bytes).map_err(failed)?;
+            self.agreement.verdicts += 1;
+        }
+        let (seen, event) = self.probe.report(direction, &bytes).map_err(failed)?;
+        self.agreement.verdicts += 1;
         if event.revision != slice.revision.0 {
             return Err(format!("the program judged by revision {}, not {}", event.revision, slice.revision));
         }
-        *model.reasons.entry((direction, seen.reason)).or_default() += 1;
-        if let Some(rule) = seen.rule {
-            *model.rules.entry(rule).or_default() += 1;
+        if let Some(early) = early
+            && early != seen
+        {
+            return Err(format!("xdp says {}, tc ingress {}", probed(&early), probed(&seen)));
         }
-        self.agreement.verdicts += 1;
-        Ok(seen)
+        for seen in early.iter().chain([&seen]) {
+            *model.reasons.entry((direction, seen.reason)).or_default() += 1;
+            if let Some(rule) = seen.rule {
+                *model.rules.entry(rule).or_default() += 1;
+            }
+        }
+        Ok((seen, early))
     }
 
     /// The least network in which this packet divides the sides.
@@ -320,6 +343,10 @@ impl Bench<'_> {
             let port = ports(network).next().expect("a port");
             self.flow(network, &enforced, &flow, port, hook, &mut Model::default()).err()
         };
+        if fails(&network).is_none() {
+            last.push_str("; only after the flows before it, so that the policy could not be shrunk");
+            return Found { network, node, flow, hook, what: last, seed };
+        }
         let network = shrink(network, |network| match fails(network) {
             Some(what) => {
                 last = what;

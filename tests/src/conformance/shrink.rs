@@ -3,7 +3,8 @@
 use std::fmt::{self, Write};
 
 use policy::{
-    CidrId, DefaultPolicy, GroupId, Network, NetworkParts, NodeId, Prefixes, RuleSpec, Selector, ServiceId, ServiceRef,
+    CidrId, DefaultPolicy, GroupId, Network, NetworkParts, NodeId, Prefixes, RuleSpec, Selector, Service, ServiceId,
+    ServiceRef,
 };
 
 /// The least network found, by taking away one object or one part of an object after the other, for as long as `fails`
@@ -67,6 +68,10 @@ fn steps(parts: &NetworkParts) -> impl Iterator<Item = Step> + use<> {
         step(Box::new(move |parts| parts.rules[at].log = false));
         step(Box::new(move |parts| parts.rules[at].priority = 0));
         step(Box::new(move |parts| parts.rules[at].comment.clear()));
+        // What names nothing keeps no object alive.
+        step(Box::new(move |parts| parts.rules[at].from = [Selector::Any].into()));
+        step(Box::new(move |parts| parts.rules[at].to = [Selector::Any].into()));
+        step(Box::new(move |parts| parts.rules[at].services = vec![ServiceRef::Literal(Service::ANY)]));
         for selector in rule.from.iter().copied() {
             step(Box::new(move |parts| parts.rules[at].from.retain(|other| *other != selector)));
         }

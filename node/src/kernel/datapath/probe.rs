@@ -9,7 +9,7 @@ use std::process;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use aya::Ebpf;
-use aya::programs::{TestRun, TestRunOptions};
+use aya::programs::{TestRun, TestRunOptions, Xdp};
 use ebpf_common::event::Event;
 use ebpf_common::flow::{Flow, FlowKey};
 use ebpf_common::fragment::{Fragment, FragmentKey};
@@ -73,9 +73,15 @@ impl Probe {
 
     fn load_in(tables: &Path, state: &Path, every: bool) -> Result<Self, KernelError> {
         let load = |direction| Instance { direction, trace: false, tables, state, small: true, every }.load();
+        let mut ingress = load(INGRESS)?;
+        if every {
+            early(&mut ingress)?.load().map_err(|error| {
+                KernelError::with("the kernel's verifier refused the early program: this build is broken", error)
+            })?;
+        }
         Ok(Self {
             egress: load(EGRESS)?,
-            ingress: load(INGRESS)?,
+            ingress,
             counters: CounterMaps::open(state)?,
             flows: Flows::open(state)?,
             events: Events::open_in(state)?,
@@ -132,6 +138,27 @@ impl Probe {
         }
         let rule = (event.rule != NO_RULE_SLOT).then_some(event.rule);
         Ok((Probed { passes, reason: event.reason, rule }, event))
+    }
+
+    /// Whether the early program, which runs in XDP ahead of the one at ingress, drops a packet, and why.
+    ///
+    /// # Errors
+    /// As [`Probe::report`]'s.
+    pub fn report_early(&mut self, packet: &[u8]) -> Result<Option<Probed>, KernelError> {
+        let options = TestRunOptions { data_in: Some(packet), ..TestRunOptions::default() };
+        let result = early(&mut self.ingress)?.test_run(options).map_err(|error| {
+            KernelError::with(format!("failed to run the early program on a packet of {} bytes", packet.len()), error)
+        })?;
+        match (result.return_value, self.events.poll(), self.events.poll()) {
+            (XDP_PASS, None, None) => Ok(None),
+            (XDP_DROP, Some(event), None) if !reason::passes(event.reason) => {
+                let rule = (event.rule != NO_RULE_SLOT).then_some(event.rule);
+                Ok(Some(Probed { passes: false, reason: event.reason, rule }))
+            }
+            (returned, event, _) => {
+                Err(KernelError::new(format!("the early program returned {returned} and reported {event:?}")))
+            }
+        }
     }
 
     /// Runs the program once; what it returned.
@@ -192,6 +219,18 @@ impl Probe {
     pub fn forget(&mut self) -> Result<(), KernelError> {
         self.flows.clear().map(drop)
     }
+}
+
+/// What an XDP program returns, as the kernel numbers it.
+const XDP_DROP: u32 = 1;
+const XDP_PASS: u32 = 2;
+/// Name of the program in the object.
+const EARLY: &str = "early";
+
+fn early(ebpf: &mut Ebpf) -> Result<&mut Xdp, KernelError> {
+    let program = ebpf.program_mut(EARLY);
+    let program = program.ok_or_else(|| KernelError::new(format!("the embedded object has no program `{EARLY}`")))?;
+    program.try_into().map_err(|error| KernelError::with(format!("`{EARLY}` is no XDP program"), error))
 }
 
 /// Removes what probes left that were killed while they were loaded.
