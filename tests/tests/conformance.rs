@@ -18,7 +18,9 @@ use node::lower::Tables;
 use policy::{Action, Flow, Generation, Network, Reason, Verdict, interpret};
 use tests::conformance::network::{ENDS, allowing, flow, node, small, with_rule};
 use tests::conformance::random::{Found, Sides, Until};
-use tests::conformance::{DIRECTIONS, Judge, Lab, early, foreign, fragments, in_each_lab, in_lab, place, random, verifier};
+use tests::conformance::{
+    DIRECTIONS, Judge, Lab, early, foreign, fragments, in_each_lab, in_lab, place, random, verifier,
+};
 
 #[path = "conformance/fire.rs"]
 mod fire;

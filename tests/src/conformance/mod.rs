@@ -18,8 +18,8 @@ pub mod network;
 pub mod place;
 pub mod random;
 pub mod shrink;
-pub mod verifier;
 pub mod underlay;
+pub mod verifier;
 
 use std::fs::File;
 use std::panic::resume_unwind;

@@ -76,7 +76,8 @@ impl EarlyDrop {
 
 fn attach(pins: &Pins, interface: u32) -> Result<Loaded, KernelError> {
     let (tables, state) = (&*pins.maps, &*pins.maps);
-    let mut ebpf = Instance { direction: INGRESS, trace: false, tables, state, small: false }.load_early()?;
+    let mut ebpf =
+        Instance { direction: INGRESS, trace: false, tables, state, small: false, every: false }.load_early()?;
     let program = early(&mut ebpf)?;
     let id = program.info().map_err(|error| KernelError::with("failed to ask for the program's id", error))?.id();
     let held = xdp::attach(program, interface, XdpMode::Skb, &pins.early_link())?;

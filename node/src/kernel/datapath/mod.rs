@@ -30,8 +30,8 @@ mod program;
 mod shares;
 mod sys;
 mod trace;
-mod xdp;
 mod verifier;
+mod xdp;
 
 use std::path::PathBuf;
 
