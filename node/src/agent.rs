@@ -9,14 +9,15 @@ use anyhow::{Context as _, bail};
 use controller_api::v1;
 use policy::{Slice, Verdict};
 use sd_notify::NotifyState;
-use serde_json::Value;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::StreamExt;
 
 use crate::answers::{self, Context};
 use crate::config::{Metrics, Settings};
-use crate::control::{self, Answerer, Request};
+use crate::control::{self, Answerer, Reply, Request};
 use crate::controller;
+use crate::drops::Hub;
 use crate::enforcer::{self, Setup};
 use crate::events;
 use crate::guard::Watch;
@@ -135,7 +136,7 @@ async fn serve(
         bail!(error);
     }
     let controller = controller::start(&settings, held, enforcer.enforced.clone());
-    let agent = Arc::new(Agent { settings, identity, enforcer, controller });
+    let agent = Arc::new(Agent { settings, identity, enforcer, controller, drops: Hub::default() });
     agent.start(socket, scrapes);
     let _ = sd_notify::notify(&[NotifyState::Ready]);
     tracing::info!(interface = %agent.settings.interface, node = %agent.identity.name, "running");
@@ -204,6 +205,7 @@ struct Agent {
     identity: Identity,
     enforcer: enforcer::Handle,
     controller: controller::Handle,
+    drops: Hub,
 }
 
 impl Agent {
@@ -241,7 +243,7 @@ impl Agent {
                 .map_err(|error| chain(&error))
                 .and_then(|events| events.into_stream().map_err(|error| error.to_string()))
             {
-                Ok(stream) => events::run(stream, self.enforcer.names.clone()).await,
+                Ok(stream) => events::run(stream, self.enforcer.names.clone(), self.drops.clone()).await,
                 Err(error) => tracing::debug!(error, "events cannot be read yet"),
             }
             tokio::time::sleep(OPEN_AGAIN).await;
@@ -331,18 +333,29 @@ impl Agent {
 }
 
 impl Answerer for Agent {
-    fn answer(&self, request: Request) -> Pin<Box<dyn Future<Output = Result<Value, String>> + Send + '_>> {
+    fn answer(&self, request: Request) -> Pin<Box<dyn Future<Output = Result<Reply, String>> + Send + '_>> {
         Box::pin(async move {
             match request {
-                Request::Status => json(self.ask(answers::status).await?),
-                Request::Peers => json(self.ask(|enforcer, _| answers::peers(enforcer)).await?),
-                Request::PolicyShow => json(self.ask(answers::policy).await?),
-                Request::PolicyExplain { flow } => json(self.explain(flow).await?),
+                Request::Status => whole(self.ask(answers::status).await?),
+                Request::Peers => whole(self.ask(|enforcer, _| answers::peers(enforcer)).await?),
+                Request::PolicyShow => whole(self.ask(answers::policy).await?),
+                Request::PolicyExplain { flow } => whole(self.explain(flow).await?),
+                Request::Flows { filter } => {
+                    let snapshot = self.ask(|enforcer, _| answers::snapshot(enforcer)).await?;
+                    let flows = tokio::task::spawn_blocking(move || answers::flows(snapshot, filter));
+                    whole(flows.await.map_err(|error| error.to_string())?)
+                }
+                Request::Drops { filter } => whole(self.drops.recent(&filter)),
+                Request::FollowDrops { filter } => {
+                    // What cannot be written as JSON cannot be: the records are plain data.
+                    let records = self.drops.follow(filter).filter_map(|record| serde_json::to_value(record).ok());
+                    Ok(Reply::Records(Box::pin(records)))
+                }
             }
         })
     }
 }
 
-fn json(answer: impl serde::Serialize) -> Result<Value, String> {
-    serde_json::to_value(answer).map_err(|error| error.to_string())
+fn whole(answer: impl serde::Serialize) -> Result<Reply, String> {
+    serde_json::to_value(answer).map(Reply::Whole).map_err(|error| error.to_string())
 }

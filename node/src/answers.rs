@@ -22,6 +22,10 @@ use crate::report::{
     Question, Status,
 };
 
+mod flows;
+
+pub use flows::{Snapshot, flows, snapshot};
+
 /// What the agent knows and the kernel does not.
 #[derive(Clone, Debug)]
 pub struct Context {

@@ -11,6 +11,7 @@ pub mod config;
 pub mod control;
 pub mod controller;
 pub mod disk;
+pub mod drops;
 pub mod enforcer;
 pub mod events;
 #[cfg(test)]

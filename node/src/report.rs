@@ -6,6 +6,12 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+mod traffic;
+
+pub use traffic::{
+    DropFilter, DropRecord, Drops, Event, FlowFilter, FlowState, Flows, LiveFlow, Suppressed,
+};
+
 /// The node as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -6,6 +6,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use ebpf_common::flow::{Flow as Record, FlowKey};
 use ipnet::IpNet;
 use policy::{Flow, Generation, PublicKey, Revision};
 
@@ -417,6 +418,15 @@ impl Inspect for FakeDatapath {
 
     fn flow_records(&mut self) -> Result<usize, KernelError> {
         self.0.observe(|world| world.flows.len())
+    }
+
+    fn list_flows(&mut self) -> Result<Vec<(FlowKey, Record)>, KernelError> {
+        let key = |(source, destination): &(IpAddr, IpAddr)| FlowKey {
+            source: (*source).into(),
+            destination: (*destination).into(),
+            ..FlowKey::default()
+        };
+        self.0.observe(|world| world.flows.iter().map(|ends| (key(ends), Record::default())).collect())
     }
 
     fn reset_rules(&mut self, slots: &[u32]) -> Result<(), KernelError> {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use ebpf_common::counter::{Counter, PairKey};
+use ebpf_common::flow::{Flow as Record, FlowKey};
 use policy::Flow;
 
 use super::{Datapath, KernelError};
@@ -19,6 +20,8 @@ pub trait Inspect: Datapath {
     fn probe(&mut self, flow: &Flow, direction: u32) -> Result<Probed, KernelError>;
     /// Records of flows at this moment.
     fn flow_records(&mut self) -> Result<usize, KernelError>;
+    /// Those records, in no order.
+    fn list_flows(&mut self) -> Result<Vec<(FlowKey, Record)>, KernelError>;
     /// Sets the counters of these rule slots to zero.
     fn reset_rules(&mut self, slots: &[u32]) -> Result<(), KernelError>;
 }

@@ -5,9 +5,9 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 
-use aya::maps::{Map, MapData, RingBuf};
-use ebpf_common::event::Event;
-use ebpf_common::map;
+use aya::maps::{Array, Map, MapData, RingBuf};
+use ebpf_common::event::{Bucket, Event};
+use ebpf_common::{map, reason};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -19,6 +19,7 @@ use crate::kernel::KernelError;
 /// there is something to read.
 pub struct Events {
     ring: RingBuf<MapData>,
+    buckets: Array<MapData, Bucket>,
 }
 
 impl std::fmt::Debug for Events {
@@ -36,7 +37,18 @@ impl Events {
     pub(super) fn open_in(folder: &Path) -> Result<Self, KernelError> {
         let ring = RingBuf::try_from(Map::RingBuf(open(folder, map::EVENTS)?))
             .map_err(|error| KernelError::with("failed to map the ring buffer of events", error))?;
-        Ok(Self { ring })
+        let buckets = Array::try_from(Map::Array(open(folder, map::EVENT_BUCKETS)?))
+            .map_err(|error| KernelError::with("`EVENT_BUCKETS` is no array", error))?;
+        Ok(Self { ring, buckets })
+    }
+
+    /// By reason: how many events were suppressed since the last one that was reported.
+    fn suppressed(&self) -> io::Result<Vec<(u8, u64)>> {
+        let count = |reason: u8| match self.buckets.get(&reason.into(), 0) {
+            Ok(bucket) => Ok((reason, bucket.suppressed)),
+            Err(error) => Err(io::Error::other(error)),
+        };
+        reason::ALL.iter().map(|(reason, ..)| count(*reason)).collect()
     }
 
     /// The next event that is there; never waits.
@@ -71,6 +83,11 @@ pub struct EventStream {
 }
 
 impl EventStream {
+    /// By reason: how many events were suppressed since the last one that was reported.
+    pub fn suppressed(&self) -> io::Result<Vec<(u8, u64)>> {
+        self.events.get_ref().suppressed()
+    }
+
     /// Waits for the next event. Nothing is lost when the future is dropped.
     pub async fn next(&mut self) -> io::Result<Event> {
         loop {

@@ -77,6 +77,10 @@ impl Inspect for EbpfDatapath {
         Ok(self.flows()?.len())
     }
 
+    fn list_flows(&mut self) -> Result<Vec<(FlowKey, Record)>, KernelError> {
+        self.flows()
+    }
+
     fn reset_rules(&mut self, slots: &[u32]) -> Result<(), KernelError> {
         self.running()?.counters.reset_rules(slots)
     }

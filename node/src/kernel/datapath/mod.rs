@@ -57,6 +57,7 @@ pub use events::{EventStream, Events};
 pub use guard::{EbpfGuard, GuardProbe};
 pub use pin::DEFAULT_ROOT;
 pub use probe::{Probe, SHORTEST};
+pub use sys::monotonic_ns;
 pub use program::BENCH_OBJECT;
 pub use trace::Trace;
 pub use verifier::{Verified, verified};

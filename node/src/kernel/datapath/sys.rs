@@ -355,7 +355,7 @@ pub(super) fn from_bytes<T: Pod>(bytes: &[u8]) -> Option<T> {
 }
 
 /// Nanoseconds of the clock that the programs stamp records with.
-pub(super) fn monotonic_ns() -> u64 {
+pub fn monotonic_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `time` is a valid place for the result; the clock exists on every Linux.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
