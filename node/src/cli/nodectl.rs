@@ -16,6 +16,8 @@ use crate::control::{AskError, Request, ask};
 use crate::controller::now;
 use crate::report::{Answer, Entry, Explanation, Guard, Peer, PeerState, Policy, Question, Status};
 
+mod traffic;
+
 /// Shows what this node does and what its kernel enforces
 #[derive(Debug, Parser)]
 #[command(
@@ -65,6 +67,20 @@ enum Noun {
     /// Show the peers, their endpoints and traffic, as WireGuard has them
     #[command(after_help = "Example:\n  nodectl peers")]
     Peers,
+    /// Show denied packets: who to whom, why, when; the last 1,024, and with --follow each as it comes
+    ///
+    /// The kernel reports so many a second for each reason; what it did not report is counted and said. Packets that
+    /// interfaces emit by themselves (scope) are only counted.
+    #[command(after_help = "Examples:
+  nodectl drops
+  nodectl drops --follow --reason no-rule -o json
+  nodectl drops --destination 10.42.3.0/24")]
+    Drops(traffic::DropsArguments),
+    /// List the flows that the kernel has a record of: who opened them, how they stand, what decided
+    ///
+    /// Flows that need no record, because every service is allowed both ways, are not in it.
+    #[command(after_help = "Examples:\n  nodectl flows --limit 20\n  nodectl flows --address 10.42.1.2")]
+    Flows(traffic::FlowsArguments),
     /// Show or explain the policy that the kernel enforces
     #[command(subcommand, after_help = "Example:\n  nodectl policy show")]
     Policy(PolicyVerb),
@@ -121,6 +137,8 @@ fn run(cli: &Cli) -> anyhow::Result<u8> {
             |peers: &Vec<Peer>| peers_table(peers),
             |peers| differ(peers.iter().any(|peer| peer.state != PeerState::Ok)),
         ),
+        Noun::Drops(arguments) => traffic::drops(&client, arguments),
+        Noun::Flows(arguments) => traffic::flows(&client, arguments),
         Noun::Policy(PolicyVerb::Show) => {
             client.show(Request::PolicyShow, policy, |policy| differ(!policy.differences.is_empty()))
         }
@@ -394,6 +412,12 @@ mod tests {
             (&["policy", "explain", "10.0.0.1", "10.0.0.2", "tcp/70000"][..], "70000"),
             (&["policy", "explain", "10.0.0.300", "10.0.0.2", "tcp/1"], "10.0.0.300"),
             (&["peers", "-o", "xml"], "xml"),
+            (&["drops", "--reason", "whim"], "no-rule"),
+            (&["drops", "--reason", "rule"], "no-rule"),
+            (&["drops", "--source", "10.42.1.0/33"], "10.42.1.0/33"),
+            (&["flows", "--limit", "0"], "0"),
+            (&["flows", "--limit", "-1"], "-1"),
+            (&["flows", "--address", "web"], "web"),
         ] {
             let error = Cli::try_parse_from([&["nodectl"], words].concat()).unwrap_err();
             assert_eq!(error.exit_code(), 2);

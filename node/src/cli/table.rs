@@ -37,6 +37,16 @@ pub(super) fn ago(then: u64, now: u64) -> String {
     }
 }
 
+/// `61s`, `2h`: a length of time in one word.
+pub(super) fn short_time(seconds: u64) -> String {
+    match seconds {
+        0..=119 => format!("{seconds}s"),
+        120..=7_199 => format!("{}m", seconds / 60),
+        7_200..=172_799 => format!("{}h", seconds / 3_600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
 /// Bold red, where colour is wanted.
 pub(super) fn loud(text: &str, colour: bool) -> String {
     if colour { format!("\x1b[1;31m{text}\x1b[0m") } else { text.to_owned() }
@@ -60,5 +70,6 @@ mod tests {
             ["0 s ago", "2 min ago", "2 h ago", "2 d ago"]
         );
         assert_eq!(ago(9, 5), "0 s ago");
+        assert_eq!([119, 120, 7_200, 172_800].map(short_time), ["119s", "2m", "2h", "2d"]);
     }
 }
