@@ -22,14 +22,14 @@ use crate::enforcer::{self, Setup};
 use crate::events;
 use crate::guard::Watch;
 use crate::identity::{Identity, Keys};
-use crate::kernel::datapath::{EbpfDatapath, EbpfGuard, Events};
+use crate::kernel::datapath::{EbpfDatapath, EbpfGuard, Events, TableReader};
 use crate::kernel::link::NetlinkLink;
 use crate::kernel::wireguard::{self, Options};
 use crate::kernel::{Link, WireGuard};
 use crate::lock::Lock;
 use crate::metrics;
 use crate::reconcile::apply::chain;
-use crate::report::{self, Explanation, Interpreted, Question};
+use crate::report::{self, Explanation, Interpreted, Question, Verified};
 use crate::startup;
 use crate::state::{self, State};
 
@@ -39,6 +39,8 @@ pub const WIREGUARD_LOG: &str = "wireguard.log";
 const INTERPRETER: Duration = Duration::from_secs(5);
 /// How long a change may be on its way from the controller to this node's kernel.
 const ON_ITS_WAY: Duration = Duration::from_millis(500);
+/// So often are tables read that another generation replaces meanwhile.
+const VERIFY_AGAIN: u32 = 5;
 /// So often is a difference looked at again.
 const EXPLAIN_AGAIN: u32 = 2;
 /// How long the last commands may take when the daemon ends.
@@ -213,6 +215,7 @@ impl Agent {
         tokio::spawn(control::serve(socket, Arc::clone(self) as Arc<dyn Answerer>));
         tokio::spawn(Arc::clone(self).pass_on());
         tokio::spawn(Arc::clone(self).report_events());
+        tokio::spawn(Arc::clone(self).verify_again_and_again());
         if let Some(listener) = scrapes {
             let agent = Arc::clone(self);
             let source: metrics::Source = Arc::new(move || {
@@ -248,6 +251,38 @@ impl Agent {
             }
             tokio::time::sleep(OPEN_AGAIN).await;
         }
+    }
+
+    /// The first time after a whole interval: at the start the tables were only just written.
+    async fn verify_again_and_again(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(self.settings.verify_interval).await;
+            if let Err(error) = self.verify().await {
+                tracing::debug!(error, "the tables cannot be verified now");
+            }
+        }
+    }
+
+    /// Holds the kernel's tables against the policy. Tables that differ are written anew.
+    async fn verify(&self) -> Result<Verified, String> {
+        for _ in 0..VERIFY_AGAIN {
+            let expected = self.ask(|enforcer, _| enforcer.expected()).await?;
+            let (interface, bpffs) = (self.settings.interface.to_string(), self.settings.bpffs.clone());
+            let check = tokio::task::spawn_blocking(move || {
+                let reader = TableReader::open(&interface, &bpffs).map_err(|error| chain(&error))?;
+                expected.check(|| reader.read())
+            });
+            if let Some(finding) = check.await.map_err(|error| error.to_string())?? {
+                let verified = finding.verified.clone();
+                self.ask(move |enforcer, _| {
+                    enforcer.verified(finding);
+                    Ok(())
+                })
+                .await?;
+                return Ok(verified);
+            }
+        }
+        Err("the policy changes too fast to be read: try again".to_owned())
     }
 
     fn context(&self) -> Context {
@@ -340,6 +375,7 @@ impl Answerer for Agent {
                 Request::Peers => whole(self.ask(|enforcer, _| answers::peers(enforcer)).await?),
                 Request::PolicyShow => whole(self.ask(answers::policy).await?),
                 Request::PolicyExplain { flow } => whole(self.explain(flow).await?),
+                Request::PolicyVerify => whole(self.verify().await?),
                 Request::Flows { filter } => {
                     let snapshot = self.ask(|enforcer, _| answers::snapshot(enforcer)).await?;
                     let flows = tokio::task::spawn_blocking(move || answers::flows(snapshot, filter));

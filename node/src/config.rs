@@ -73,6 +73,8 @@ section! {
     persistent_keepalive "persistent-keepalive": u16 = "25";
     /// Seconds between two looks at the kernel, to repair what others changed.
     reconcile_interval "reconcile-interval": u16 = "2";
+    /// Seconds between two times that the kernel's tables are read back whole and held against the policy.
+    verify_interval "verify-interval": u16 = "60";
     /// Also drop arriving packets at XDP that no rule and no flow could let in. A flood of such packets costs less then, and
     /// everything else more: the kernel no longer aggregates what arrives.
     early_drop "early-drop": bool = "false";
@@ -125,6 +127,7 @@ pub struct Settings {
     pub mtu: u32,
     pub persistent_keepalive: Option<Duration>,
     pub reconcile_interval: Duration,
+    pub verify_interval: Duration,
     pub early_drop: bool,
     /// `None`: there is none.
     pub guard: Option<Guard>,
@@ -240,13 +243,10 @@ fn resolve(flags: &Flags, file: File) -> Result<Settings, ConfigError> {
     if !(MTU_MIN..=MTU_MAX).contains(&mtu) {
         return Err(ConfigError::Value(format!("mtu `{mtu}` is not from {MTU_MIN} (what IPv6 needs) to {MTU_MAX}")));
     }
-    let interval =
-        file.reconcile_interval.map_or(defaults::RECONCILE_INTERVAL, |seconds| Duration::from_secs(seconds.into()));
-    if interval.is_zero() {
-        return Err(ConfigError::Value(
-            "reconcile-interval `0` would leave no time for anything else; the least is 1".into(),
-        ));
-    }
+    let interval = |name: &str, given: Option<u16>, default| match given {
+        Some(0) => Err(ConfigError::Value(format!("{name} `0` would leave no time for anything else; the least is 1"))),
+        given => Ok(given.map_or(default, |seconds| Duration::from_secs(seconds.into()))),
+    };
     let keepalive =
         file.persistent_keepalive.map_or(defaults::PERSISTENT_KEEPALIVE, |seconds| Duration::from_secs(seconds.into()));
     Ok(Settings {
@@ -260,7 +260,8 @@ fn resolve(flags: &Flags, file: File) -> Result<Settings, ConfigError> {
         bpffs: flags.bpffs.or(file.bpffs).unwrap_or_else(|| PathBuf::from(DEFAULT_ROOT)),
         mtu,
         persistent_keepalive: (!keepalive.is_zero()).then_some(keepalive),
-        reconcile_interval: interval,
+        reconcile_interval: interval("reconcile-interval", file.reconcile_interval, defaults::RECONCILE_INTERVAL)?,
+        verify_interval: interval("verify-interval", file.verify_interval, defaults::VERIFY_INTERVAL)?,
         early_drop: file.early_drop.unwrap_or_default(),
         guard: file.guard.unwrap_or_default().resolve(),
     })
@@ -434,7 +435,8 @@ mod tests {
             ("wireguard = \"fast\"", &["`fast`", "`userspace`"]),
             ("metrics = \"9586\"", &["`9586`", "`off`"]),
             ("mtu = 576", &["`576`", "1280"]),
-            ("reconcile-interval = 0", &["`0`"]),
+            ("reconcile-interval = 0", &["reconcile-interval `0`"]),
+            ("verify-interval = 0", &["verify-interval `0`"]),
             ("endpoint = \"host:1\"", &["endpoint"]),
             ("listen-port", &["node.toml"]),
             ("guard = 1", &["guard"]),

@@ -33,6 +33,8 @@ pub enum Request {
     PolicyShow,
     /// With a [`crate::report::Explanation`].
     PolicyExplain { flow: Question },
+    /// With a [`crate::report::Verified`].
+    PolicyVerify,
     /// With a [`crate::report::Flows`].
     Flows { filter: FlowFilter },
     /// With a [`crate::report::Drops`].

@@ -128,11 +128,7 @@ impl Memory {
             drops: self.recent.iter().filter(|event| filter.admits(event)).cloned().collect(),
             forgotten: self.forgotten,
             suppressed: suppressed
-                .map(|(reason, count)| Suppressed {
-                    reason: reason.clone(),
-                    events: count.total(),
-                    since_last: None,
-                })
+                .map(|(reason, count)| Suppressed { reason: reason.clone(), events: count.total(), since_last: None })
                 .collect(),
         }
     }

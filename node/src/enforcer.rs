@@ -20,6 +20,7 @@ use crate::lower::{RuleSlots, Tables, lower};
 use crate::reconcile::holders;
 use crate::reconcile::{Desired, Holders, Kernel, Observed, Outcome, Step, apply, plan};
 use crate::state::{self, State};
+use crate::verification::{self, Expected, Finding};
 
 /// Everything that the thread needs, given once.
 pub struct Setup {
@@ -93,6 +94,10 @@ pub struct Enforcer {
     pub outdated: Option<Revision>,
     /// Whether this process has attached the datapath, or taken over what was attached.
     pub attached: bool,
+    /// What verifying the tables has brought to light.
+    pub verifications: verification::Record,
+    /// Whether the tables were found to be other than they should be, and are to be written anew.
+    tables_wrong: bool,
     key: PrivateKey,
     state_dir: PathBuf,
     listen_port: u16,
@@ -123,8 +128,6 @@ pub struct Intent {
 
 /// After a failed round the next one comes sooner.
 const RETRY: Duration = Duration::from_millis(250);
-/// Every so many rounds the tables are read back whole and held against the intent.
-const DEEP_CHECK: u64 = 15;
 /// Between two collections of idle flow records.
 const COLLECT: Duration = Duration::from_secs(10);
 
@@ -187,6 +190,8 @@ impl Enforcer {
             refused: None,
             outdated: None,
             attached: false,
+            verifications: verification::Record::default(),
+            tables_wrong: false,
             key,
             state_dir,
             listen_port,
@@ -344,34 +349,50 @@ impl Enforcer {
     }
 
     fn desired(&mut self, observed: &Observed) -> Option<Desired> {
-        let deep = self.rounds.is_multiple_of(DEEP_CHECK) && self.tables_differ();
         let intent = self.intent.as_ref()?;
         let generation = observed.datapath.as_ref().map(|datapath| datapath.generation);
         let mut desired = desired(&intent.slice, self.key.public(), self.persistent_keepalive);
         desired.listen_port = self.listen_port;
         desired.mtu = self.mtu;
-        desired.reload = deep || intent.generation.is_none() || intent.generation != generation;
+        desired.reload = self.tables_wrong || intent.generation.is_none() || intent.generation != generation;
         desired.fresh_endpoints.clone_from(&intent.fresh_endpoints);
         desired.changed_holder.clone_from(&intent.changed_holder);
         Some(desired)
     }
 
-    /// Reads the whole tables back. Those that contradict themselves cannot be read, and differ.
-    fn tables_differ(&mut self) -> bool {
-        let Some(intent) = self.intent.as_ref().filter(|intent| intent.settled) else { return false };
-        let differences = match self.datapath.read_tables() {
-            Ok(seen) => intent.tables.differences(&seen),
-            Err(error) => vec![apply::chain(&error)],
-        };
-        if let Some(first) = differences.first() {
-            tracing::warn!(difference = first, count = differences.len(), "kernel and intent differ");
+    /// What the tables should say; an error: they need not say anything yet.
+    pub fn expected(&self) -> Result<Expected, String> {
+        if let Some(held) = self.outdated {
+            return Err(format!(
+                "revision {held}, which is on disk, is older than the kernel's: wait for the controller"
+            ));
         }
-        !differences.is_empty()
+        let intent = self.intent.as_ref().and_then(|intent| Some((intent, intent.generation?)));
+        let (intent, generation) =
+            intent.ok_or("no policy is in force yet: everything is denied, or as it was before")?;
+        Ok(Expected { slice: Arc::clone(&intent.slice), slots: self.slots.pairs(), generation })
+    }
+
+    /// Takes note of what verifying has found. Tables that are wrong, and still the ones in force, are written anew.
+    pub fn verified(&mut self, finding: Finding) {
+        let generation = Generation(finding.verified.generation);
+        if let Some(first) = finding.verified.differences.first() {
+            let count = finding.count();
+            tracing::warn!(difference = first.text, count, "the tables in the kernel are not the policy");
+        }
+        let in_force = self.intent.as_ref().is_some_and(|intent| intent.generation == Some(generation));
+        let wrong = !finding.verified.equal && in_force;
+        self.verifications.note(finding);
+        if wrong {
+            self.tables_wrong = true;
+            self.round();
+        }
     }
 
     /// Remembers what steps have brought about.
     fn note(&mut self, outcome: &Outcome) {
         self.attached |= outcome.done.contains(&Step::AttachDatapath);
+        self.tables_wrong &= outcome.generation.is_none();
         let Some(intent) = &mut self.intent else { return };
         intent.generation = outcome.generation.or(intent.generation);
         for step in &outcome.done {

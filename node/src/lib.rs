@@ -29,4 +29,5 @@ pub mod reconcile;
 pub mod report;
 pub mod startup;
 pub mod state;
+pub mod verification;
 pub mod verify;

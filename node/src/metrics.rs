@@ -35,6 +35,7 @@ use crate::kernel::inspect::Counters;
 use crate::kernel::{Backend, Device};
 use crate::reconcile::Step;
 use crate::reconcile::apply::chain;
+use crate::verification::{Finding, Record};
 
 /// One metric with all its label sets. A counter's name is without its `_total`.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,6 +52,8 @@ type Labels = Vec<(&'static str, String)>;
 pub enum Kind {
     Counter,
     Gauge,
+    /// A gauge of seconds, given in microseconds.
+    Seconds,
 }
 
 /// Connections served at a time, for one scrape each; more wait. Any user of this machine may connect.
@@ -67,6 +70,7 @@ pub fn collect(enforcer: &mut Enforcer, context: &Context) -> Result<Vec<Family>
     let slots: Vec<u32> = enforcer.slots.pairs().into_values().collect();
     let mut families = node(enforcer, context, observed.datapath.as_ref());
     let device = observed.device.unwrap_or_default();
+    families.extend(verifications(&enforcer.verifications));
     families.extend(wireguard(enforcer, context, &device));
     // Before the first attachment there is nothing to count.
     if let Ok(counters) = enforcer.datapath.counters(&slots) {
@@ -144,6 +148,41 @@ fn node(enforcer: &Enforcer, context: &Context, datapath: Option<&crate::kernel:
             help: "Things that others changed in the kernel and noded put right.",
             kind: Kind::Counter,
             samples: repairs,
+        },
+    ]
+}
+
+/// Absent until the tables have been verified once.
+fn verifications(record: &Record) -> Vec<Family> {
+    let last = |name, help, kind, value: &dyn Fn(&Finding) -> u64| {
+        let samples = record.last.iter().map(|finding| (Vec::new(), value(finding))).collect();
+        Family { name, help, kind, samples }
+    };
+    let runs = |result: &str, count| (vec![("result", result.to_owned())], count);
+    vec![
+        last(
+            "rampart_policy_verify_result",
+            "Whether the tables in the kernel were the policy when last verified.",
+            Kind::Gauge,
+            &|finding| u64::from(finding.verified.equal),
+        ),
+        last("rampart_policy_verify_differences", "Places at which they were not.", Kind::Gauge, &|finding| {
+            finding.count() as u64
+        }),
+        last(
+            "rampart_policy_verify_timestamp_seconds",
+            "When they were last verified, in seconds since the epoch.",
+            Kind::Gauge,
+            &Finding::at,
+        ),
+        last("rampart_policy_verify_duration_seconds", "How long that took.", Kind::Seconds, &|finding| {
+            u64::try_from(finding.took.as_micros()).unwrap_or(u64::MAX)
+        }),
+        Family {
+            name: "rampart_policy_verify_runs",
+            help: "Verifications of the tables, by what was found.",
+            kind: Kind::Counter,
+            samples: vec![runs("equal", record.equal), runs("different", record.different)],
         },
     ]
 }
@@ -323,7 +362,7 @@ impl Collector for Families {
             }
             let metric_type = match kind {
                 Kind::Counter => MetricType::Counter,
-                Kind::Gauge => MetricType::Gauge,
+                Kind::Gauge | Kind::Seconds => MetricType::Gauge,
             };
             let mut metric = encoder.encode_descriptor(name, help, None, metric_type)?;
             for (labels, value) in samples {
@@ -343,6 +382,7 @@ impl Kind {
         match self {
             Self::Counter => metric.encode_counter::<[(String, String); 0], _, u64>(&value, None),
             Self::Gauge => metric.encode_gauge(&value),
+            Self::Seconds => metric.encode_gauge(&(value as f64 / 1e6)),
         }
     }
 }

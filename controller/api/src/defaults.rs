@@ -81,6 +81,7 @@ defaults! {
     "reconnect-min" RECONNECT_MIN = 1 seconds, "a node's first wait before it tries its controller again; doubled each time";
     "reconnect-max" RECONNECT_MAX = 10 seconds, "a node's longest wait before it tries its controller again";
     "reconcile-interval" RECONCILE_INTERVAL = 2 seconds, "how often a node compares the kernel with what it should be";
+    "verify-interval" VERIFY_INTERVAL = 60 seconds, "how often a node reads its tables back from the kernel and holds them against the policy";
     "handshakes-per-source" HANDSHAKES_PER_SOURCE = 20 rate, "WireGuard handshakes that a node's guard lets through from one address (/32, /64) that is no peer's endpoint";
     "handshakes-in-all" HANDSHAKES_IN_ALL = 1000 rate, "likewise, from all such addresses: at about 0.1 ms each a tenth of a CPU";
     "handshakes-per-endpoint" HANDSHAKES_PER_ENDPOINT = 10 rate, "likewise, from the endpoint of one peer, which sends one in 5 s at most";

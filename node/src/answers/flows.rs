@@ -3,9 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ebpf_common::flow::{
-    Flow as Record, FlowKey, STATE_CLOSING, STATE_ESTABLISHED, STATE_TOMBSTONE, idle_timeout_ns,
-};
+use ebpf_common::flow::{Flow as Record, FlowKey, STATE_CLOSING, STATE_ESTABLISHED, STATE_TOMBSTONE, idle_timeout_ns};
 use ebpf_common::packet::{ICMP, ICMPV6, TCP, UDP};
 use ebpf_common::reason;
 use ebpf_common::table::{LOCAL, NO_RULE_SLOT};
@@ -45,9 +43,9 @@ pub fn snapshot(enforcer: &mut Enforcer) -> Result<Snapshot, String> {
 pub fn flows(snapshot: Snapshot, filter: FlowFilter) -> Flows {
     let total = snapshot.records.len();
     let admits = |key: &FlowKey| {
-        filter.address.is_none_or(|net| {
-            net.contains(&IpAddr::from(key.source)) || net.contains(&IpAddr::from(key.destination))
-        })
+        filter
+            .address
+            .is_none_or(|net| net.contains(&IpAddr::from(key.source)) || net.contains(&IpAddr::from(key.destination)))
     };
     let mut admitted: Vec<_> = snapshot.records.iter().filter(|(key, _)| admits(key)).collect();
     let matching = admitted.len();
@@ -209,12 +207,13 @@ mod tests {
             ("10.42.1.3", "10.42.2.1"),
             ("10.42.1.3", "10.42.2.0"),
         ];
-        let records: Vec<_> =
-            ends.iter().map(|(a, b)| (key(a, b, UDP, [1, 53]), Record { rule: NO_RULE_SLOT, ..Record::default() })).collect();
+        let records: Vec<_> = ends
+            .iter()
+            .map(|(a, b)| (key(a, b, UDP, [1, 53]), Record { rule: NO_RULE_SLOT, ..Record::default() }))
+            .collect();
         let shown = |filter| {
             let flows = flows(snapshot(records.clone()), filter);
-            let ends: Vec<_> =
-                flows.flows.iter().map(|flow| format!("{} {}", flow.source, flow.destination)).collect();
+            let ends: Vec<_> = flows.flows.iter().map(|flow| format!("{} {}", flow.source, flow.destination)).collect();
             (flows.total, flows.matching, ends.join(", "))
         };
         let sorted = "10.42.1.3 10.42.2.0, 10.42.1.3 10.42.2.1, 10.42.1.200 10.42.2.1, fd42:0:0:1::1 fd42:0:0:2::1";

@@ -14,7 +14,7 @@ use super::{DENIED, DIFFERS, FAILED, UNREACHABLE, colour, fail};
 use crate::config::{self, Flags, Interface};
 use crate::control::{AskError, Request, ask};
 use crate::controller::now;
-use crate::report::{Answer, Entry, Explanation, Guard, Peer, PeerState, Policy, Question, Status};
+use crate::report::{Answer, Entry, Explanation, Guard, Peer, PeerState, Policy, Question, Status, Verified};
 
 mod traffic;
 
@@ -93,6 +93,12 @@ enum PolicyVerb {
     /// Exit status 3 if the kernel's tables are not what the policy says.
     #[command(after_help = "Example:\n  nodectl policy show -o yaml")]
     Show,
+    /// Read every table back from the kernel, rebuild the matrix, and hold it against the policy cell by cell
+    ///
+    /// The daemon does so by itself at intervals (`verify-interval`). Exit status 3 if they differ; then the cells are
+    /// named, and the daemon writes the tables anew.
+    #[command(after_help = "Example:\n  nodectl policy verify")]
+    Verify,
     /// Ask the kernel's tables, the compiled policy and the controller's interpreter about one flow
     ///
     /// Nothing is counted and nobody is disturbed. Exit status 4 if the flow is denied, 3 if the answers differ.
@@ -141,6 +147,9 @@ fn run(cli: &Cli) -> anyhow::Result<u8> {
         Noun::Flows(arguments) => traffic::flows(&client, arguments),
         Noun::Policy(PolicyVerb::Show) => {
             client.show(Request::PolicyShow, policy, |policy| differ(!policy.differences.is_empty()))
+        }
+        Noun::Policy(PolicyVerb::Verify) => {
+            client.show(Request::PolicyVerify, verified, |verified| differ(!verified.equal))
         }
         Noun::Policy(PolicyVerb::Explain { source, destination, service: (protocol, port) }) => {
             let flow = Question { source: *source, destination: *destination, protocol: *protocol, port: *port };
@@ -337,6 +346,21 @@ fn policy(policy: &Policy) -> String {
     ));
     text.push_str("\n\nEverything else is denied (no-rule). Replies of allowed flows pass.");
     text
+}
+
+fn verified(verified: &Verified) -> String {
+    let Verified { equal, revision, generation, prefixes, cells, differences, more } = verified;
+    let what = format!("revision {revision}, generation {generation}: {cells} cells and {prefixes} prefixes");
+    if *equal {
+        return format!("{what} read back, all as the policy says");
+    }
+    let mut lines = vec![loud("KERNEL AND INTENT DIFFER", colour())];
+    lines.extend(differences.iter().map(|difference| format!("  {}", difference.text)));
+    if *more > 0 {
+        lines.push(format!("  and {more} more"));
+    }
+    lines.push(format!("{what} read back; the tables are being written anew"));
+    lines.join("\n")
 }
 
 fn explanation(explanation: &Explanation) -> String {

@@ -250,6 +250,60 @@ fn flows_die_when_their_address_changes_hands_also_over_a_gap_and_a_restart() {
     assert!(at("switch") < at("forget") && at("forget") < at("set peer"), "{steps:?}");
 }
 
+/// As the agent does it beside the enforcer's thread.
+fn verify(node: &mut Node) -> Finding {
+    let kernel = node.kernel.clone();
+    let expected = node.enforcer.expected().unwrap();
+    let read = || {
+        let world = kernel.world();
+        Ok(Some((world.datapath.as_ref().unwrap().generation, world.tables.clone().unwrap())))
+    };
+    let finding = expected.check(read).unwrap().expect("the generation in force");
+    node.enforcer.verified(finding.clone());
+    finding
+}
+
+#[test]
+fn tables_that_somebody_changed_are_named_counted_and_written_anew() {
+    let mut node = Node::new();
+    assert!(node.enforcer.expected().unwrap_err().contains("no policy"));
+    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5, None));
+    assert!(verify(&mut node).verified.equal);
+    assert!(node.enforcer.repairs.is_empty());
+    for decision in &mut node.kernel.world().tables.as_mut().unwrap().decisions {
+        decision.verdict = ebpf_common::table::ALLOW;
+        decision.reason = ebpf_common::reason::LINEAGE;
+        decision.rule = ebpf_common::table::NO_RULE_SLOT;
+    }
+    let found = verify(&mut node).verified;
+    assert!(!found.equal);
+    let named = |found: &crate::report::Differing| found.text.contains("`web`") && found.text.contains("`app`");
+    assert!(found.differences.iter().any(named), "{:?}", found.differences);
+    assert_eq!(node.enforcer.repairs, [("tables", 1)].into());
+    assert!(verify(&mut node).verified.equal, "they were written anew");
+    let record = &node.enforcer.verifications;
+    assert_eq!((record.equal, record.different), (2, 1));
+    node.kernel.take_steps();
+    node.enforcer.round();
+    assert_eq!(node.kernel.take_steps(), [""; 0], "once is enough");
+}
+
+#[test]
+fn a_finding_about_tables_that_went_meanwhile_changes_nothing() {
+    let mut node = Node::new();
+    let network = fixture::network();
+    node.enforcer.enforce(fixture::slice(&network, "web1", 5, None));
+    let expected = node.enforcer.expected().unwrap();
+    let tables = node.kernel.world().tables.clone().unwrap();
+    let empty = Tables { matrix: Vec::new(), ..tables.clone() };
+    let finding = expected.check(|| Ok(Some((Generation(1), empty.clone())))).unwrap().unwrap();
+    node.enforcer.enforce(fixture::slice(&network, "web1", 6, None));
+    node.enforcer.verified(finding);
+    assert!(node.enforcer.repairs.is_empty());
+    assert!(expected.check(|| Ok(Some((Generation(2), tables.clone())))).unwrap().is_none(), "it is of another");
+    assert!(expected.check(|| Ok(None)).unwrap().is_none(), "it cannot be read in peace");
+}
+
 #[tokio::test]
 async fn the_thread_answers_between_its_rounds_and_ends_with_its_last_handle() {
     let (kernel, state_dir) = (FakeKernel::new(Backend::Userspace), tempfile::tempdir().unwrap());

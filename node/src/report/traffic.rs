@@ -62,9 +62,13 @@ pub enum DropRecord {
     Drop(Event),
     Suppressed(Suppressed),
     /// Events that were older than what the daemon remembers when the stream began.
-    Forgotten { events: u64 },
+    Forgotten {
+        events: u64,
+    },
     /// Records that this follower was too slow for.
-    Missed { records: u64 },
+    Missed {
+        records: u64,
+    },
 }
 
 /// Which denied packets.

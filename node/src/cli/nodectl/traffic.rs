@@ -89,7 +89,8 @@ fn suppressed_line<'a>(suppressed: impl IntoIterator<Item = &'a Suppressed>) -> 
     format!("denied but not reported, too many at a time: {}", counts.join(", "))
 }
 
-const HEAD: [&str; 9] = ["TIME", "DIRECTION", "SOURCE", "DESTINATION", "SERVICE", "CIDRS", "REASON", "RULE", "REVISION"];
+const HEAD: [&str; 9] =
+    ["TIME", "DIRECTION", "SOURCE", "DESTINATION", "SERVICE", "CIDRS", "REASON", "RULE", "REVISION"];
 /// Least widths of the columns of lines that come one by one: enough for IPv4; longer ones push the rest to the right.
 const WIDTHS: [usize; 9] = [27, 9, 21, 15, 11, 23, 16, 16, 8];
 
@@ -267,7 +268,18 @@ fn flows_table(flows: &Flows) -> String {
         ]
     });
     let head = [
-        "OPENED", "SOURCE", "DESTINATION", "SERVICE", "CIDRS", "STATE", "AGE", "IDLE", "EXPIRES", "SENT", "ANSWERED", "BY",
+        "OPENED",
+        "SOURCE",
+        "DESTINATION",
+        "SERVICE",
+        "CIDRS",
+        "STATE",
+        "AGE",
+        "IDLE",
+        "EXPIRES",
+        "SENT",
+        "ANSWERED",
+        "BY",
     ];
     let mut text = table(head, rows);
     let (shown, Flows { total, matching, .. }) = (flows.flows.len(), flows);
@@ -360,9 +372,7 @@ mod tests {
             reply_packets: 2,
             reply_bytes: 2_048,
         };
-        let table = |matching, total| {
-            flows_table(&Flows { total, matching, flows: vec![flow.clone()] })
-        };
+        let table = |matching, total| flows_table(&Flows { total, matching, flows: vec![flow.clone()] });
         let text = table(1, 1);
         let shown: Vec<_> = text.lines().nth(1).unwrap().split_whitespace().collect();
         assert_eq!(

@@ -144,10 +144,17 @@ impl Copies {
 
     /// What the programs use now, as far as anything refers to it. Tables that contradict themselves are an error.
     pub(super) fn read(&self) -> Result<Tables, KernelError> {
+        let tables = self.read_as_it_is()?;
+        tables.check().map_err(|error: TableError| {
+            KernelError::with("the kernel's tables contradict themselves: restart `noded`", error)
+        })?;
+        Ok(tables)
+    }
+
+    /// Likewise, whatever it says. What refers beyond the end of a table is still there, and what it refers to is not.
+    pub(super) fn read_as_it_is(&self) -> Result<Tables, KernelError> {
         let copy = self.control()?.active & 1;
         let header = self.read_header(copy)?;
-        let corrupt =
-            |error: TableError| KernelError::with("the kernel's tables contradict themselves: restart `noded`", error);
         let blocks = self.read_blocks(copy, &header)?;
         let targets = || blocks.iter().flat_map(|block| block.entries.iter().chain(std::iter::once(&block.otherwise)));
         let leaf = targets().filter(|entry| **entry & CHILD == 0).max().map_or(0, |leaf| *leaf);
@@ -168,7 +175,7 @@ impl Copies {
         let decisions = decisions.max(of_cells(true));
         let decisions: Vec<Decision> =
             read(&self.decisions, map::DECISIONS, copy * limit::DECISIONS, decisions, limit::DECISIONS)?;
-        let tables = Tables {
+        Ok(Tables {
             revision: Revision(header.revision),
             header,
             blocks,
@@ -178,9 +185,7 @@ impl Copies {
             ports,
             decisions,
             rule_slots: BTreeMap::new(),
-        };
-        tables.check().map_err(corrupt)?;
-        Ok(tables)
+        })
     }
 
     /// Blocks point forward, so those read so far say how many more there are.
@@ -189,9 +194,9 @@ impl Copies {
         let mut wanted =
             roots.filter(|block| *block != NO_BLOCK).map(|block| block.saturating_add(1)).max().unwrap_or(0);
         let mut blocks: Vec<Block> = Vec::new();
-        while blocks.len() < wanted as usize {
+        while blocks.len() < wanted.min(limit::BLOCKS) as usize {
             let first = blocks.len() as u32;
-            let left = limit::BLOCKS - first.min(limit::BLOCKS);
+            let left = limit::BLOCKS - first;
             let more: Vec<Block> = read(&self.blocks, map::BLOCKS, copy * limit::BLOCKS + first, wanted - first, left)?;
             let children = more.iter().flat_map(|block| &block.entries).filter(|entry| **entry & CHILD != 0);
             wanted = children.map(|entry| (entry & !CHILD) + 1).max().unwrap_or(0).max(wanted);
@@ -231,11 +236,9 @@ fn write<T: Pod + PartialEq>(
     Ok(())
 }
 
+/// As many as are asked for, or as there are.
 fn read<T: Pod>(map: &MapData, name: &str, first: u32, count: u32, limit: u32) -> Result<Vec<T>, KernelError> {
-    if count > limit {
-        return Err(KernelError::new(format!("the kernel's tables refer beyond the end of `{name}`: restart `noded`")));
-    }
-    sys::read_array(map.fd().as_fd(), first, count as usize)
+    sys::read_array(map.fd().as_fd(), first, count.min(limit) as usize)
         .map_err(|error| KernelError::with(format!("failed to read `{name}`"), error))
 }
 

@@ -1,18 +1,45 @@
 //! Reads that change nothing of what is enforced.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use ebpf_common::flow::{Flow as Record, FlowKey};
 use ebpf_common::limit;
-use policy::Flow;
+use policy::{Flow, Generation};
 
+use super::copies::Copies;
 use super::events::Events;
 use super::packet::Packet;
+use super::pin::Pins;
 use super::probe::Probe;
 use super::{EbpfDatapath, Running};
 use crate::kernel::KernelError;
 use crate::kernel::inspect::{Counters, Inspect, Probed};
 use crate::lower::Tables;
+
+/// Reads the pinned tables beside whoever owns them, and changes nothing.
+pub struct TableReader(Copies);
+
+impl std::fmt::Debug for TableReader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TableReader").finish_non_exhaustive()
+    }
+}
+
+impl TableReader {
+    /// Of an interface in the network namespace of the calling thread.
+    pub fn open(interface: &str, pin_root: &Path) -> Result<Self, KernelError> {
+        Copies::open(&Pins::new(pin_root, interface)?.maps).map(Self)
+    }
+
+    /// The tables in force, whatever they say, with their generation. `None`: they were switched meanwhile.
+    pub fn read(&self) -> Result<Option<(Generation, Tables)>, KernelError> {
+        let (before, _) = self.0.in_force()?;
+        let tables = self.0.read_as_it_is()?;
+        let (after, _) = self.0.in_force()?;
+        Ok((before == after).then_some((after, tables)))
+    }
+}
 
 impl EbpfDatapath {
     /// The records of flows.

@@ -55,10 +55,11 @@ use crate::lower::Tables;
 
 pub use events::{EventStream, Events};
 pub use guard::{EbpfGuard, GuardProbe};
+pub use inspect::TableReader;
 pub use pin::DEFAULT_ROOT;
 pub use probe::{Probe, SHORTEST};
-pub use sys::monotonic_ns;
 pub use program::BENCH_OBJECT;
+pub use sys::monotonic_ns;
 pub use trace::Trace;
 pub use verifier::{Verified, verified};
 
