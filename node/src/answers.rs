@@ -71,6 +71,7 @@ pub fn status(enforcer: &mut Enforcer, context: &Context) -> Result<Status, Stri
             Some(Early::On) => "on".to_owned(),
             Some(Early::Failed(error)) => error.clone(),
         },
+        programs: programs(enforcer).map_err(text)?,
         revision: observed.datapath.as_ref().map_or(0, |datapath| datapath.revision.0),
         generation: observed.datapath.as_ref().map_or(0, |datapath| datapath.generation.0),
         received_revision: context.received_revision,
@@ -114,6 +115,14 @@ fn guard(watch: &mut Watch) -> Guard {
         error: watch.error().map(str::to_owned).or(unread),
         places: watch.places().iter().map(place).collect(),
     }
+}
+
+fn programs(enforcer: &mut Enforcer) -> Result<Vec<crate::report::Program>, KernelError> {
+    let shown = |program: crate::kernel::Program| {
+        let crate::kernel::Program { place, position, id, name, ours } = program;
+        crate::report::Program { hook: place.to_string(), position, id, name, ours }
+    };
+    Ok(enforcer.datapath.programs()?.into_iter().map(shown).collect())
 }
 
 /// `nodectl peers`.

@@ -30,9 +30,8 @@ use tokio::time::timeout;
 use crate::answers::{Context, seconds};
 use crate::enforcer::Enforcer;
 use crate::guard;
-use crate::kernel::guard::Place;
 use crate::kernel::inspect::Counters;
-use crate::kernel::{Backend, Device};
+use crate::kernel::{Backend, Device, Place, Program};
 use crate::reconcile::Step;
 use crate::reconcile::apply::chain;
 use crate::verification::{Finding, Record};
@@ -78,6 +77,9 @@ pub fn collect(enforcer: &mut Enforcer, context: &Context) -> Result<Vec<Family>
         families.extend(losses(&counters));
     }
     families.extend(guarded(&mut enforcer.guard));
+    if let Ok(programs) = enforcer.datapath.programs() {
+        families.push(foreign_programs(&programs));
+    }
     families.push(gauge(
         "rampart_flow_records",
         "Records of flows in the kernel.",
@@ -150,6 +152,17 @@ fn node(enforcer: &Enforcer, context: &Context, datapath: Option<&crate::kernel:
             samples: repairs,
         },
     ]
+}
+
+fn foreign_programs(programs: &[Program]) -> Family {
+    let of = |place: Place| programs.iter().filter(|program| program.place == place && !program.ours).count();
+    let sample = |place: Place| (vec![("hook", place.to_string())], of(place) as u64);
+    Family {
+        name: "rampart_foreign_programs",
+        help: "Programs and filters of others on the interface; they run after Rampart's.",
+        kind: Kind::Gauge,
+        samples: Place::ALL.into_iter().map(sample).collect(),
+    }
 }
 
 /// Absent until the tables have been verified once.
@@ -279,7 +292,7 @@ fn outcome(direction: u32, number: u8) -> Labels {
 fn guarded(watch: &mut guard::Watch) -> Vec<Family> {
     let mut families = Vec::new();
     if watch.is_wanted() {
-        let there = |place: &Place| {
+        let there = |place: &crate::kernel::guard::Place| {
             let hook = place.hook.map(|hook| hook.to_string()).unwrap_or_default();
             let labels = vec![("interface", place.interface.clone()), ("hook", hook)];
             (labels, u64::from(place.hook.is_some()))

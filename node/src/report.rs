@@ -28,6 +28,8 @@ pub struct Status {
     pub attachment: Option<String>,
     /// "on", "off", or why it is not there although it was asked for.
     pub early_drop: String,
+    /// On the interface, by hook and in the order in which they run.
+    pub programs: Vec<Program>,
     /// Of the tables in force; 0: no policy was ever loaded, and everything is denied.
     pub revision: u64,
     pub generation: u64,
@@ -70,6 +72,22 @@ pub struct GuardPlace {
     /// Datagrams to WireGuard's port that passed, and those that did not, by reason.
     pub passed: u64,
     pub dropped: BTreeMap<String, u64>,
+}
+
+/// A program on the interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Program {
+    /// "tc egress", "tc ingress" or "xdp".
+    pub hook: String,
+    /// From 1.
+    pub position: usize,
+    /// Absent: a filter that is no BPF program.
+    pub id: Option<u32>,
+    /// Absent: `noded` lacks CAP_SYS_ADMIN, or the program has none.
+    pub name: Option<String>,
+    /// Whether it is Rampart's.
+    pub ours: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -14,7 +14,7 @@ use super::{DENIED, DIFFERS, FAILED, UNREACHABLE, colour, fail};
 use crate::config::{self, Flags, Interface};
 use crate::control::{AskError, Request, ask};
 use crate::controller::now;
-use crate::report::{Answer, Entry, Explanation, Guard, Peer, PeerState, Policy, Question, Status, Verified};
+use crate::report::{Answer, Entry, Explanation, Guard, Peer, PeerState, Policy, Program, Question, Status, Verified};
 
 mod traffic;
 
@@ -205,6 +205,9 @@ fn status(status: &Status) -> String {
     line("addresses", list(&status.addresses));
     line("listen port", status.listen_port.to_string());
     line("public key", status.public_key.clone());
+    for program in status.programs.iter().filter(|program| !program.ours) {
+        line("also there", other_program(program));
+    }
     line("peers", status.peers.to_string());
     line("flow records", status.flow_records.to_string());
     if status.early_drop != "off" {
@@ -237,6 +240,15 @@ fn guard(guard: &Guard) -> Vec<String> {
         format!("{}: {hook}{ahead}; passed {}, dropped {dropped}{note}", place.interface, place.passed)
     });
     guard.error.iter().map(|error| loud(error, colour())).chain(places).collect()
+}
+
+fn other_program(program: &Program) -> String {
+    let Program { hook, position, id, name, ours: _ } = program;
+    match (name, id) {
+        (Some(name), Some(id)) => format!("`{name}` (id {id}) at {hook}, number {position}"),
+        (None, Some(id)) => format!("id {id} at {hook}, number {position}"),
+        (name, None) => format!("a filter ({}) at {hook}, number {position}", name.as_deref().unwrap_or("of no kind")),
+    }
 }
 
 /// What `status` and `policy show` begin with.

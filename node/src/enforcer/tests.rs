@@ -103,6 +103,22 @@ fn drift_is_repaired_and_counted_and_a_quiet_round_does_nothing() {
 }
 
 #[test]
+fn somebody_who_got_ahead_is_drift_of_a_kind_of_its_own() {
+    use crate::kernel::{Place, Program};
+    let mut node = Node::new();
+    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5, None));
+    let ahead = Program { place: Place::Ingress, position: 1, id: Some(7), name: Some("tap".to_owned()), ours: false };
+    let overtaken = |world: &mut World| {
+        let datapath = world.datapath.as_mut().unwrap();
+        (datapath.ingress, datapath.ahead) = (false, vec![ahead]);
+    };
+    overtaken(&mut node.kernel.world());
+    node.enforcer.round();
+    assert_eq!(node.enforcer.repairs, [("order", 1)].into());
+    assert!(node.kernel.world().datapath.as_ref().unwrap().ingress);
+}
+
+#[test]
 fn a_refused_step_is_reported_and_the_next_round_reports_that_it_is_done() {
     let mut node = Node::new();
     let network = fixture::network();

@@ -13,7 +13,7 @@ use policy::{Flow, Generation, PublicKey, Revision};
 use super::inspect::{Counters, Inspect, Probed};
 use super::{
     Attachment, Backend, Datapath, DatapathState, Device, DevicePeer, Early, KernelError, Link, LinkKind, LinkState,
-    PeerConfig, WireGuard,
+    PeerConfig, Program, WireGuard,
 };
 use crate::key::PrivateKey;
 use crate::lower::Tables;
@@ -41,6 +41,8 @@ pub struct World {
     pub counters: Counters,
     /// Records of flows, by both ends.
     pub flows: Vec<(IpAddr, IpAddr)>,
+    /// Programs on the interface, as they are told.
+    pub programs: Vec<Program>,
     /// Each change that was asked for, in order, failed ones too.
     pub steps: Vec<String>,
     /// What must never be: a link that is up without programs on both hooks.
@@ -67,6 +69,7 @@ impl FakeKernel {
             tables: None,
             counters: Counters::default(),
             flows: Vec::new(),
+            programs: Vec::new(),
             steps: Vec::new(),
             violations: Vec::new(),
             fail_at: None,
@@ -352,12 +355,14 @@ impl Datapath for FakeDatapath {
                 attachment: Attachment::Tcx,
                 egress: false,
                 ingress: false,
+                ahead: Vec::new(),
                 generation: Generation::default(),
                 revision: Revision::default(),
                 early: Early::Off,
             });
             datapath.egress = true;
             datapath.ingress = true;
+            datapath.ahead.clear();
             Ok(())
         })
     }
@@ -427,6 +432,10 @@ impl Inspect for FakeDatapath {
             ..FlowKey::default()
         };
         self.0.observe(|world| world.flows.iter().map(|ends| (key(ends), Record::default())).collect())
+    }
+
+    fn programs(&mut self) -> Result<Vec<Program>, KernelError> {
+        self.0.observe(|world| world.programs.clone())
     }
 
     fn reset_rules(&mut self, slots: &[u32]) -> Result<(), KernelError> {

@@ -6,7 +6,7 @@ use ebpf_common::counter::{Counter, PairKey};
 use ebpf_common::flow::{Flow as Record, FlowKey};
 use policy::Flow;
 
-use super::{Datapath, KernelError};
+use super::{Datapath, KernelError, Program};
 use crate::lower::Tables;
 
 /// Reads that change nothing of what is enforced.
@@ -22,6 +22,8 @@ pub trait Inspect: Datapath {
     fn flow_records(&mut self) -> Result<usize, KernelError>;
     /// Those records, in no order.
     fn list_flows(&mut self) -> Result<Vec<(FlowKey, Record)>, KernelError>;
+    /// Every program on the interface, by place and in the order in which they run.
+    fn programs(&mut self) -> Result<Vec<Program>, KernelError>;
     /// Sets the counters of these rule slots to zero.
     fn reset_rules(&mut self, slots: &[u32]) -> Result<(), KernelError>;
 }

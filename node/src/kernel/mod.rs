@@ -19,10 +19,12 @@ pub mod fake;
 pub mod guard;
 pub mod inspect;
 pub mod link;
+pub mod program;
 pub mod wireguard;
 
 pub use guard::Guard;
 pub use inspect::Inspect;
+pub use program::{Place, Program};
 
 /// Which WireGuard carries the packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,6 +144,8 @@ pub struct DatapathState {
     /// Whether our program is attached, and first, for egress and ingress.
     pub egress: bool,
     pub ingress: bool,
+    /// Others that run ahead of our program where it is attached and not first.
+    pub ahead: Vec<Program>,
     /// 0: no policy was ever loaded.
     pub generation: Generation,
     pub revision: Revision,

@@ -93,7 +93,7 @@ pub fn apply(kernel: &mut Kernel<'_>, key: &PrivateKey, tables: Option<&Tables>,
                 outcome.done.push(step);
             }
             Err(error) => {
-                if step == Step::AttachDatapath {
+                if matches!(step, Step::AttachDatapath | Step::Overtake(_)) {
                     // Nothing may pass a link without the datapath. (It may be down already, or gone.)
                     let _ = kernel.link.set_up(false);
                 }
@@ -115,7 +115,7 @@ fn take(
         Step::AddBarrier(prefix) => link.add_barrier(*prefix)?,
         Step::RemoveBarrier(prefix) => link.remove_barrier(*prefix)?,
         Step::CreateLink => wireguard.create()?,
-        Step::AttachDatapath => datapath.attach()?,
+        Step::AttachDatapath | Step::Overtake(_) => datapath.attach()?,
         Step::ServeWireGuard => wireguard.serve()?,
         Step::SetDevice { listen_port } => wireguard.set_device(key, *listen_port)?,
         Step::SetMtu(mtu) => link.set_mtu(*mtu)?,

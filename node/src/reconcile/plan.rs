@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use policy::{PublicKey, Revision};
 
 use super::holders::{self, Holders};
-use crate::kernel::{DatapathState, Device, DevicePeer, LinkKind, LinkState, PeerConfig};
+use crate::kernel::{DatapathState, Device, DevicePeer, LinkKind, LinkState, PeerConfig, Place, Program};
 
 /// What the interface should be while a policy is in force.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +52,8 @@ pub enum Step {
     AddBarrier(IpNet),
     CreateLink,
     AttachDatapath,
+    /// Ours goes ahead of these.
+    Overtake(Vec<Program>),
     RemovePeer(PublicKey),
     /// The peer with only those of its allowed-ips that it keeps.
     NarrowPeer(PeerConfig),
@@ -73,8 +75,8 @@ pub enum Step {
 
 impl Step {
     /// Every word of [`Step::kind`].
-    pub const KINDS: [&'static str; 10] =
-        ["link", "attachment", "process", "device", "mtu", "peer", "route", "address", "tables", "flows"];
+    pub const KINDS: [&'static str; 11] =
+        ["link", "attachment", "order", "process", "device", "mtu", "peer", "route", "address", "tables", "flows"];
 
     /// Whether this step, later in the same round, is not to be taken after `failed`.
     ///
@@ -83,7 +85,7 @@ impl Step {
     /// address whose flows are another's; and not around a prefix of a peer that could not be set.
     pub fn waits_for(&self, failed: &Self) -> bool {
         match failed {
-            Self::CreateLink | Self::AttachDatapath | Self::SwitchTables(_) => true,
+            Self::CreateLink | Self::AttachDatapath | Self::Overtake(_) | Self::SwitchTables(_) => true,
             Self::RemovePeer(_) | Self::NarrowPeer(_) | Self::ForgetFlows(_) => matches!(self, Self::SetPeer(_)),
             Self::ServeWireGuard => matches!(self, Self::SetDevice { .. } | Self::SetPeer(_)),
             Self::SetPeer(inner) => matches!(self, Self::SetPeer(outer) if is_around(outer, inner)),
@@ -104,6 +106,7 @@ impl Step {
         match self {
             Self::CreateLink | Self::SetUp => "link",
             Self::AttachDatapath => "attachment",
+            Self::Overtake(_) => "order",
             Self::ServeWireGuard => "process",
             Self::SetDevice { .. } => "device",
             Self::SetMtu(_) => "mtu",
@@ -123,6 +126,10 @@ impl fmt::Display for Step {
             Self::RemoveBarrier(prefix) => write!(f, "remove unreachable route {prefix}"),
             Self::CreateLink => f.write_str("create the link"),
             Self::AttachDatapath => f.write_str("attach the datapath"),
+            Self::Overtake(programs) => {
+                let programs: Vec<_> = programs.iter().map(Program::to_string).collect();
+                write!(f, "put the datapath ahead of {}", programs.join(" and "))
+            }
             Self::ServeWireGuard => f.write_str("serve the device"),
             Self::SetDevice { listen_port } => write!(f, "set the key and listen on port {listen_port}"),
             Self::SetMtu(mtu) => write!(f, "set the mtu to {mtu}"),
@@ -163,9 +170,7 @@ pub fn plan(desired: Option<&Desired>, observed: &Observed) -> Vec<Step> {
     if link_seen && observed.link.as_ref().is_none_or(|link| link.kind == LinkKind::Foreign) {
         steps.push(Step::CreateLink);
     }
-    if !observed.datapath.as_ref().is_some_and(|datapath| datapath.egress && datapath.ingress) {
-        steps.push(Step::AttachDatapath);
-    }
+    steps.extend(place(observed.datapath.as_ref()));
     let serve = (observed.device.is_none() && observed.unseen.is_none()).then_some(Step::ServeWireGuard);
     let Some(desired) = desired else {
         steps.extend(serve);
@@ -189,6 +194,21 @@ pub fn plan(desired: Option<&Desired>, observed: &Observed) -> Vec<Step> {
     steps.extend(peers.iter().flat_map(Peers::extend));
     if link_seen {
         add_routes(&mut steps, desired, observed.link.as_ref());
+    }
+    steps
+}
+
+/// The programs where they belong: first, at both hooks.
+fn place(datapath: Option<&DatapathState>) -> Vec<Step> {
+    let Some(DatapathState { egress, ingress, ahead, .. }) = datapath else { return vec![Step::AttachDatapath] };
+    let overtaken = |place| ahead.iter().any(|program| program.place == place);
+    let missing = |there: bool, place| !there && !overtaken(place);
+    let mut steps = Vec::new();
+    if missing(*egress, Place::Egress) || missing(*ingress, Place::Ingress) {
+        steps.push(Step::AttachDatapath);
+    }
+    if !ahead.is_empty() {
+        steps.push(Step::Overtake(ahead.clone()));
     }
     steps
 }

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 use node::kernel::datapath::Trace;
 use node::kernel::datapath::packet::Packet;
-use node::kernel::{Attachment, Datapath, DatapathState, Inspect};
+use node::kernel::{Attachment, Datapath, DatapathState, Inspect, Place};
 use policy::{Generation, Network};
 
 use super::network::{ENDS, allowing, flow, node, small};
@@ -139,6 +139,9 @@ pub fn is_first_again(lab: &mut Lab) {
             }
             let state = observe(lab);
             assert_eq!((state.egress, state.ingress), (direction != EGRESS, direction != INGRESS), "not first");
+            let ahead: Vec<_> = state.ahead.iter().map(|program| (program.place, program.position)).collect();
+            let place = if direction == EGRESS { Place::Egress } else { Place::Ingress };
+            assert_eq!(ahead, [(place, 1)], "who is ahead is told");
             lab.datapath.attach().expect("placed ahead");
             assert_in_force(lab, generation);
         }
@@ -152,6 +155,32 @@ pub fn is_first_again(lab: &mut Lab) {
         before + 1,
         "one program of ours is left, and those of others let it have its say"
     );
+}
+
+/// What others have on the interface is told: its place, its number, its id and its name.
+pub fn names_others(lab: &mut Lab) {
+    enforce(lab);
+    let programs = |lab: &mut Lab| lab.datapath.programs().expect("listed");
+    let ours = programs(lab);
+    assert!(ours.iter().all(|program| program.ours && program.position == 1), "{ours:?}");
+    assert_eq!(ours.iter().map(|program| program.place).collect::<Vec<_>>(), [Place::Egress, Place::Ingress]);
+    assert!(ours.iter().all(|program| program.name.as_deref() == Some("rampart")), "{ours:?}");
+    let index = if_nametoindex(INTERFACE).expect("the interface");
+    let _xdp = foreign::attach_xdp(index).expect("attached");
+    // A filter that is no program, and the same program as one.
+    lab.run("tc", &["qdisc", "replace", "dev", INTERFACE, "clsact"]);
+    lab.run("tc", &["filter", "add", "dev", INTERFACE, "egress", "protocol", "all", "pref", "9", "matchall"]);
+    let bytecode = ["bpf", "da", "bytecode", "1,6 0 0 4294967295"];
+    let add = ["filter", "add", "dev", INTERFACE, "ingress", "protocol", "all", "pref", "9"];
+    lab.run("tc", &[&add[..], &bytecode].concat());
+    let others: Vec<_> = programs(lab).into_iter().filter(|program| !program.ours).collect();
+    let told: Vec<_> = others.iter().map(|program| (program.place, program.position, program.id.is_some())).collect();
+    assert_eq!(told, [(Place::Egress, 2, false), (Place::Ingress, 2, false), (Place::Xdp, 1, true)], "{others:?}");
+    assert_eq!(others[0].name.as_deref(), Some("matchall"));
+    let state = observe(lab);
+    assert_eq!((state.egress, state.ingress, state.ahead), (true, true, Vec::new()), "none of them is drift");
+    lab.recreate_interface();
+    assert_eq!(programs(lab), []);
 }
 
 pub fn is_pinned_again(lab: &mut Lab) {

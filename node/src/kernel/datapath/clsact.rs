@@ -1,4 +1,5 @@
-//! Filters of the clsact qdisc, for kernels without TCX: which there are, and in which order.
+//! Filters of the clsact qdisc, for kernels without TCX: which there are, and in which order. And what else rtnetlink
+//! says of programs on an interface.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -22,6 +23,7 @@ pub(super) struct Filter {
     handle: u32,
     /// `None`: it is no BPF program.
     program: Option<u32>,
+    /// The program's, or the filter's kind.
     name: Vec<u8>,
 }
 
@@ -30,10 +32,15 @@ impl Filter {
         self.program
     }
 
+    /// The program's name, or the kind of a filter that is none.
+    pub(super) fn name(&self) -> String {
+        String::from_utf8_lossy(&self.name).into_owned()
+    }
+
     /// Its handle, if it is the owner's.
     fn of(&self, owner: &Owner) -> Option<TcHandle> {
         // The filter's name is the program's.
-        let ours = self.preference == PREFERENCE && self.name == owner.program.as_bytes();
+        let ours = self.preference == PREFERENCE && self.program.is_some() && self.name == owner.program.as_bytes();
         owner.handles.into_iter().find(|handle| ours && self.handle == u32::from(*handle))
     }
 }
@@ -90,25 +97,58 @@ const TCA_KIND: u16 = 1;
 const TCA_OPTIONS: u16 = 2;
 const TCA_BPF_NAME: u16 = 7;
 const TCA_BPF_ID: u16 = 11;
-/// Bytes of `nlmsghdr` and of `tcmsg`.
+const RTM_NEWLINK: u16 = 16;
+const RTM_GETLINK: u16 = 18;
+const IFLA_XDP: u16 = 43;
+const IFLA_XDP_DRV_PROG_ID: u16 = 5;
+const IFLA_XDP_SKB_PROG_ID: u16 = 6;
+const IFLA_XDP_HW_PROG_ID: u16 = 7;
+/// Bytes of `nlmsghdr`, of `tcmsg` and of `ifinfomsg`.
 const HEADER: usize = 16;
 const TC_MESSAGE: usize = 20;
+const LINK_MESSAGE: usize = 16;
 
 /// The filters of an interface in one direction. None where there is no clsact qdisc.
 pub(super) fn filters(index: u32, direction: u32) -> io::Result<Vec<Filter>> {
+    let parent = TC_H_CLSACT | if direction == EGRESS { TC_H_MIN_EGRESS } else { TC_H_MIN_INGRESS };
+    // Family, interface, handle, parent, info.
+    let body = [0u32, index, 0, parent, 0].map(u32::to_ne_bytes).concat();
+    match ask(RTM_GETTFILTER, libc::NLM_F_DUMP, &body) {
+        Ok(messages) => {
+            let of_kind = messages.iter().filter(|(kind, _)| *kind == RTM_NEWTFILTER);
+            Ok(of_kind.filter_map(|(_, body)| filter(body)).collect())
+        }
+        // The interface has no such qdisc.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Ids of the XDP programs of an interface: one for each mode at most, native first.
+pub(super) fn xdp_programs(index: u32) -> io::Result<Vec<u32>> {
+    // Family and kind, interface, flags, mask of changes.
+    let body = [0u32, index, 0, 0].map(u32::to_ne_bytes).concat();
+    let messages = ask(RTM_GETLINK, 0, &body)?;
+    let link = messages.iter().find(|(kind, _)| *kind == RTM_NEWLINK);
+    let xdp = link.and_then(|(_, body)| attribute(body.get(LINK_MESSAGE..)?, IFLA_XDP)).unwrap_or_default();
+    let of_mode = |mode| attribute(xdp, mode).and_then(|bytes| word(bytes, 0));
+    Ok([IFLA_XDP_DRV_PROG_ID, IFLA_XDP_SKB_PROG_ID, IFLA_XDP_HW_PROG_ID].into_iter().filter_map(of_mode).collect())
+}
+
+/// Asks rtnetlink; the answers' kinds and what follows their headers. Without `NLM_F_DUMP` there is one.
+fn ask(kind: u16, flags: libc::c_int, body: &[u8]) -> io::Result<Vec<(u16, Vec<u8>)>> {
     let socket: OwnedFd =
         socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?;
     bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
-    let parent = TC_H_CLSACT | if direction == EGRESS { TC_H_MIN_EGRESS } else { TC_H_MIN_INGRESS };
-    let mut request = Vec::with_capacity(HEADER + TC_MESSAGE);
-    request.extend(((HEADER + TC_MESSAGE) as u32).to_ne_bytes());
-    request.extend(RTM_GETTFILTER.to_ne_bytes());
-    request.extend(((libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16).to_ne_bytes());
+    let mut request = Vec::with_capacity(HEADER + body.len());
+    request.extend(((HEADER + body.len()) as u32).to_ne_bytes());
+    request.extend(kind.to_ne_bytes());
+    request.extend(((libc::NLM_F_REQUEST | flags) as u16).to_ne_bytes());
     request.extend([1u32, 0].map(u32::to_ne_bytes).concat()); // sequence, port
-    request.extend([0u32, index, 0, parent, 0].map(u32::to_ne_bytes).concat()); // family, interface, handle, parent, info
+    request.extend(body);
     send(socket.as_raw_fd(), &request, MsgFlags::empty())?;
 
-    let mut filters = Vec::new();
+    let mut messages = Vec::new();
     let mut buffer = vec![0u8; 64 * 1024];
     loop {
         let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
@@ -118,18 +158,16 @@ pub(super) fn filters(index: u32, direction: u32) -> io::Result<Vec<Filter>> {
         {
             let message = &rest[..size];
             match half(message, 4).map(i32::from) {
-                Some(libc::NLMSG_DONE) => return Ok(filters),
+                Some(libc::NLMSG_DONE) => return Ok(messages),
                 Some(libc::NLMSG_ERROR) => {
                     let code = word(message, HEADER).unwrap_or(0) as i32;
-                    // The interface has no such qdisc.
-                    return if code == -libc::EINVAL || code == -libc::ENOENT {
-                        Ok(Vec::new())
-                    } else {
-                        Err(io::Error::from_raw_os_error(-code))
-                    };
+                    return Err(io::Error::from_raw_os_error(-code));
                 }
-                Some(kind) if kind == i32::from(RTM_NEWTFILTER) => filters.extend(filter(&message[HEADER..])),
-                _ => {}
+                Some(kind) => messages.push((kind as u16, message[HEADER..].to_vec())),
+                None => {}
+            }
+            if flags & libc::NLM_F_DUMP == 0 && !messages.is_empty() {
+                return Ok(messages);
             }
             rest = rest.get(size.next_multiple_of(4)..).unwrap_or_default();
         }
@@ -148,11 +186,12 @@ fn filter(message: &[u8]) -> Option<Filter> {
     }
     let is_bpf = kind == b"bpf\0";
     let of_bpf = |wanted| attribute(options, wanted).filter(|_| is_bpf);
+    let name = if is_bpf { of_bpf(TCA_BPF_NAME).unwrap_or_default() } else { kind };
     Some(Filter {
         preference: (info >> 16) as u16,
         handle,
         program: of_bpf(TCA_BPF_ID).and_then(|bytes| word(bytes, 0)),
-        name: of_bpf(TCA_BPF_NAME).map(|name| name.strip_suffix(b"\0").unwrap_or(name).to_vec()).unwrap_or_default(),
+        name: name.strip_suffix(b"\0").unwrap_or(name).to_vec(),
     })
 }
 

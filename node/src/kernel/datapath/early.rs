@@ -65,6 +65,11 @@ impl EarlyDrop {
         !self.wanted || self.error.is_some() || self.is_there(pins)
     }
 
+    /// Id of the program that this process has attached.
+    pub(super) fn program(&self) -> Option<u32> {
+        self.loaded.as_ref().map(|loaded| loaded.id)
+    }
+
     pub(super) fn state(&self) -> Early {
         match (&self.error, self.wanted) {
             (_, false) => Early::Off,

@@ -13,8 +13,8 @@ use super::packet::Packet;
 use super::pin::Pins;
 use super::probe::Probe;
 use super::{EbpfDatapath, Running};
-use crate::kernel::KernelError;
 use crate::kernel::inspect::{Counters, Inspect, Probed};
+use crate::kernel::{KernelError, Program};
 use crate::lower::Tables;
 
 /// Reads the pinned tables beside whoever owns them, and changes nothing.
@@ -106,6 +106,10 @@ impl Inspect for EbpfDatapath {
 
     fn list_flows(&mut self) -> Result<Vec<(FlowKey, Record)>, KernelError> {
         self.flows()
+    }
+
+    fn programs(&mut self) -> Result<Vec<Program>, KernelError> {
+        self.list_programs()
     }
 
     fn reset_rules(&mut self, slots: &[u32]) -> Result<(), KernelError> {

@@ -23,6 +23,7 @@ mod fragments;
 mod guard;
 mod inspect;
 mod map;
+mod neighbours;
 pub mod packet;
 mod pin;
 mod probe;
@@ -328,7 +329,9 @@ impl Datapath for EbpfDatapath {
                 }
             }
         };
-        Ok(DatapathState { attachment, egress, ingress, generation, revision, early: self.early.state() })
+        // Whether somebody got ahead matters only where ours is not first.
+        let ahead = if egress && ingress { Vec::new() } else { self.ahead()? };
+        Ok(DatapathState { attachment, egress, ingress, ahead, generation, revision, early: self.early.state() })
     }
 
     fn switch(&mut self, tables: &Tables) -> Result<Generation, KernelError> {

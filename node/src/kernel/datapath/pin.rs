@@ -50,6 +50,12 @@ impl Pins {
         self.programs.join(name(direction))
     }
 
+    /// Whatever programs are pinned.
+    pub(super) fn all_programs(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(&self.programs).into_iter().flatten();
+        entries.filter_map(|entry| Some(entry.ok()?.path())).collect()
+    }
+
     pub(super) fn link(&self, direction: u32) -> PathBuf {
         self.links.join(name(direction))
     }

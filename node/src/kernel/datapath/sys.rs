@@ -13,6 +13,7 @@ use ebpf_common::EGRESS;
 const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_PROG_GET_FD_BY_ID: libc::c_int = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_PROG_QUERY: libc::c_int = 16;
 const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
@@ -240,6 +241,42 @@ fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     };
     bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
     Ok(info)
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ByIdAttributes {
+    id: u32,
+    next: u32,
+    flags: u32,
+}
+
+/// Opens a program by its id, which takes CAP_SYS_ADMIN.
+pub(super) fn program_by_id(id: u32) -> io::Result<OwnedFd> {
+    bpf(BPF_PROG_GET_FD_BY_ID, &mut ByIdAttributes { id, ..Default::default() }).map(new_fd)
+}
+
+/// The beginning of `bpf_prog_info`.
+#[repr(C)]
+#[derive(Default)]
+struct ProgramInfo {
+    kind: u32,
+    id: u32,
+    _rest: [u64; 7],
+    name: [u8; 16],
+}
+
+/// A program's id and name.
+pub(super) fn program(program: BorrowedFd<'_>) -> io::Result<(u32, String)> {
+    let mut info = ProgramInfo::default();
+    let mut attributes = InfoAttributes {
+        fd: program.as_raw_fd() as u32,
+        length: size_of::<ProgramInfo>() as u32,
+        info: &raw mut info as u64,
+    };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
+    let name = info.name.split(|byte| *byte == 0).next().unwrap_or_default();
+    Ok((info.id, String::from_utf8_lossy(name).into_owned()))
 }
 
 fn attach_type(direction: u32) -> u32 {

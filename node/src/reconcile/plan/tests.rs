@@ -78,6 +78,7 @@ fn settled(peers: &[(PublicKey, DevicePeer)]) -> Observed {
             attachment: Attachment::Tcx,
             egress: true,
             ingress: true,
+            ahead: Vec::new(),
             generation: Generation(3),
             revision: Revision(7),
             early: Early::Off,
@@ -330,5 +331,28 @@ fn a_peer_around_one_that_could_not_be_set_waits_for_it() {
         (Step::AddRoute("10.50.0.0/16".parse().unwrap()), false),
     ] {
         assert_eq!(step.waits_for(&inner), waits, "{step}");
+    }
+}
+
+#[test]
+fn who_got_ahead_is_named_and_what_is_missing_is_attached() {
+    let other = |place| Program { place, position: 1, id: Some(7), name: Some("tap".to_owned()), ours: false };
+    for (egress, ingress, ahead, expected) in [
+        (true, true, vec![], vec![]),
+        (false, true, vec![], vec!["attach the datapath"]),
+        (false, true, vec![Place::Egress], vec!["put the datapath ahead of `tap` (id 7) at tc egress, number 1"]),
+        (
+            false,
+            false,
+            vec![Place::Ingress],
+            vec!["attach the datapath", "put the datapath ahead of `tap` (id 7) at tc ingress, number 1"],
+        ),
+    ] {
+        let mut observed = settled(&[]);
+        let datapath = observed.datapath.as_mut().unwrap();
+        (datapath.egress, datapath.ingress) = (egress, ingress);
+        datapath.ahead = ahead.into_iter().map(other).collect();
+        let steps: Vec<_> = plan(None, &observed).iter().map(Step::to_string).collect();
+        assert_eq!(steps, expected);
     }
 }

@@ -1,0 +1,76 @@
+//! Who else has a program on the interface.
+
+use std::collections::BTreeSet;
+use std::os::fd::AsFd;
+
+use super::attach::Hook;
+use super::pin::{self, Pins};
+use super::{EbpfDatapath, clsact, sys};
+use crate::kernel::program::{Place, Program};
+use crate::kernel::{Attachment, KernelError};
+
+impl EbpfDatapath {
+    /// Every program on the interface, by place and in the order in which they run; none where there is no interface.
+    pub(super) fn list_programs(&self) -> Result<Vec<Program>, KernelError> {
+        let Ok(index) = self.index() else { return Ok(Vec::new()) };
+        let ours = self.own_programs()?;
+        let mut programs = Vec::new();
+        for (hook, place) in self.hooks(index).iter().zip([Place::Egress, Place::Ingress]) {
+            for (number, (id, name)) in listed(hook)?.into_iter().enumerate() {
+                let ours = id.is_some_and(|id| ours.contains(&id));
+                programs.push(Program { place, position: number + 1, id, name, ours });
+            }
+        }
+        let xdp = clsact::xdp_programs(index).map_err(|error| {
+            KernelError::with(format!("failed to ask for XDP programs on `{}`", self.interface), error)
+        })?;
+        for (number, id) in xdp.into_iter().enumerate() {
+            let (name, ours) = (name_of(id), ours.contains(&id));
+            programs.push(Program { place: Place::Xdp, position: number + 1, id: Some(id), name, ours });
+        }
+        Ok(programs)
+    }
+
+    /// Those that run ahead of ours in a direction where ours is, but not first.
+    pub(super) fn ahead(&self) -> Result<Vec<Program>, KernelError> {
+        let programs = self.list_programs()?;
+        let ours = |place| programs.iter().find(|program| program.place == place && program.ours);
+        let is_ahead = |program: &&Program| {
+            program.place != Place::Xdp && ours(program.place).is_some_and(|ours| program.position < ours.position)
+        };
+        Ok(programs.iter().filter(is_ahead).cloned().collect())
+    }
+
+    /// Ids of what this process or a former one has loaded and pinned.
+    fn own_programs(&self) -> Result<BTreeSet<u32>, KernelError> {
+        let running = self.running.iter().flat_map(|running| [running.egress.id, running.ingress.id]);
+        let mut ids: BTreeSet<u32> = running.chain(self.early.program()).collect();
+        let pins = Pins::new(&self.pin_root, &self.interface)?;
+        for pin in pins.all_programs() {
+            if let Ok(Some(fd)) = sys::object(&pin)
+                && let Ok((id, _)) = sys::program(fd.as_fd())
+            {
+                ids.insert(id);
+            }
+        }
+        Ok(ids)
+    }
+}
+
+/// TCX programs run ahead of clsact's filters.
+fn listed(hook: &Hook<'_>) -> Result<Vec<(Option<u32>, Option<String>)>, KernelError> {
+    let tcx = hook.programs(Attachment::Tcx)?.into_iter().map(|id| (id, id.and_then(name_of)));
+    let filters = clsact::filters(hook.index, hook.direction).map_err(|error| {
+        let (direction, interface) = (pin::name(hook.direction), hook.interface);
+        KernelError::with(format!("failed to ask which filters are at {direction} of `{interface}`"), error)
+    })?;
+    let named = |filter: &clsact::Filter| (filter.program(), Some(filter.name()).filter(|name| !name.is_empty()));
+    Ok(tcx.chain(filters.iter().map(named)).collect())
+}
+
+/// Asking by id takes CAP_SYS_ADMIN; without it there is no name. The program may be gone by now.
+fn name_of(id: u32) -> Option<String> {
+    let fd = sys::program_by_id(id).ok()?;
+    let (_, name) = sys::program(fd.as_fd()).ok()?;
+    Some(name).filter(|name| !name.is_empty())
+}
