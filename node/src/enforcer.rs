@@ -283,6 +283,10 @@ impl Enforcer {
         self.holders = holders::remembered(&self.holders, holders);
         self.intent = Some(Intent { slice, tables, generation: None, settled: false, fresh_endpoints, changed_holder });
         self.round();
+        if self.stale_counters {
+            // Another version's programs were in force, whose counters were only now taken over.
+            self.reset_stale_counters();
+        }
     }
 
     fn refuse(&mut self, revision: Revision, error: String) {

@@ -19,7 +19,7 @@ use policy::{Action, Flow, Generation, Network, Reason, Verdict, interpret};
 use tests::conformance::network::{ENDS, allowing, flow, node, small, with_rule};
 use tests::conformance::random::{Found, Sides, Until};
 use tests::conformance::{
-    DIRECTIONS, Judge, Lab, early, foreign, fragments, in_each_lab, in_lab, place, random, verifier,
+    DIRECTIONS, Judge, Lab, early, foreign, fragments, in_each_lab, in_lab, place, random, upgrade, verifier,
 };
 
 #[path = "conformance/fire.rs"]
@@ -520,6 +520,36 @@ fn programs_that_somebody_took_off_are_put_back() {
 #[test]
 fn programs_come_first_again_after_somebody_came_ahead() {
     in_each_lab(place::is_first_again);
+}
+
+#[test]
+fn programs_of_others_are_named() {
+    in_each_lab(place::names_others);
+}
+
+#[test]
+fn another_version_is_taken_over_and_every_packet_counted_once() {
+    in_each_lab(upgrade::is_exact);
+}
+
+#[test]
+fn counts_of_an_older_layout_survive() {
+    in_each_lab(upgrade::understands_an_older_layout);
+}
+
+#[test]
+fn an_unknown_layout_is_left_alone_until_the_new_version_enforces() {
+    in_each_lab(upgrade::leaves_the_unknown_alone);
+}
+
+#[test]
+fn nothing_passes_when_the_former_version_goes_before_there_is_a_policy() {
+    in_each_lab(upgrade::is_closed_without_a_former);
+}
+
+#[test]
+fn leaving_takes_other_versions_along() {
+    in_each_lab(upgrade::leaves_nothing);
 }
 
 #[test]

@@ -42,6 +42,10 @@ pub const LOSS_FRAGMENT: u32 = 5;
 /// Entries of LOSSES.
 pub const LOSSES: u32 = 6;
 
+/// Names of the losses by number, for other versions.
+pub const LOSS_NAMES: [&str; LOSSES as usize] =
+    ["pair", "flow", "event-limited", "event-full", "flow-quota", "fragment"];
+
 const _: () = assert!(size_of::<Counter>() == 24);
 const _: () = assert!(size_of::<PairKey>() == 12);
 

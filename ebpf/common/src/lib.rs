@@ -72,6 +72,11 @@ pub mod map {
     /// `Array<Bucket>`, `REASONS` entries: the rate limit of events.
     pub const EVENT_BUCKETS: &str = "EVENT_BUCKETS";
 
+    /// What the counters' maps hold, as text for other versions. No program reads it.
+    pub const LAYOUT: &str = "LAYOUT";
+    /// What former versions counted; added to the counters by whoever reads them. No program touches it.
+    pub const CARRIED: &str = "CARRIED";
+
     /// The tables of the policy: what a probe shares with the enforcing programs.
     pub const TABLES: [&str; 8] = [CONTROL, HEADER, BLOCKS, LEAVES, MATRIX, PAGES, PORTS, DECISIONS];
     /// What belongs to no copy of the tables and outlives every generation.

@@ -19,6 +19,7 @@ pub mod place;
 pub mod random;
 pub mod shrink;
 pub mod underlay;
+pub mod upgrade;
 pub mod verifier;
 
 use std::fs::File;
@@ -53,7 +54,8 @@ pub struct Lab {
     pub tun: File,
     pub slots: RuleSlots,
     attachment: Option<Attachment>,
-    revision: u64,
+    /// Of the last slice.
+    pub revision: u64,
     _folder: TempDir,
 }
 

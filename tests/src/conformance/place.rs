@@ -30,7 +30,7 @@ fn enforce(lab: &mut Lab) -> Generation {
     lab.generation()
 }
 
-fn observe(lab: &mut Lab) -> DatapathState {
+pub(super) fn observe(lab: &mut Lab) -> DatapathState {
     lab.datapath.observe().expect("observed")
 }
 
@@ -167,16 +167,16 @@ pub fn names_others(lab: &mut Lab) {
     assert!(ours.iter().all(|program| program.name.as_deref() == Some("rampart")), "{ours:?}");
     let index = if_nametoindex(INTERFACE).expect("the interface");
     let _xdp = foreign::attach_xdp(index).expect("attached");
-    // A filter that is no program, and the same program as one.
+    // Filters of the older kind of BPF have no id.
     lab.run("tc", &["qdisc", "replace", "dev", INTERFACE, "clsact"]);
-    lab.run("tc", &["filter", "add", "dev", INTERFACE, "egress", "protocol", "all", "pref", "9", "matchall"]);
-    let bytecode = ["bpf", "da", "bytecode", "1,6 0 0 4294967295"];
-    let add = ["filter", "add", "dev", INTERFACE, "ingress", "protocol", "all", "pref", "9"];
-    lab.run("tc", &[&add[..], &bytecode].concat());
+    for direction in DIRECTIONS {
+        let add = ["filter", "add", "dev", INTERFACE, name(direction), "protocol", "all", "pref", "9"];
+        lab.run("tc", &[&add[..], &["bpf", "da", "bytecode", "1,6 0 0 4294967295"]].concat());
+    }
     let others: Vec<_> = programs(lab).into_iter().filter(|program| !program.ours).collect();
     let told: Vec<_> = others.iter().map(|program| (program.place, program.position, program.id.is_some())).collect();
     assert_eq!(told, [(Place::Egress, 2, false), (Place::Ingress, 2, false), (Place::Xdp, 1, true)], "{others:?}");
-    assert_eq!(others[0].name.as_deref(), Some("matchall"));
+    assert_eq!(others[0].name.as_deref(), Some("bpf"), "its kind");
     let state = observe(lab);
     assert_eq!((state.egress, state.ingress, state.ahead), (true, true, Vec::new()), "none of them is drift");
     lab.recreate_interface();

@@ -1,6 +1,6 @@
 //! Where the programs hang: TCX, or clsact before 6.6. What differs between the two is here and in `clsact`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions, TcHandle};
@@ -83,15 +83,16 @@ impl Attached {
 
 impl Hook<'_> {
     /// Puts the program first, without a packet in between that neither it nor its predecessor sees. `method` is what
-    /// worked before; without one TCX is tried first.
+    /// worked before; without one TCX is tried first. `former` are pins of links that other versions left.
     pub(super) fn attach(
         &self,
         program: &mut SchedClassifier,
         pin: &Path,
+        former: &[PathBuf],
         method: &mut Option<Attachment>,
     ) -> Result<Attached, KernelError> {
         if method.is_none_or(|method| method == Attachment::Tcx) {
-            match self.attach_tcx(program, pin) {
+            match self.attach_tcx(program, pin, former) {
                 Ok(attached) => {
                     *method = Some(Attachment::Tcx);
                     return Ok(attached);
@@ -109,15 +110,27 @@ impl Hook<'_> {
         Ok(Attached::Clsact)
     }
 
-    fn attach_tcx(&self, program: &mut SchedClassifier, pin: &Path) -> Result<Attached, TcxError> {
+    fn attach_tcx(&self, program: &mut SchedClassifier, pin: &Path, former: &[PathBuf]) -> Result<Attached, TcxError> {
+        // One pointer in the kernel: every packet runs the old program or the new one.
         if let Some(link) = self.link_to_take_over(pin)? {
-            // One pointer in the kernel: every packet runs the old program or the new one.
             let id = program.attach_to_link(link)?;
             return held(FdLink::try_from(program.take_link(id)?)?);
         }
-        // Ahead of whatever is there, our former self included, which goes when its pin is replaced.
-        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-        let id = program.attach_with_options(self.interface, clsact::attach_type(self.direction), options)?;
+        let mut taken_over = None;
+        for pin in former {
+            if let Some(link) = self.link_to_take_over(pin)? {
+                taken_over = Some(program.attach_to_link(link)?);
+                break;
+            }
+        }
+        let id = match taken_over {
+            Some(id) => id,
+            None => {
+                // Ahead of whatever is there, our former self included, which goes when its pin is replaced.
+                let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+                program.attach_with_options(self.interface, clsact::attach_type(self.direction), options)?
+            }
+        };
         let link = FdLink::try_from(program.take_link(id)?)?;
         let mut pinned = None;
         pin::replace(pin, |path| link.pin(path).map(|link| pinned = Some(link)))?;

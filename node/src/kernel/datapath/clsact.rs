@@ -186,7 +186,7 @@ fn filter(message: &[u8]) -> Option<Filter> {
     }
     let is_bpf = kind == b"bpf\0";
     let of_bpf = |wanted| attribute(options, wanted).filter(|_| is_bpf);
-    let name = if is_bpf { of_bpf(TCA_BPF_NAME).unwrap_or_default() } else { kind };
+    let name = of_bpf(TCA_BPF_NAME).unwrap_or(kind);
     Some(Filter {
         preference: (info >> 16) as u16,
         handle,

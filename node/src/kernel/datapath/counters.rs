@@ -4,12 +4,15 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use aya::Pod;
-use aya::maps::{Map, MapData, PerCpuArray, PerCpuHashMap, PerCpuValues};
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use aya::util::nr_cpus;
 use ebpf_common::counter::{Counter, LOSSES, PairKey};
 use ebpf_common::{DIRECTIONS, map, reason};
 
+use super::carried::{Carried, Former, Key, Value};
+use super::description::Description;
 use super::map::open;
+use super::{pin, sys};
 use crate::kernel::KernelError;
 use crate::kernel::inspect::Counters;
 
@@ -19,6 +22,8 @@ pub(super) struct CounterMaps {
     rules: PerCpuArray<MapData, Counter>,
     pairs: PerCpuHashMap<MapData, PairKey, Counter>,
     losses: PerCpuArray<MapData, u64>,
+    /// Of former versions.
+    carried: Carried,
 }
 
 impl CounterMaps {
@@ -29,11 +34,41 @@ impl CounterMaps {
             rules: per_cpu(folder, map::RULE_COUNTERS)?,
             pairs: pairs.map_err(|error| KernelError::with("`PAIR_COUNTERS` is no hash map", error))?,
             losses: per_cpu(folder, map::LOSSES)?,
+            carried: read_carried(folder)?,
         })
     }
 
+    /// Adds what former versions counted, once for each. The new sum takes the old one's place at once.
+    pub(super) fn carry(&mut self, folder: &Path, former: &Former, described: &Description) -> Result<(), KernelError> {
+        if self.carried.has(former.version) {
+            return Ok(());
+        }
+        let mut carried = self.carried.clone();
+        carried
+            .add(former, described)
+            .map_err(|error| KernelError::with("the former counters make no sense", error))?;
+        let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
+            KernelError::with("failed to make the map of what former versions counted", error)
+        };
+        let entries = carried.entries().count() as u32;
+        let fd = sys::create_hash(size_of::<Key>() as u32, size_of::<Value>() as u32, entries)
+            .map_err(|error| failed(error.into()))?;
+        let data = MapData::from_fd(fd).map_err(|error| failed(error.into()))?;
+        let sums = HashMap::try_from(Map::HashMap(data));
+        let mut sums: HashMap<MapData, Key, Value> = sums.map_err(|error| failed(error.into()))?;
+        for (key, value) in carried.entries() {
+            sums.insert(key, value, 0).map_err(|error| failed(error.into()))?;
+        }
+        pin::replace(&folder.join(map::CARRIED), |path| sums.pin(path))?;
+        self.carried = carried;
+        Ok(())
+    }
+
     pub(super) fn read(&self, slots: impl IntoIterator<Item = u32>) -> Result<Counters, KernelError> {
-        let loss = |index| Ok(self.losses.get(&index, 0).map_err(failed)?.iter().sum());
+        let loss = |index| {
+            let own: u64 = self.losses.get(&index, 0).map_err(failed)?.iter().sum();
+            Ok(own.wrapping_add(self.carried.loss(index)))
+        };
         let of_rule = |slot| Ok((slot, self.rule(slot)?));
         Ok(Counters {
             reasons: self.reasons()?,
@@ -49,21 +84,29 @@ impl CounterMaps {
         every
             .map(|(direction, reason)| {
                 let index = direction * reason::COUNT + u32::from(reason);
-                Ok(((direction, reason), sum(&self.reasons.get(&index, 0).map_err(failed)?)))
+                let own = sum(&self.reasons.get(&index, 0).map_err(failed)?);
+                Ok(((direction, reason), plus(own, self.carried.reason(direction, reason))))
             })
             .collect()
     }
 
     pub(super) fn rule(&self, slot: u32) -> Result<Counter, KernelError> {
-        Ok(sum(&self.rules.get(&slot, 0).map_err(failed)?))
+        Ok(plus(sum(&self.rules.get(&slot, 0).map_err(failed)?), self.carried.rule(slot)))
     }
 
     fn pairs(&self) -> Result<BTreeMap<PairKey, Counter>, KernelError> {
-        self.pairs.iter().map(|entry| entry.map(|(key, values)| (key, sum(&values))).map_err(failed)).collect()
+        let mut pairs: BTreeMap<PairKey, Counter> = self.carried.pairs().collect();
+        for entry in self.pairs.iter() {
+            let (key, values) = entry.map_err(failed)?;
+            let pair = pairs.entry(key).or_default();
+            *pair = plus(*pair, sum(&values));
+        }
+        Ok(pairs)
     }
 
     /// Sets the counters of rule slots to zero.
-    pub(super) fn reset_rules(&mut self, slots: &[u32]) -> Result<(), KernelError> {
+    pub(super) fn reset_rules(&mut self, folder: &Path, slots: &[u32]) -> Result<(), KernelError> {
+        self.reset_carried(folder, slots)?;
         let cpus =
             nr_cpus().map_err(|(path, error)| KernelError::with(format!("failed to count CPUs in `{path}`"), error))?;
         for slot in slots {
@@ -75,6 +118,37 @@ impl CounterMaps {
         }
         Ok(())
     }
+
+    fn reset_carried(&mut self, folder: &Path, slots: &[u32]) -> Result<(), KernelError> {
+        let gone = self.carried.reset_rules(slots);
+        if gone.is_empty() {
+            return Ok(());
+        }
+        let mut sums = open_carried(folder)?;
+        for key in gone {
+            match sums.remove(&key) {
+                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(KernelError::with("failed to reset what a former version counted", error)),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What former versions counted.
+pub(super) fn read_carried(folder: &Path) -> Result<Carried, KernelError> {
+    let path = folder.join(map::CARRIED);
+    if !path.exists() {
+        return Ok(Carried::default());
+    }
+    let sums = open_carried(folder)?;
+    let entries: Result<_, _> = sums.iter().collect();
+    entries.map(Carried::new).map_err(failed)
+}
+
+fn open_carried(folder: &Path) -> Result<HashMap<MapData, Key, Value>, KernelError> {
+    HashMap::try_from(Map::HashMap(open(folder, map::CARRIED)?))
+        .map_err(|error| KernelError::with("`CARRIED` is no hash map of counts", error))
 }
 
 fn per_cpu<V: Pod>(folder: &Path, name: &str) -> Result<PerCpuArray<MapData, V>, KernelError> {
@@ -83,11 +157,15 @@ fn per_cpu<V: Pod>(folder: &Path, name: &str) -> Result<PerCpuArray<MapData, V>,
 }
 
 pub(super) fn sum(values: &PerCpuValues<Counter>) -> Counter {
-    values.iter().fold(Counter::default(), |sum, one| Counter {
-        packets: sum.packets.wrapping_add(one.packets),
-        bytes: sum.bytes.wrapping_add(one.bytes),
-        segments: sum.segments.wrapping_add(one.segments),
-    })
+    values.iter().fold(Counter::default(), |sum, one| plus(sum, *one))
+}
+
+fn plus(a: Counter, b: Counter) -> Counter {
+    Counter {
+        packets: a.packets.wrapping_add(b.packets),
+        bytes: a.bytes.wrapping_add(b.bytes),
+        segments: a.segments.wrapping_add(b.segments),
+    }
 }
 
 fn failed(error: aya::maps::MapError) -> KernelError {

@@ -15,6 +15,9 @@ use super::shares::Shares;
 use super::{map::open, sys};
 use crate::kernel::KernelError;
 
+/// Insert, never replace.
+const BPF_NOEXIST: u64 = 1;
+
 /// The pinned records.
 pub(super) struct Flows {
     map: MapData,
@@ -68,6 +71,20 @@ impl Flows {
         self.shares.clear()?;
         self.fragments.clear()?;
         Ok(removed)
+    }
+
+    /// Takes records over that were kept elsewhere, unless there is one of the flow. In no generation yet: whichever packet
+    /// comes first has them judged.
+    pub(super) fn adopt(&mut self, records: Vec<(FlowKey, Flow)>) -> Result<usize, KernelError> {
+        let mut adopted = 0;
+        for (key, flow) in records {
+            match self.records.insert(key, Flow { generation: 0, ..flow }, BPF_NOEXIST) {
+                Ok(()) => adopted += 1,
+                Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {}
+                Err(error) => return Err(KernelError::with("failed to take over a record of a flow", error)),
+            }
+        }
+        Ok(adopted)
     }
 
     fn remove(&mut self, wanted: impl Fn(&FlowKey, &Flow) -> bool) -> Result<usize, KernelError> {

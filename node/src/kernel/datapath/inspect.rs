@@ -113,6 +113,7 @@ impl Inspect for EbpfDatapath {
     }
 
     fn reset_rules(&mut self, slots: &[u32]) -> Result<(), KernelError> {
-        self.running()?.counters.reset_rules(slots)
+        let running = self.running()?;
+        running.counters.reset_rules(&running.pins.maps, slots)
     }
 }

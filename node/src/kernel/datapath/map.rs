@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
+use std::os::fd::AsFd;
+
 use aya::maps::{MapData, MapInfo, MapType};
+use aya::util::nr_cpus;
 use ebpf_common::counter::{Counter, LOSSES, PairKey};
 use ebpf_common::event::Bucket;
 use ebpf_common::flow::{Flow, FlowKey, Remote, TOTALS};
@@ -113,11 +116,37 @@ impl Layout {
     }
 }
 
+/// Whether a map is what this build has under a name.
+pub(super) fn is_like_ours(map: &MapData, name: &str) -> bool {
+    let layout = LAYOUTS.iter().find(|layout| layout.name == name);
+    layout.is_some_and(|layout| map.info().is_ok_and(|info| layout.describes(&info)))
+}
+
 /// Opens a pinned map.
 pub(super) fn open(folder: &Path, name: &str) -> Result<MapData, KernelError> {
     let path = folder.join(name);
     MapData::from_pin(&path)
         .map_err(|error| KernelError::with(format!("failed to open the pinned map `{}`", path.display()), error))
+}
+
+/// Everything in a pinned map, as bytes: keys, and the values of all CPUs. `None`: nothing is pinned there.
+pub(super) fn read_raw(path: &Path) -> Result<Option<Vec<(Vec<u8>, Vec<u8>)>>, KernelError> {
+    let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
+        KernelError::with(format!("failed to read the pinned map `{}`", path.display()), error)
+    };
+    let Some(fd) = sys::object(path).map_err(|error| failed(error.into()))? else { return Ok(None) };
+    let map = MapData::from_fd(fd).map_err(|error| failed(error.into()))?;
+    let info = map.info().map_err(|error| failed(error.into()))?;
+    let (key, value) = (info.key_size() as usize, info.value_size() as usize);
+    let value = match info.map_type() {
+        Ok(MapType::PerCpuArray | MapType::PerCpuHash) => {
+            let cpus = nr_cpus().map_err(|(path, error)| failed(format!("{path}: {error}").into()))?;
+            value.next_multiple_of(8) * cpus
+        }
+        Ok(MapType::Array | MapType::Hash) => value,
+        kind => return Err(failed(format!("it is a {kind:?}").into())),
+    };
+    sys::read_raw(map.fd().as_fd(), key, value).map(Some).map_err(|error| failed(error.into()))
 }
 
 /// Every map of the datapath, held so that pins which somebody removed can be put back.
@@ -126,13 +155,11 @@ pub(super) struct Held(Vec<(&'static str, MapData, u32)>);
 
 impl Held {
     pub(super) fn open(folder: &Path) -> Result<Self, KernelError> {
-        let held = LAYOUTS.iter().map(|layout| {
-            let map = open(folder, layout.name)?;
-            let id = map
-                .info()
-                .map_err(|error| KernelError::with(format!("failed to ask for `{}`", layout.name), error))?
-                .id();
-            Ok((layout.name, map, id))
+        let beside = [map::LAYOUT, map::CARRIED].into_iter().filter(|name| folder.join(name).exists());
+        let held = LAYOUTS.iter().map(|layout| layout.name).chain(beside).map(|name| {
+            let map = open(folder, name)?;
+            let id = map.info().map_err(|error| KernelError::with(format!("failed to ask for `{name}`"), error))?.id();
+            Ok((name, map, id))
         });
         held.collect::<Result<_, _>>().map(Self)
     }

@@ -9,16 +9,19 @@
 //! ```
 //!
 //! `attach` goes through: folders, maps (a new map is empty, and empty tables drop everything), programs, links, pins of
-//! the programs. Each step leaves what the next `attach` takes up, wherever it is killed. A running program is replaced by
+//! the programs. Another version's pins are taken over (`former`). Each step leaves what the next `attach` takes up, wherever it is killed. A running program is replaced by
 //! one call of the kernel, and both work on the same maps, so that no packet sees neither.
 
 mod attach;
+mod carried;
 mod clsact;
 mod copies;
 mod counters;
+mod description;
 mod early;
 mod events;
 mod flows;
+mod former;
 mod fragments;
 mod guard;
 mod inspect;
@@ -46,8 +49,10 @@ use policy::{Generation, Revision};
 use self::attach::{Attached, Hook, POLICY};
 use self::copies::Copies;
 use self::counters::CounterMaps;
+use self::description::Description;
 use self::early::EarlyDrop;
 use self::flows::Flows;
+use self::former::Formers;
 use self::map::Held;
 use self::pin::Pins;
 use self::program::{Instance, classifier};
@@ -72,6 +77,7 @@ pub struct EbpfDatapath {
     trace: Option<Box<dyn FnMut(Trace) + Send>>,
     early: EarlyDrop,
     running: Option<Running>,
+    staged: Option<Staged>,
     probe: Option<Probe>,
 }
 
@@ -85,6 +91,22 @@ struct Running {
     method: Attachment,
     egress: Loaded,
     ingress: Loaded,
+}
+
+/// What this process has loaded, and not attached yet.
+struct Prepared {
+    egress: Ebpf,
+    ingress: Ebpf,
+    copies: Copies,
+    counters: CounterMaps,
+    flows: Flows,
+}
+
+/// Ready to take the place of another version's programs as soon as there is a policy: until then that one's is in force.
+struct Staged {
+    pins: Pins,
+    former: Pins,
+    prepared: Prepared,
 }
 
 /// An instance of the program in its place.
@@ -114,6 +136,7 @@ impl EbpfDatapath {
             trace: None,
             early: EarlyDrop::default(),
             running: None,
+            staged: None,
             probe: None,
         }
     }
@@ -136,6 +159,12 @@ impl EbpfDatapath {
     }
 
     fn running(&mut self) -> Result<&mut Running, KernelError> {
+        if let Some(Staged { former, .. }) = &self.staged {
+            return Err(KernelError::new(format!(
+                "the policy in force is that of a `noded` with version {} of the tables, until this one has a policy",
+                former.version
+            )));
+        }
         let interface = &self.interface;
         self.running
             .as_mut()
@@ -149,67 +178,91 @@ impl EbpfDatapath {
         })
     }
 
-    /// Loads both programs and puts them in place.
-    fn attach_anew(&mut self, pins: Pins, index: u32) -> Result<(), KernelError> {
+    /// Loads both programs and puts them in place. If another version's are there, only when there is a policy, unless
+    /// `at_once`.
+    fn attach_anew(&mut self, pins: Pins, index: u32, at_once: bool) -> Result<(), KernelError> {
         pins.create()?;
         let complete = map::check_layouts(&pins.maps)?;
         probe::clean(&pins.top)
             .map_err(|error| KernelError::with(format!("failed to clean up in `{}`", pins.top.display()), error))?;
-        // Programs that run already go on while the new ones are loaded.
-        let egress = self.load(EGRESS, &pins)?;
-        let ingress = self.load(INGRESS, &pins)?;
         if self.running.is_some() {
-            self.replace(egress, ingress, index)?;
-        } else {
-            self.running = Some(self.begin(egress, ingress, index, pins, complete)?);
+            return self.replace(index);
         }
-        if let Some(running) = &self.running {
-            self.early.keep(&running.pins, index)?;
-        }
-        self.probe = None;
-        Ok(())
-    }
-
-    /// Puts the programs in the place of this process's own. Those are let go one by one, each when its successor is in
-    /// place: they may be held by nothing but this process.
-    fn replace(&mut self, egress: Ebpf, ingress: Ebpf, index: u32) -> Result<(), KernelError> {
-        let Some(running) = &mut self.running else { return Ok(()) };
-        let Running { pins, egress: our_egress, ingress: our_ingress, .. } = running;
-        let mut method = self.forced.or(Some(running.method));
-        for (ebpf, direction, ours) in [(egress, EGRESS, our_egress), (ingress, INGRESS, our_ingress)] {
-            let hook = Hook { interface: &self.interface, index, direction, owner: &POLICY };
-            *ours = place(ebpf, &hook, pins, &mut method)?;
-            ours.pin(pins, direction)?;
-            hook.detach(&pins.link(direction), method)?;
-        }
-        Ok(())
-    }
-
-    /// Puts the programs in place over what other processes left, if anything.
-    fn begin(
-        &self,
-        egress: Ebpf,
-        ingress: Ebpf,
-        index: u32,
-        pins: Pins,
-        complete: bool,
-    ) -> Result<Running, KernelError> {
-        let maps = Held::open(&pins.maps)?;
-        let counters = CounterMaps::open(&pins.maps)?;
-        let mut flows = Flows::open(&pins.maps)?;
-        let mut copies = Copies::open(&pins.maps)?;
-        let mut method = self.forced;
-        let [egress_hook, ingress_hook] = self.hooks(index);
+        let mut prepared = self.prepare(&pins)?;
         // A table that was lost is empty now, and contradicts the others. Maps without programs are of a former
         // interface, or of a namespace that had this one's number.
-        let anew = !complete || !is_enforced(&[egress_hook, ingress_hook], &pins)?;
+        let anew = !complete || !is_enforced(&self.hooks(index), &pins)?;
         if anew {
-            copies.close()?;
-            flows.clear()?;
+            prepared.copies.close()?;
+            prepared.flows.clear()?;
+            let formers = Formers::find(&self.pin_root, &self.interface)?;
+            if let Some(former) = formers.in_force(&self.hooks(index))?.filter(|_| !at_once) {
+                let version = former.version;
+                tracing::info!(
+                    version,
+                    "the policy of another version of the tables stays in force until there is one"
+                );
+                self.staged = Some(Staged { pins, former: former.clone(), prepared });
+                return Ok(());
+            }
         }
-        let mut egress = place(egress, &egress_hook, &pins, &mut method)?;
+        self.go_in_place(pins, index, prepared, anew)
+    }
+
+    /// Programs that run already go on while the new ones are loaded.
+    fn prepare(&mut self, pins: &Pins) -> Result<Prepared, KernelError> {
+        let egress = self.load(EGRESS, pins)?;
+        let ingress = self.load(INGRESS, pins)?;
+        Description::pin(pins)?;
+        Ok(Prepared {
+            egress,
+            ingress,
+            copies: Copies::open(&pins.maps)?,
+            counters: CounterMaps::open(&pins.maps)?,
+            flows: Flows::open(&pins.maps)?,
+        })
+    }
+
+    /// Puts new programs in the place of this process's own. Those are let go one by one, each when its successor is in
+    /// place: they may be held by nothing but this process.
+    fn replace(&mut self, index: u32) -> Result<(), KernelError> {
+        let Some(mut running) = self.running.take() else { return Ok(()) };
+        let replaced = self.replace_in(&mut running, index);
+        self.running = Some(running);
+        self.probe = None;
+        replaced
+    }
+
+    fn replace_in(&mut self, running: &mut Running, index: u32) -> Result<(), KernelError> {
+        let egress = self.load(EGRESS, &running.pins)?;
+        let ingress = self.load(INGRESS, &running.pins)?;
+        Description::pin(&running.pins)?;
+        let formers = Formers::find(&self.pin_root, &self.interface)?;
+        let Running { pins, egress: our_egress, ingress: our_ingress, .. } = running;
+        let mut method = self.forced.or(Some(running.method));
+        for (ebpf, hook, ours) in [egress, ingress]
+            .into_iter()
+            .zip(self.hooks(index))
+            .zip([our_egress, our_ingress])
+            .map(|((a, b), c)| (a, b, c))
+        {
+            *ours = place(ebpf, &hook, pins, &formers, &mut method)?;
+            ours.pin(pins, hook.direction)?;
+            hook.detach(&pins.link(hook.direction), method)?;
+        }
+        self.early.keep(pins, index)
+    }
+
+    /// Attaches what was prepared over what other processes left, if anything. With `anew` the tables were emptied just
+    /// before.
+    fn go_in_place(&mut self, pins: Pins, index: u32, prepared: Prepared, anew: bool) -> Result<(), KernelError> {
+        let Prepared { egress, ingress, mut copies, mut counters, mut flows } = prepared;
+        let mut method = self.forced;
+        let formers = Formers::find(&self.pin_root, &self.interface)?;
+        let [egress_hook, ingress_hook] = self.hooks(index);
+        let mut egress = place(egress, &egress_hook, &pins, &formers, &mut method)?;
         egress.pin(&pins, EGRESS)?;
-        let mut ingress = place(ingress, &ingress_hook, &pins, &mut method)?;
+        let mut ingress = place(ingress, &ingress_hook, &pins, &formers, &mut method)?;
         ingress.pin(&pins, INGRESS)?;
         for hook in [egress_hook, ingress_hook] {
             hook.detach(&pins.link(hook.direction), method)?;
@@ -219,8 +272,38 @@ impl EbpfDatapath {
             copies.settle()?;
             flows.clear()?;
         }
+        if !formers.is_empty() {
+            // Until no packet is counted by the former programs any more.
+            sys::wait_for_readers()
+                .map_err(|error| KernelError::with("failed to wait for an RCU grace period", error))?;
+            formers.succeed(&pins, &mut counters, (!anew).then_some(&mut flows));
+        }
         let method = method.unwrap_or(Attachment::Tcx);
-        Ok(Running { pins, maps, copies, counters, flows, method, egress, ingress })
+        let maps = Held::open(&pins.maps)?;
+        self.early.keep(&pins, index)?;
+        self.running = Some(Running { pins, maps, copies, counters, flows, method, egress, ingress });
+        self.probe = None;
+        Ok(())
+    }
+
+    /// Puts the first policy in force over that of another version: the tables are filled before any packet sees them.
+    fn take_over(&mut self, mut staged: Staged, tables: &Tables) -> Result<Generation, KernelError> {
+        let index = self.index()?;
+        let switched = staged.prepared.copies.switch(tables);
+        let adopted = switched
+            .and_then(|generation| former::adopt_flows(&staged.former, &mut staged.prepared.flows).map(|_| generation));
+        match adopted {
+            Ok(generation) => {
+                let Staged { pins, former: _, prepared } = staged;
+                self.go_in_place(pins, index, prepared, false)?;
+                Ok(generation)
+            }
+            Err(error) => {
+                // Nothing was touched that enforces.
+                self.staged = Some(staged);
+                Err(error)
+            }
+        }
     }
 
     fn load(&mut self, direction: u32, pins: &Pins) -> Result<Ebpf, KernelError> {
@@ -241,6 +324,9 @@ impl EbpfDatapath {
     fn in_place(&self) -> Result<[bool; 2], KernelError> {
         let Ok(index) = self.index() else { return Ok([false; 2]) };
         let hooks = self.hooks(index);
+        if let Some(staged) = &self.staged {
+            return former::in_place(&staged.former, &hooks);
+        }
         let Some(running) = &self.running else {
             let pins = Pins::new(&self.pin_root, &self.interface)?;
             return Ok([is_pinned_first(&hooks[0], &pins)?, is_pinned_first(&hooks[1], &pins)?]);
@@ -258,9 +344,16 @@ impl EbpfDatapath {
 }
 
 /// Attaches a loaded program.
-fn place(mut ebpf: Ebpf, hook: &Hook<'_>, pins: &Pins, method: &mut Option<Attachment>) -> Result<Loaded, KernelError> {
+fn place(
+    mut ebpf: Ebpf,
+    hook: &Hook<'_>,
+    pins: &Pins,
+    formers: &Formers,
+    method: &mut Option<Attachment>,
+) -> Result<Loaded, KernelError> {
     let id = program::id(&mut ebpf)?;
-    let attached = hook.attach(classifier(&mut ebpf)?, &pins.link(hook.direction), method)?;
+    let program = classifier(&mut ebpf)?;
+    let attached = hook.attach(program, &pins.link(hook.direction), &formers.links(hook.direction), method)?;
     Ok(Loaded { ebpf, id, attached })
 }
 
@@ -309,7 +402,13 @@ impl Datapath for EbpfDatapath {
                 return Ok(());
             }
         }
-        self.attach_anew(pins, index)
+        // Whatever breaks while another version enforces: nothing passes that nobody judges.
+        let at_once = match &self.staged {
+            Some(_) if self.in_place()? == [true; 2] => return Ok(()),
+            staged => staged.is_some(),
+        };
+        self.staged = None;
+        self.attach_anew(pins, index, at_once)
     }
 
     fn observe(&mut self) -> Result<DatapathState, KernelError> {
@@ -318,9 +417,10 @@ impl Datapath for EbpfDatapath {
             Some(running) => running.method,
             None => self.forced.unwrap_or(Attachment::Tcx),
         };
-        let (generation, revision) = match &self.running {
-            Some(running) => running.copies.in_force()?,
-            None => {
+        let (generation, revision) = match (&self.running, &self.staged) {
+            (Some(running), _) => running.copies.in_force()?,
+            (None, Some(staged)) => former::in_force(&staged.former),
+            (None, None) => {
                 let pins = Pins::new(&self.pin_root, &self.interface)?;
                 if !pins.map(ebpf_common::map::CONTROL).exists() || !pins.map(ebpf_common::map::DECISIONS).exists() {
                     (Generation(0), Revision(0))
@@ -335,7 +435,10 @@ impl Datapath for EbpfDatapath {
     }
 
     fn switch(&mut self, tables: &Tables) -> Result<Generation, KernelError> {
-        self.running()?.copies.switch(tables)
+        match self.staged.take() {
+            Some(staged) => self.take_over(staged, tables),
+            None => self.running()?.copies.switch(tables),
+        }
     }
 
     fn settle(&mut self) -> Result<(), KernelError> {
@@ -359,6 +462,7 @@ impl Datapath for EbpfDatapath {
         self.probe = None;
         self.running = None;
         self.early.remove(&pins)?;
+        self.staged = None;
         for direction in [EGRESS, INGRESS] {
             match self.index() {
                 Ok(index) => Hook { interface: &self.interface, index, direction, owner: &POLICY }
@@ -366,6 +470,7 @@ impl Datapath for EbpfDatapath {
                 Err(_) => pin::remove_file(&pins.link(direction))?,
             }
         }
+        Formers::find(&self.pin_root, &self.interface)?.remove()?;
         pins.remove()
     }
 }

@@ -18,6 +18,8 @@ pub const DEFAULT_ROOT: &str = "/sys/fs/bpf";
 #[derive(Clone, Debug)]
 pub(super) struct Pins {
     root: PathBuf,
+    /// Of the ABI.
+    pub(super) version: u32,
     pub(super) top: PathBuf,
     pub(super) maps: PathBuf,
     programs: PathBuf,
@@ -27,14 +29,31 @@ pub(super) struct Pins {
 impl Pins {
     /// For the network namespace of the calling thread.
     pub(super) fn new(root: &Path, interface: &str) -> Result<Self, KernelError> {
+        Self::of_version(ABI_VERSION, root, interface)
+    }
+
+    /// Those of other versions that are there, the newest first.
+    pub(super) fn others(root: &Path, interface: &str) -> Result<Vec<Self>, KernelError> {
+        let entries = fs::read_dir(root.join("rampart")).into_iter().flatten();
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let mut versions: Vec<u32> = names.filter_map(|name| version(&name)).collect();
+        versions.sort_unstable_by(|a, b| b.cmp(a));
+        let all = versions.into_iter().map(|version| Self::of_version(version, root, interface));
+        let mut all = all.collect::<Result<Vec<_>, _>>()?;
+        all.retain(|pins| pins.top.exists());
+        Ok(all)
+    }
+
+    fn of_version(version: u32, root: &Path, interface: &str) -> Result<Self, KernelError> {
         let namespace = fs::metadata("/proc/thread-self/ns/net")
             .map_err(|error| KernelError::with("failed to tell the network namespace: is `/proc` mounted?", error))?
             .ino();
         // bpffs reserves dots. No interface has a colon in its name.
         let interface = interface.replace('.', ":");
-        let top = root.join("rampart").join(format!("v{ABI_VERSION}")).join(format!("net-{namespace}")).join(interface);
+        let top = root.join("rampart").join(format!("v{version}")).join(format!("net-{namespace}")).join(interface);
         Ok(Self {
             root: root.to_owned(),
+            version,
             maps: top.join("maps"),
             programs: top.join("programs"),
             links: top.join("links"),
@@ -111,6 +130,11 @@ impl Pins {
     }
 }
 
+/// The version whose folder has this name, if it is another than ours.
+fn version(folder: &str) -> Option<u32> {
+    folder.strip_prefix('v')?.parse().ok().filter(|version| *version != ABI_VERSION)
+}
+
 /// Pins under a name that is not looked at, then gives it the name that is, replacing what had it. Whoever is killed in
 /// between leaves a file that the next call removes.
 pub(super) fn replace<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
@@ -152,6 +176,12 @@ pub(super) fn name(direction: u32) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn folders_of_other_versions_are_told_apart() {
+        assert_eq!(version(&format!("v{}", ABI_VERSION + 1)), Some(ABI_VERSION + 1));
+        assert_eq!([version(&format!("v{ABI_VERSION}")), version("vx"), version("net-1"), version("v")], [None; 4]);
+    }
 
     #[test]
     fn a_root_that_is_no_bpffs_is_refused_with_the_remedy() {

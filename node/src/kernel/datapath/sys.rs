@@ -19,6 +19,7 @@ const BPF_PROG_QUERY: libc::c_int = 16;
 const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
 
+const BPF_MAP_TYPE_HASH: u32 = 1;
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_MAP_TYPE_ARRAY_OF_MAPS: u32 = 12;
 const BPF_TCX_INGRESS: u32 = 46;
@@ -148,6 +149,57 @@ pub(super) fn read_hash<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(
         }
         (cursor, started) = (next, true);
     }
+}
+
+/// Everything in a map, as bytes: a key and the values of every CPU that it has, `value_size` bytes in all.
+pub(super) fn read_raw(map: BorrowedFd<'_>, key_size: usize, value_size: usize) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    let mut chunk = 1_024usize;
+    let mut all = Vec::new();
+    // An index, the number of a bucket: never more than 8 bytes in the kinds of maps that there are here.
+    let mut cursor = 0u64;
+    let mut started = false;
+    loop {
+        let (mut keys, mut values) = (vec![0u8; chunk * key_size], vec![0u8; chunk * value_size]);
+        let mut next = 0u64;
+        let mut attributes = BatchAttributes {
+            in_batch: if started { &raw mut cursor as u64 } else { 0 },
+            out_batch: &raw mut next as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: chunk as u32,
+            map_fd: map.as_raw_fd() as u32,
+            ..Default::default()
+        };
+        let end = match bpf(BPF_MAP_LOOKUP_BATCH, &mut attributes) {
+            Ok(_) if attributes.count == 0 => return Err(io::Error::other("the kernel read none of the entries")),
+            Ok(_) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) && chunk < 1 << 20 => {
+                chunk *= 2;
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        let entries = keys.chunks_exact(key_size).zip(values.chunks_exact(value_size));
+        all.extend(entries.take(attributes.count as usize).map(|(key, value)| (key.to_vec(), value.to_vec())));
+        if end {
+            return Ok(all);
+        }
+        (cursor, started) = (next, true);
+    }
+}
+
+/// Makes an array.
+pub(super) fn create_array(value_size: u32, entries: u32) -> io::Result<OwnedFd> {
+    let mut array =
+        CreateAttributes { kind: BPF_MAP_TYPE_ARRAY, key_size: 4, value_size, entries, ..Default::default() };
+    bpf(BPF_MAP_CREATE, &mut array).map(new_fd)
+}
+
+/// Makes a hash map.
+pub(super) fn create_hash(key_size: u32, value_size: u32, entries: u32) -> io::Result<OwnedFd> {
+    let mut hash = CreateAttributes { kind: BPF_MAP_TYPE_HASH, key_size, value_size, entries, ..Default::default() };
+    bpf(BPF_MAP_CREATE, &mut hash).map(new_fd)
 }
 
 #[repr(C)]
@@ -363,9 +415,7 @@ struct ElementAttributes {
 }
 
 fn replace_inner_map() -> io::Result<()> {
-    let mut inner =
-        CreateAttributes { kind: BPF_MAP_TYPE_ARRAY, key_size: 4, value_size: 4, entries: 1, ..Default::default() };
-    let inner = new_fd(bpf(BPF_MAP_CREATE, &mut inner)?);
+    let inner = create_array(4, 1)?;
     let mut outer = CreateAttributes {
         kind: BPF_MAP_TYPE_ARRAY_OF_MAPS,
         key_size: 4,

@@ -196,7 +196,7 @@ impl EbpfGuard {
         }
         let mut ebpf = load(Program::Tc)?;
         let mut method = self.forced;
-        let attached = hook.attach(load::classifier(&mut ebpf)?, &tcx_pin(&at), &mut method)?;
+        let attached = hook.attach(load::classifier(&mut ebpf)?, &tcx_pin(&at), &[], &mut method)?;
         let method = method.unwrap_or(Attachment::Tcx);
         hook.detach(&tcx_pin(&at), Some(method))?;
         pin::remove_file(&xdp_pin(&at))?;

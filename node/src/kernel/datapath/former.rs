@@ -1,0 +1,131 @@
+//! What another version of `noded` left pinned for the same interface. Its tables mean nothing to this one; its programs
+//! enforce them until this one's tables are filled, and its counts are taken over by name.
+
+use std::path::{Path, PathBuf};
+
+use ebpf_common::{EGRESS, INGRESS, map};
+use policy::{Generation, Revision};
+
+use super::attach::Hook;
+use super::carried::Former;
+use super::counters::{CounterMaps, read_carried};
+use super::description::Description;
+use super::flows::Flows;
+use super::map::{open, read_raw};
+use super::pin::{self, Pins};
+use super::{is_enforced, is_pinned_first};
+use crate::kernel::KernelError;
+use crate::reconcile::apply::chain;
+
+/// The other versions of an interface, the newest first.
+#[derive(Debug, Default)]
+pub(super) struct Formers(Vec<Pins>);
+
+impl Formers {
+    pub(super) fn find(root: &Path, interface: &str) -> Result<Self, KernelError> {
+        Pins::others(root, interface).map(Self)
+    }
+
+    /// The one whose programs are attached, in whichever direction.
+    pub(super) fn in_force(&self, hooks: &[Hook<'_>; 2]) -> Result<Option<&Pins>, KernelError> {
+        for pins in &self.0 {
+            if is_enforced(hooks, pins)? {
+                return Ok(Some(pins));
+            }
+        }
+        Ok(None)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Links that our program may take over.
+    pub(super) fn links(&self, direction: u32) -> Vec<PathBuf> {
+        self.0.iter().map(|pins| pins.link(direction)).collect()
+    }
+
+    /// Takes over what can be understood of the counts, and removes the pins, now that this version enforces. What fails
+    /// is said, and does not stop enforcement.
+    pub(super) fn succeed(&self, own: &Pins, counters: &mut CounterMaps, mut flows: Option<&mut Flows>) {
+        for pins in &self.0 {
+            let version = pins.version;
+            // Those that were opened since the first were taken over.
+            if let Some(Err(error)) = flows.as_deref_mut().map(|flows| adopt_flows(pins, flows)) {
+                tracing::warn!(version, error = chain(&error), "records of flows cannot be taken over");
+            }
+            match carry(pins, own, counters) {
+                Ok(true) => tracing::info!(version, "counters of a former version of the tables taken over"),
+                Ok(false) => tracing::warn!(
+                    version,
+                    "counters of a former version of the tables are in a layout that is not known, and begin anew"
+                ),
+                Err(error) => tracing::warn!(
+                    version,
+                    error = chain(&error),
+                    "counters of a former version of the tables cannot be taken over, and begin anew"
+                ),
+            }
+        }
+        if let Err(error) = self.remove() {
+            tracing::warn!(error = chain(&error), "pins of a former version of the tables stay");
+        }
+    }
+
+    /// Unpins everything. Links that were not taken over take their programs with them.
+    pub(super) fn remove(&self) -> Result<(), KernelError> {
+        for pins in &self.0 {
+            for direction in [EGRESS, INGRESS] {
+                pin::remove_file(&pins.link(direction))?;
+            }
+            pins.remove()?;
+        }
+        Ok(())
+    }
+}
+
+/// `false`: nobody knows how that version counts.
+fn carry(pins: &Pins, own: &Pins, counters: &mut CounterMaps) -> Result<bool, KernelError> {
+    let Some(described) = Description::read(pins)? else { return Ok(false) };
+    let raw = |name| Ok::<_, KernelError>(read_raw(&pins.map(name))?.unwrap_or_default());
+    let former = Former {
+        version: pins.version,
+        reasons: raw(map::REASON_COUNTERS)?,
+        rules: raw(map::RULE_COUNTERS)?,
+        pairs: raw(map::PAIR_COUNTERS)?,
+        losses: raw(map::LOSSES)?,
+        carried: read_carried(&pins.maps)?,
+    };
+    counters.carry(&own.maps, &former, &described)?;
+    Ok(true)
+}
+
+/// Whether that version's programs are in place and first: egress, ingress.
+pub(super) fn in_place(pins: &Pins, hooks: &[Hook<'_>; 2]) -> Result<[bool; 2], KernelError> {
+    Ok([is_pinned_first(&hooks[0], pins)?, is_pinned_first(&hooks[1], pins)?])
+}
+
+/// What that version enforces. Its generations are not ours: 1 stands for any, and revision 0 for one that is not known.
+pub(super) fn in_force(pins: &Pins) -> (Generation, Revision) {
+    (Generation(1), Revision(revision(pins).unwrap_or(0)))
+}
+
+fn revision(pins: &Pins) -> Option<u64> {
+    Description::read(pins).ok()??;
+    let control = read_raw(&pins.map(map::CONTROL)).ok()??;
+    let active = u32::from_ne_bytes(control.first()?.1.get(..4)?.try_into().ok()?) & 1;
+    let headers = read_raw(&pins.map(map::HEADER)).ok()??;
+    let (_, header) = headers.into_iter().find(|(key, _)| *key == active.to_ne_bytes())?;
+    Some(u64::from_ne_bytes(header.get(..8)?.try_into().ok()?))
+}
+
+/// Copies the records that our programs have not got, if they are laid out as ours are. They are judged anew before they
+/// let anything pass. Returns how many.
+pub(super) fn adopt_flows(pins: &Pins, flows: &mut Flows) -> Result<usize, KernelError> {
+    let same = Description::read(pins)?.is_some_and(|described| described.flow == ebpf_common::flow::LAYOUT);
+    if !same || !pins.map(map::FLOWS).exists() || !super::map::is_like_ours(&open(&pins.maps, map::FLOWS)?, map::FLOWS)
+    {
+        return Ok(0);
+    }
+    flows.adopt(Flows::open(&pins.maps)?.list()?)
+}

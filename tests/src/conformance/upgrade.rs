@@ -1,0 +1,245 @@
+//! One version of the tables follows another: no packet is lost, none is counted twice, and what was counted stays.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use aya::maps::{Array, Map, MapData};
+use ebpf_common::counter::{Counter, LOSS_FLOW};
+use ebpf_common::{ABI_VERSION, EGRESS, INGRESS, reason};
+use node::kernel::datapath::packet::Packet;
+use node::kernel::{Attachment, Datapath, Inspect};
+use policy::{Generation, Network, Revision};
+
+use super::network::{ENDS, allowing, flow, node, small};
+use super::place::observe;
+use super::wait_until;
+use super::{INTERFACE, Lab, foreign, name};
+
+/// A version that is none of ours and is not known by heart.
+const FORMER: u32 = 1;
+
+fn network() -> Network {
+    allowing(small(), "tcp", "cidr:db", "cidr:web", "tcp/443")
+}
+
+fn version(lab: &Lab, version: u32) -> PathBuf {
+    lab.bpffs.join(format!("rampart/v{version}"))
+}
+
+/// The folder of the interface's pins in the other version's.
+fn former(lab: &Lab) -> PathBuf {
+    let mut namespaces = version(lab, FORMER).read_dir().expect("pins of another version");
+    namespaces.next().expect("a namespace").expect("readable").path().join(INTERFACE)
+}
+
+/// Puts a policy in force, and makes it look as if another version had.
+fn enforced_by_another(lab: &mut Lab) {
+    let network = network();
+    let web1 = node(&network, "web1");
+    lab.enforce(&network, web1);
+    become_another(lab);
+}
+
+fn become_another(lab: &mut Lab) {
+    lab.restart();
+    fs::rename(version(lab, ABI_VERSION), version(lab, FORMER)).expect("renamed");
+}
+
+/// The first policy of the new version.
+fn switch(lab: &mut Lab) -> Generation {
+    let network = network();
+    let web1 = node(&network, "web1");
+    let (_, tables) = lab.lower(&network, web1);
+    lab.datapath.switch(&tables).expect("switched")
+}
+
+fn reasons(lab: &mut Lab) -> BTreeMap<(u32, u8), Counter> {
+    let mut reasons = lab.datapath.counters(&[]).expect("readable").reasons;
+    reasons.retain(|_, counter| counter.packets > 0);
+    reasons
+}
+
+/// Of the packets that arrived. What the interface sends by itself is another matter.
+fn received(lab: &mut Lab) -> BTreeMap<u8, Counter> {
+    let received = reasons(lab).into_iter().filter(|((direction, _), _)| *direction == INGRESS);
+    received.map(|((_, reason), counter)| (reason, counter)).collect()
+}
+
+fn assert_taken_over(lab: &mut Lab) {
+    let state = observe(lab);
+    assert_eq!((state.egress, state.ingress, state.ahead), (true, true, Vec::new()));
+    assert!(!version(lab, FORMER).exists(), "its pins are gone");
+    let ours = lab.datapath.programs().expect("listed");
+    assert_eq!(ours.len(), 2, "nothing of the former version is attached: {ours:?}");
+    assert!(ours.iter().all(|program| program.ours));
+}
+
+/// Packets of an allowed flow arrive all the while; each is judged once, by a policy, and counted once.
+pub fn is_exact(lab: &mut Lab) {
+    let network = network();
+    let web1 = node(&network, "web1");
+    lab.enforce(&network, web1);
+    let [web, db, ..] = ENDS[1];
+    let quiet = Packet::opening(&flow(db, web, "tcp/443")).to_bytes();
+    lab.tun.write_all(&quiet).expect("sent");
+    wait_until(|| lab.datapath.flow_records().expect("readable") == 1, "the flow is recorded");
+    become_another(lab);
+    let [web, db, ..] = ENDS[0];
+    let packet = Packet::opening(&flow(db, web, "tcp/443")).to_bytes();
+    let stop = AtomicBool::new(false);
+    let mut tun = lab.tun.try_clone().expect("a descriptor");
+    let sent = thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let mut sent = 0;
+            while !stop.load(Ordering::Relaxed) {
+                tun.write_all(&packet).expect("sent");
+                sent += 1;
+            }
+            sent
+        });
+        for _ in 0..2 {
+            lab.datapath.attach().expect("staged");
+            let state = observe(lab);
+            assert_eq!((state.egress, state.ingress), (true, true), "the former version enforces");
+            assert_eq!(state.revision, Revision(lab.revision), "its revision is known");
+            assert!(lab.datapath.counters(&[]).is_err(), "what is counted is not ours");
+            lab.datapath.attach().expect("nothing to do");
+            assert_eq!(switch(lab), Generation(1));
+            assert_taken_over(lab);
+            become_another(lab);
+        }
+        lab.datapath.attach().expect("staged");
+        assert_eq!(switch(lab), Generation(1));
+        stop.store(true, Ordering::Relaxed);
+        sender.join().expect("the sender")
+    });
+    let bytes = sent * packet.len() as u64 + quiet.len() as u64;
+    let sent = sent + 1;
+    wait_until(|| lab.counted(INGRESS) >= sent, "every packet is counted");
+    let expected = Counter { packets: sent, bytes, segments: sent };
+    assert_eq!(received(lab), [(reason::RULE, expected)].into(), "none was without a policy");
+    let counters = lab.datapath.counters(&lab.slots.pairs().into_values().collect::<Vec<_>>()).expect("readable");
+    assert_eq!(counters.rules.values().map(|counter| counter.packets).sum::<u64>(), sent);
+    let arrived = counters.pairs.iter().filter(|(key, _)| u32::from(key.direction) == INGRESS);
+    assert_eq!(arrived.map(|(_, counter)| counter.packets).sum::<u64>(), sent);
+    let flows = lab.datapath.list_flows().expect("readable");
+    assert_eq!(flows.len(), 2);
+    let kept = flows.iter().find(|(key, _)| !key.source.is_v4()).expect("the quiet flow");
+    assert_eq!((kept.1.packets, kept.1.bytes, kept.1.generation), (1, quiet.len() as u64, 0), "to be judged anew");
+    // Another start of the same version finds all that was carried over.
+    lab.restart();
+    lab.datapath.attach().expect("taken over");
+    assert_eq!(received(lab), [(reason::RULE, expected)].into());
+    let slots: Vec<u32> = lab.slots.pairs().into_values().collect();
+    lab.datapath.reset_rules(&slots).expect("reset");
+    lab.restart();
+    lab.datapath.attach().expect("taken over");
+    let rules = lab.datapath.counters(&slots).expect("readable").rules;
+    assert!(rules.values().all(|counter| *counter == Counter::default()), "{rules:?}");
+}
+
+/// Makes an array with these values in the place of a map of the former version.
+fn replace<const N: usize>(lab: &Lab, map: &str, values: &[[u8; N]]) {
+    let path = former(lab).join("maps").join(map);
+    fs::remove_file(&path).expect("removed");
+    foreign::pin_array(&path, N as u32, values.len() as u32).expect("pinned");
+    let data = MapData::from_pin(&path).expect("opened");
+    let mut array: Array<MapData, [u8; N]> = Array::try_from(Map::Array(data)).expect("an array");
+    for (index, value) in values.iter().enumerate() {
+        array.set(index as u32, *value, 0).expect("written");
+    }
+}
+
+/// Counters of bytes, then packets, as a version had them that knew three reasons.
+fn older(packets: u64) -> [u8; 16] {
+    let words = [packets * 100, packets].map(u64::to_ne_bytes).concat();
+    words.try_into().expect("two words")
+}
+
+pub fn understands_an_older_layout(lab: &mut Lab) {
+    enforced_by_another(lab);
+    let layout = serde_json::json!({
+        "reasons": ["rule", "whim", "no-rule"],
+        "losses": ["luck", "flow"],
+        "counter": { "size": 16, "bytes": 0, "packets": 8, "segments": null },
+        "pair": { "size": 12, "source": 0, "destination": 4, "direction": 8, "reason": 9 },
+        "flow": 1,
+        "colour": "blue",
+    });
+    let mut description = [0; 4_096];
+    let text = layout.to_string();
+    description[..text.len()].copy_from_slice(text.as_bytes());
+    replace(lab, "LAYOUT", &[description]);
+    // By direction, then reason.
+    replace(lab, "REASON_COUNTERS", &[1, 2, 3, 4, 5, 6].map(older));
+    replace(lab, "RULE_COUNTERS", &[7, 8].map(older));
+    replace(lab, "LOSSES", &[9u64, 10].map(u64::to_ne_bytes));
+    fs::remove_file(former(lab).join("maps/PAIR_COUNTERS")).expect("removed");
+    lab.datapath.attach().expect("staged");
+    switch(lab);
+    assert_taken_over(lab);
+    let counted = |packets| Counter { packets, bytes: packets * 100, segments: packets };
+    assert_eq!(
+        reasons(lab),
+        [
+            ((EGRESS, reason::RULE), counted(1)),
+            ((EGRESS, reason::NO_RULE), counted(3)),
+            ((INGRESS, reason::RULE), counted(4)),
+            ((INGRESS, reason::NO_RULE), counted(6)),
+        ]
+        .into()
+    );
+    let counters = lab.datapath.counters(&[0, 1]).expect("readable");
+    assert_eq!(counters.rules, [(0, counted(7)), (1, counted(8))].into());
+    assert_eq!(counters.losses[LOSS_FLOW as usize], 10);
+    // They go on from there.
+    let [web, db, ..] = ENDS[0];
+    lab.tun.write_all(&Packet::opening(&flow(db, web, "udp/9")).to_bytes()).expect("sent");
+    wait_until(|| reasons(lab)[&(INGRESS, reason::NO_RULE)].packets == 7, "the packet is counted on top");
+}
+
+pub fn leaves_the_unknown_alone(lab: &mut Lab) {
+    enforced_by_another(lab);
+    let layout = former(lab).join("maps/LAYOUT");
+    fs::remove_file(&layout).expect("removed");
+    let before = former(lab).join("maps").read_dir().expect("pins").count();
+    lab.datapath.attach().expect("staged");
+    let state = observe(lab);
+    assert_eq!((state.egress, state.ingress, state.revision), (true, true, Revision(0)), "it goes on");
+    assert_eq!(former(lab).join("maps").read_dir().expect("pins").count(), before, "nothing of it was touched");
+    assert!(!layout.exists());
+    switch(lab);
+    assert_taken_over(lab);
+    assert_eq!(received(lab), BTreeMap::new(), "what it counted is not known");
+    assert_eq!(lab.datapath.flow_records().expect("readable"), 0);
+}
+
+pub fn is_closed_without_a_former(lab: &mut Lab) {
+    enforced_by_another(lab);
+    lab.datapath.attach().expect("staged");
+    match lab.attachment() {
+        Attachment::Tcx => foreign::detach(&former(lab).join("links/ingress")).expect("detached"),
+        Attachment::Clsact => lab.run("tc", &["filter", "del", "dev", INTERFACE, name(INGRESS)]),
+    }
+    assert!(!observe(lab).ingress, "it is gone");
+    lab.datapath.attach().expect("attached");
+    let state = observe(lab);
+    assert_eq!((state.egress, state.ingress, state.generation), (true, true, Generation(0)));
+    let [web, db, ..] = ENDS[0];
+    lab.judge().expect(INGRESS, &Packet::opening(&flow(db, web, "tcp/443")), reason::NO_POLICY);
+    assert_taken_over(lab);
+    switch(lab);
+    lab.judge().expect(INGRESS, &Packet::opening(&flow(db, web, "tcp/443")), reason::RULE);
+}
+
+pub fn leaves_nothing(lab: &mut Lab) {
+    enforced_by_another(lab);
+    lab.datapath.detach().expect("detached");
+    assert!(!lab.bpffs.join("rampart").exists(), "no pins");
+    // The kernel takes links off a little after their pins.
+    wait_until(|| lab.datapath.programs().expect("listed").is_empty(), "no program is attached");
+}
