@@ -145,8 +145,13 @@ impl Mesh {
 
     /// Starts `noded` without waiting.
     pub fn start_node(&mut self, name: &str) -> Result<()> {
+        self.start_node_with(name, &["--state-dir", NODE_STATE])
+    }
+
+    /// Likewise, with other arguments.
+    pub fn start_node_with(&mut self, name: &str, args: &[&str]) -> Result<()> {
         let mut run = self.program("noded");
-        run.args(["run", "--state-dir", NODE_STATE]);
+        run.arg("run").args(args);
         if self.node(name)?.host.namespace.enter(|| Ok(std::path::Path::new(NODE_CONFIG).exists()))? {
             run.args(["--config", NODE_CONFIG]);
         }

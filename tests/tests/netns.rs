@@ -17,6 +17,9 @@ use tests::namespace::Lifetime;
 use tests::probe::{self, RunningFlow, Seen, Traffic};
 use tests::scenario::{self, Expected, Line};
 
+#[path = "netns/operator.rs"]
+mod operator;
+
 fn story() -> Result<(Mesh, Vec<probe::EchoServer>)> {
     let mut mesh = Mesh::new(Lifetime::Bound, "deny")?;
     scenario::build(&mut mesh, |_| ())?;
