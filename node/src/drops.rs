@@ -195,7 +195,7 @@ mod tests {
         hub.publish(event(1, "no-rule"), 8);
         assert_eq!(ready(&mut stream), [suppressed("no-rule", 8, 3), DropRecord::Drop(event(1, "no-rule"))]);
         let total = Suppressed { reason: "no-rule".to_owned(), events: 8, since_last: None };
-        assert_eq!(hub.recent(&DropFilter::default()).suppressed, [total.clone()]);
+        assert_eq!(hub.recent(&DropFilter::default()).suppressed, std::slice::from_ref(&total));
         let mut late = hub.follow(DropFilter::default());
         assert_eq!(ready(&mut late), [DropRecord::Suppressed(total), DropRecord::Drop(event(1, "no-rule"))]);
     }

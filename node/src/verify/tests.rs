@@ -130,8 +130,8 @@ impl Corruption {
                 12 => {
                     let page = &mut tables.pages[at(pages)?];
                     let runs = page.tcp.iter_mut().chain(&mut page.udp);
-                    let run = runs.chain([&mut page.icmp, &mut page.icmpv6, &mut page.protocol]);
-                    let run = run.skip(self.word.index(515)).next()?;
+                    let mut runs = runs.chain([&mut page.icmp, &mut page.icmpv6, &mut page.protocol]);
+                    let run = runs.nth(self.word.index(515))?;
                     *run = self.short(*run, ports);
                 }
                 13 => {

@@ -286,7 +286,7 @@ impl Stream {
             Way::In(ear) | Way::Answer(ear, _) => Some(ear.hears()),
             Way::Out(_) => None,
         };
-        let undisturbed = before % 2 == 0 && before == fire.epoch.load(Ordering::SeqCst);
+        let undisturbed = before.is_multiple_of(2) && before == fire.epoch.load(Ordering::SeqCst);
         for (direction, passed) in [(EGRESS, outward), (INGRESS, inward)] {
             let Some(passed) = passed else { continue };
             self.tally.add(direction, passed, 1);

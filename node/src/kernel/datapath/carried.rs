@@ -291,7 +291,8 @@ mod tests {
 
     #[test]
     fn maps_unlike_their_description_change_nothing() {
-        let wrong: [(&str, fn(&mut Former)); 5] = [
+        type Spoil = fn(&mut Former);
+        let wrong: [(&str, Spoil); 5] = [
             ("REASON_COUNTERS", |former| former.reasons[0].0 = index(6)),
             ("REASON_COUNTERS", |former| former.reasons[0].1.truncate(7)),
             ("RULE_COUNTERS", |former| former.rules[0].1.clear()),

@@ -130,7 +130,7 @@ pub(super) fn open(folder: &Path, name: &str) -> Result<MapData, KernelError> {
 }
 
 /// Everything in a pinned map, as bytes: keys, and the values of all CPUs. `None`: nothing is pinned there.
-pub(super) fn read_raw(path: &Path) -> Result<Option<Vec<(Vec<u8>, Vec<u8>)>>, KernelError> {
+pub(super) fn read_raw(path: &Path) -> Result<Option<Vec<sys::RawEntry>>, KernelError> {
     let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
         KernelError::with(format!("failed to read the pinned map `{}`", path.display()), error)
     };

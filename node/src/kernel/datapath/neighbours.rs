@@ -57,8 +57,11 @@ impl EbpfDatapath {
     }
 }
 
+/// Id and name, as far as there are any.
+type Named = (Option<u32>, Option<String>);
+
 /// TCX programs run ahead of clsact's filters.
-fn listed(hook: &Hook<'_>) -> Result<Vec<(Option<u32>, Option<String>)>, KernelError> {
+fn listed(hook: &Hook<'_>) -> Result<Vec<Named>, KernelError> {
     let tcx = hook.programs(Attachment::Tcx)?.into_iter().map(|id| (id, id.and_then(name_of)));
     let filters = clsact::filters(hook.index, hook.direction).map_err(|error| {
         let (direction, interface) = (pin::name(hook.direction), hook.interface);

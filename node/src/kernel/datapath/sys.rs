@@ -151,8 +151,11 @@ pub(super) fn read_hash<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(
     }
 }
 
+/// Key and value of an entry, as bytes.
+pub(super) type RawEntry = (Vec<u8>, Vec<u8>);
+
 /// Everything in a map, as bytes: a key and the values of every CPU that it has, `value_size` bytes in all.
-pub(super) fn read_raw(map: BorrowedFd<'_>, key_size: usize, value_size: usize) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+pub(super) fn read_raw(map: BorrowedFd<'_>, key_size: usize, value_size: usize) -> io::Result<Vec<RawEntry>> {
     let mut chunk = 1_024usize;
     let mut all = Vec::new();
     // An index, the number of a bucket: never more than 8 bytes in the kinds of maps that there are here.
