@@ -67,7 +67,7 @@ pub use probe::{Probe, SHORTEST};
 pub use program::BENCH_OBJECT;
 pub use sys::monotonic_ns;
 pub use trace::Trace;
-pub use verifier::{Verified, verified};
+pub use verifier::{Outcome as VerifierOutcome, Verified, verified};
 
 /// The datapath of one interface in the network namespace of the thread that calls it.
 pub struct EbpfDatapath {

@@ -15,14 +15,24 @@ static OBJECTS: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/objects.r
 pub struct Verified {
     /// Object, program and direction.
     pub name: String,
-    /// Instructions processed, along every path that was followed. None: a kernel before 5.16 does not say.
-    pub instructions: Option<u32>,
+    pub outcome: Outcome,
+}
+
+/// What became of a program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Instructions processed, along every path that was followed.
+    Accepted(u32),
+    /// By a kernel before 5.16, which does not say how much work it was.
+    AcceptedSilently,
+    /// Why.
+    Refused(String),
 }
 
 /// Loads every program of every object in each direction, with maps of its own, attaches nothing, and lets go of them.
 ///
 /// # Errors
-/// The verifier refuses one, or the kernel has no room for the maps.
+/// The kernel has no room for the maps.
 pub fn verified() -> Result<Vec<Verified>, KernelError> {
     let mut verified = Vec::new();
     for (object, bytes) in OBJECTS {
@@ -35,10 +45,14 @@ pub fn verified() -> Result<Vec<Verified>, KernelError> {
             })?;
             for (program, loaded) in ebpf.programs_mut() {
                 let name = format!("{object} {program} {}", name(direction));
-                let info = load(loaded).map_err(|error| {
-                    KernelError::with(format!("the kernel's verifier refused `{name}`: this build is broken"), error)
-                })?;
-                verified.push(Verified { name, instructions: info.verified_instruction_count() });
+                let outcome = match load(loaded) {
+                    Ok(info) => info.verified_instruction_count().map_or(Outcome::AcceptedSilently, Outcome::Accepted),
+                    Err(ProgramError::LoadError { io_error, verifier_log }) => {
+                        Outcome::Refused(format!("{io_error}: {verifier_log}"))
+                    }
+                    Err(error) => Outcome::Refused(error.to_string()),
+                };
+                verified.push(Verified { name, outcome });
             }
         }
     }
