@@ -81,7 +81,7 @@ fn open(case: &Case, decision: u64) -> u32 {
     let (decision, now) = (Decision(decision), now());
     let remote = if direction() == EGRESS { case.packet.destination } else { case.packet.source };
     let remote = Remote::new(remote, case.behind);
-    let opened = FLOWS_OPENED.get_ptr_mut(remote);
+    let opened = opened_by(&remote);
     if !has_room(&remote, opened) {
         lose(LOSS_FLOW_QUOTA);
         return 0;
@@ -103,12 +103,23 @@ fn open(case: &Case, decision: u64) -> u32 {
     };
     let key = case.packet.key();
     if FLOWS.insert(key, flow, BPF_NOEXIST.into()).is_ok() {
-        count(&remote, opened);
+        count(opened);
     } else if FLOWS.insert(key, flow, BPF_EXIST.into()).is_err() {
         // What was there before, idle, is counted already.
         lose(LOSS_FLOW);
     }
     0
+}
+
+/// Where the records that the other end ever had are counted; `None`: there is no room for that.
+#[inline(always)]
+fn opened_by(remote: &Remote) -> Option<*mut u64> {
+    if let Some(opened) = FLOWS_OPENED.get_ptr_mut(remote) {
+        return Some(opened);
+    }
+    // Another CPU may be first.
+    let _there = FLOWS_OPENED.insert(remote, 0, BPF_NOEXIST.into());
+    FLOWS_OPENED.get_ptr_mut(remote)
 }
 
 /// Whether the other end may have one more record: everybody while there is much room, else who has little.
@@ -117,7 +128,7 @@ fn has_room(remote: &Remote, opened: Option<*mut u64>) -> bool {
     if live(FLOW_TOTALS.get_ptr_mut(TOTAL_OPENED), FLOW_TOTALS.get_ptr_mut(TOTAL_GONE)) < limit::FLOWS_FREE.into() {
         return true;
     }
-    // Who is not counted had no room among those who are.
+    // Who cannot be counted has no room among those who are.
     opened.is_some() && live(opened, FLOWS_GONE.get_ptr_mut(remote)) < limit::FLOWS_PER_REMOTE.into()
 }
 
@@ -130,18 +141,12 @@ fn live(opened: Option<*mut u64>, gone: Option<*mut u64>) -> u64 {
 }
 
 #[inline(always)]
-fn count(remote: &Remote, opened: Option<*mut u64>) {
+fn count(opened: Option<*mut u64>) {
     if let Some(total) = FLOW_TOTALS.get_ptr_mut(TOTAL_OPENED) {
         // SAFETY: the map's value, checked not to be null, aligned to 8 bytes.
         unsafe { add(total, 1) };
     }
     if let Some(opened) = opened {
-        // SAFETY: as above.
-        unsafe { add(opened, 1) };
-    } else if FLOWS_OPENED.insert(remote, 1, BPF_NOEXIST.into()).is_err()
-        && let Some(opened) = FLOWS_OPENED.get_ptr_mut(remote)
-    {
-        // Another CPU was first.
         // SAFETY: as above.
         unsafe { add(opened, 1) };
     }

@@ -19,7 +19,7 @@ use policy::{Action, Flow, Generation, Network, Reason, Verdict, interpret};
 use tests::conformance::network::{ENDS, allowing, flow, node, small, with_rule};
 use tests::conformance::random::{Found, Sides, Until};
 use tests::conformance::{
-    DIRECTIONS, Judge, Lab, early, foreign, fragments, in_each_lab, in_lab, place, random, upgrade, verifier,
+    DIRECTIONS, Judge, Lab, early, foreign, fragments, in_each_lab, in_lab, place, random, records, upgrade, verifier,
 };
 
 #[path = "conformance/fire.rs"]
@@ -645,4 +645,14 @@ fn the_early_drop_leaves_the_rest_to_the_classifier() {
 #[test]
 fn the_early_drop_is_kept_as_asked() {
     in_each_lab(early::is_kept_as_asked);
+}
+
+#[test]
+fn records_belong_to_their_opener() {
+    in_lab(records::belong_to_their_opener);
+}
+
+#[test]
+fn records_are_shared_out_when_room_is_short() {
+    in_lab(records::are_shared_out);
 }

@@ -89,7 +89,7 @@ pub fn is_kept_as_asked(lab: &mut Lab) {
 }
 
 /// What the interface's programs count of a packet that arrives.
-fn receive(lab: &mut Lab, packet: &[u8]) -> Vec<(u8, u64)> {
+pub(super) fn receive(lab: &mut Lab, packet: &[u8]) -> Vec<(u8, u64)> {
     let before = lab.datapath.counters(&[]).expect("readable").reasons;
     lab.tun.write_all(packet).expect("written");
     let after = lab.datapath.counters(&[]).expect("readable").reasons;

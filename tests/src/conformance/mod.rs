@@ -17,6 +17,7 @@ pub mod neighbours;
 pub mod network;
 pub mod place;
 pub mod random;
+pub mod records;
 pub mod shrink;
 pub mod underlay;
 pub mod upgrade;

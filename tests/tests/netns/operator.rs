@@ -244,11 +244,14 @@ fn tables_are_verified_at_intervals() -> Result<()> {
     mesh.node("web1")?.namespace().enter(|| Ok(std::fs::write("/run/node.toml", settings)?))?;
     mesh.start_node_with("web1", &["--config", "/run/node.toml"])?;
     mesh.wait_until_up("web1")?;
-    close_by_hand(&mesh)?;
     wait_for("the tables to be found wrong and repaired", START_LIMIT, || {
         let page = mesh.scrape_node("web1")?;
-        let runs = |result| page.sum("rampart_policy_verify_runs_total", &[("result", result)]);
-        Ok(runs("different") == 1.0 && page.sum("rampart_drift_repairs_total", &[("kind", "tables")]) == 1.0)
+        let found = page.sum("rampart_policy_verify_runs_total", &[("result", "different")]);
+        if found == 0.0 {
+            // A switch may have put right what was written before it.
+            let _already_closed = close_by_hand(&mesh);
+        }
+        Ok(found > 0.0 && page.sum("rampart_drift_repairs_total", &[("kind", "tables")]) == found)
     })
     .with_context(|| mesh.log("web1"))?;
     ensure!(mesh.log("web1").contains("the tables in the kernel are not the policy"), "{}", mesh.log("web1"));

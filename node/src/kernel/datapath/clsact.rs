@@ -113,14 +113,14 @@ pub(super) fn filters(index: u32, direction: u32) -> io::Result<Vec<Filter>> {
     let parent = TC_H_CLSACT | if direction == EGRESS { TC_H_MIN_EGRESS } else { TC_H_MIN_INGRESS };
     // Family, interface, handle, parent, info.
     let body = [0u32, index, 0, parent, 0].map(u32::to_ne_bytes).concat();
-    match ask(RTM_GETTFILTER, libc::NLM_F_DUMP, &body) {
+    match ask(RTM_GETTFILTER, libc::NLM_F_DUMP, &body)? {
         Ok(messages) => {
             let of_kind = messages.iter().filter(|(kind, _)| *kind == RTM_NEWTFILTER);
             Ok(of_kind.filter_map(|(_, body)| filter(body)).collect())
         }
         // The interface has no such qdisc.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => Ok(Vec::new()),
-        Err(error) => Err(error),
+        Err(libc::EINVAL | libc::ENOENT) => Ok(Vec::new()),
+        Err(code) => Err(io::Error::from_raw_os_error(code)),
     }
 }
 
@@ -128,15 +128,18 @@ pub(super) fn filters(index: u32, direction: u32) -> io::Result<Vec<Filter>> {
 pub(super) fn xdp_programs(index: u32) -> io::Result<Vec<u32>> {
     // Family and kind, interface, flags, mask of changes.
     let body = [0u32, index, 0, 0].map(u32::to_ne_bytes).concat();
-    let messages = ask(RTM_GETLINK, 0, &body)?;
+    let messages = ask(RTM_GETLINK, 0, &body)?.map_err(io::Error::from_raw_os_error)?;
     let link = messages.iter().find(|(kind, _)| *kind == RTM_NEWLINK);
     let xdp = link.and_then(|(_, body)| attribute(body.get(LINK_MESSAGE..)?, IFLA_XDP)).unwrap_or_default();
     let of_mode = |mode| attribute(xdp, mode).and_then(|bytes| word(bytes, 0));
     Ok([IFLA_XDP_DRV_PROG_ID, IFLA_XDP_SKB_PROG_ID, IFLA_XDP_HW_PROG_ID].into_iter().filter_map(of_mode).collect())
 }
 
-/// Asks rtnetlink; the answers' kinds and what follows their headers. Without `NLM_F_DUMP` there is one.
-fn ask(kind: u16, flags: libc::c_int, body: &[u8]) -> io::Result<Vec<(u16, Vec<u8>)>> {
+/// Answers' kinds and what follows their headers, or the error number that the kernel answers with.
+type Answers = Result<Vec<(u16, Vec<u8>)>, i32>;
+
+/// Asks rtnetlink. Without `NLM_F_DUMP` there is one answer. A question that could not be put is no answer.
+fn ask(kind: u16, flags: libc::c_int, body: &[u8]) -> io::Result<Answers> {
     let socket: OwnedFd =
         socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?;
     bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
@@ -158,16 +161,16 @@ fn ask(kind: u16, flags: libc::c_int, body: &[u8]) -> io::Result<Vec<(u16, Vec<u
         {
             let message = &rest[..size];
             match half(message, 4).map(i32::from) {
-                Some(libc::NLMSG_DONE) => return Ok(messages),
+                Some(libc::NLMSG_DONE) => return Ok(Ok(messages)),
                 Some(libc::NLMSG_ERROR) => {
                     let code = word(message, HEADER).unwrap_or(0) as i32;
-                    return Err(io::Error::from_raw_os_error(-code));
+                    return Ok(Err(-code));
                 }
                 Some(kind) => messages.push((kind as u16, message[HEADER..].to_vec())),
                 None => {}
             }
             if flags & libc::NLM_F_DUMP == 0 && !messages.is_empty() {
-                return Ok(messages);
+                return Ok(Ok(messages));
             }
             rest = rest.get(size.next_multiple_of(4)..).unwrap_or_default();
         }

@@ -145,7 +145,7 @@ impl Description {
             return Ok(());
         }
         let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
-            KernelError::with("failed to make the map that describes the others", error)
+            KernelError::with("failed to make the map `LAYOUT`, which describes the others", error)
         };
         let fd = sys::create_array(SIZE as u32, 1).map_err(|error| failed(error.into()))?;
         let data = MapData::from_fd(fd).map_err(|error| failed(error.into()))?;
