@@ -86,7 +86,8 @@ impl Stage {
             Self::Format | Self::Arrows | Self::Docs => 2 * MINUTE,
             Self::Lint | Self::Build => 30 * MINUTE,
             Self::Unit => 15 * MINUTE,
-            Self::Netns | Self::Vm6_1 | Self::Vm6_12 => 20 * MINUTE,
+            Self::Netns => 20 * MINUTE,
+            Self::Vm6_1 | Self::Vm6_12 => 30 * MINUTE,
         }
     }
 
