@@ -87,7 +87,7 @@ impl Stage {
             Self::Lint | Self::Build => 30 * MINUTE,
             Self::Unit => 15 * MINUTE,
             Self::Netns => 20 * MINUTE,
-            Self::Vm6_1 | Self::Vm6_12 => 30 * MINUTE,
+            Self::Vm6_1 | Self::Vm6_12 => 38 * MINUTE,
         }
     }
 
