@@ -538,6 +538,11 @@ fn counts_of_an_older_layout_survive() {
 }
 
 #[test]
+fn version_2_is_taken_over_though_it_does_not_describe_itself() {
+    in_each_lab(upgrade::knows_version_2);
+}
+
+#[test]
 fn an_unknown_layout_is_left_alone_until_the_new_version_enforces() {
     in_each_lab(upgrade::leaves_the_unknown_alone);
 }

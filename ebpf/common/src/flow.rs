@@ -4,7 +4,7 @@ use crate::table::Address;
 
 /// Number of this layout and meaning of the records: another `noded` takes records over only if it has the same. Raised
 /// with every change of either.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// A flow as its opener sends it. Replies are looked up with the ends exchanged.
 #[repr(C)]

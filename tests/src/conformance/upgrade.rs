@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use aya::maps::{Array, Map, MapData};
 use ebpf_common::counter::{Counter, LOSS_FLOW};
-use ebpf_common::{ABI_VERSION, EGRESS, INGRESS, reason};
+use ebpf_common::{ABI_VERSION, EGRESS, INGRESS, map, reason};
 use node::kernel::datapath::packet::Packet;
 use node::kernel::{Attachment, Datapath, Inspect};
 use policy::{Generation, Network, Revision};
@@ -32,7 +32,11 @@ fn version(lab: &Lab, version: u32) -> PathBuf {
 
 /// The folder of the interface's pins in the other version's.
 fn former(lab: &Lab) -> PathBuf {
-    let mut namespaces = version(lab, FORMER).read_dir().expect("pins of another version");
+    folder(lab, FORMER)
+}
+
+fn folder(lab: &Lab, number: u32) -> PathBuf {
+    let mut namespaces = version(lab, number).read_dir().expect("pins of another version");
     namespaces.next().expect("a namespace").expect("readable").path().join(INTERFACE)
 }
 
@@ -144,10 +148,13 @@ pub fn is_exact(lab: &mut Lab) {
 
 /// Makes an array with these values in the place of a map of the former version.
 fn replace<const N: usize>(lab: &Lab, map: &str, values: &[[u8; N]]) {
-    let path = former(lab).join("maps").join(map);
-    fs::remove_file(&path).expect("removed");
-    foreign::pin_array(&path, N as u32, values.len() as u32).expect("pinned");
-    let data = MapData::from_pin(&path).expect("opened");
+    replace_at(&former(lab).join("maps").join(map), values);
+}
+
+fn replace_at<const N: usize>(path: &Path, values: &[[u8; N]]) {
+    fs::remove_file(path).expect("removed");
+    foreign::pin_array(path, N as u32, values.len() as u32).expect("pinned");
+    let data = MapData::from_pin(path).expect("opened");
     let mut array: Array<MapData, [u8; N]> = Array::try_from(Map::Array(data)).expect("an array");
     for (index, value) in values.iter().enumerate() {
         array.set(index as u32, *value, 0).expect("written");
@@ -200,6 +207,55 @@ pub fn understands_an_older_layout(lab: &mut Lab) {
     let [web, db, ..] = ENDS[0];
     lab.tun.write_all(&Packet::opening(&flow(db, web, "udp/9")).to_bytes()).expect("sent");
     wait_until(|| reasons(lab)[&(INGRESS, reason::NO_RULE)].packets == 7, "the packet is counted on top");
+}
+
+/// Version 2 did not describe itself, and had fewer maps and reasons.
+pub fn knows_version_2(lab: &mut Lab) {
+    const REASONS: u32 = 18;
+    let network = network();
+    let web1 = node(&network, "web1");
+    lab.enforce(&network, web1);
+    let [web, db, ..] = ENDS[0];
+    lab.tun.write_all(&Packet::opening(&flow(db, web, "tcp/443")).to_bytes()).expect("sent");
+    wait_until(|| lab.datapath.flow_records().expect("readable") == 1, "the packet is judged");
+    let pairs = lab.datapath.counters(&[]).expect("readable").pairs;
+    lab.restart();
+    fs::rename(version(lab, ABI_VERSION), version(lab, 2)).expect("renamed");
+    let maps = folder(lab, 2).join("maps");
+    let kept = [&map::TABLES[..], &["FLOWS", "REASON_COUNTERS", "RULE_COUNTERS", "PAIR_COUNTERS", "LOSSES"]].concat();
+    for pin in maps.read_dir().expect("pins") {
+        let pin = pin.expect("readable");
+        if !kept.iter().any(|name| pin.file_name() == **name) {
+            fs::remove_file(pin.path()).expect("removed");
+        }
+    }
+    let counter = |number: u32| -> [u8; 24] {
+        let words = [1u64, 100, 2].map(|word| (word * u64::from(number)).to_ne_bytes());
+        words.concat().try_into().expect("three words")
+    };
+    let every: Vec<_> = (0..2 * REASONS).map(counter).collect();
+    replace_at(&maps.join("REASON_COUNTERS"), &every);
+    replace_at(&maps.join("LOSSES"), &[1u64, 2, 3, 4].map(u64::to_ne_bytes));
+    lab.datapath.attach().expect("staged");
+    assert_eq!(observe(lab).revision, Revision(lab.revision), "it is known what it enforces");
+    assert_eq!(switch(lab), Generation(1));
+    assert!(!version(lab, 2).exists(), "its pins are gone");
+    let counters = lab.datapath.counters(&[]).expect("readable");
+    for (reason, number) in [(reason::RULE, 0), (reason::NO_RULE, 5), (reason::CORRUPT_TABLE, 17)] {
+        let of = |number: u32| {
+            let number = u64::from(number);
+            Counter { packets: number, bytes: 100 * number, segments: 2 * number }
+        };
+        let seen = [EGRESS, INGRESS].map(|direction| counters.reasons[&(direction, reason)]);
+        assert_eq!(seen[1], of(REASONS + number), "{reason}");
+        // What the interface sends by itself is of another reason.
+        assert_eq!(seen[0], of(number), "{reason}");
+    }
+    assert_eq!(counters.losses[..4], [1, 2, 3, 4]);
+    for (key, counter) in pairs {
+        assert!(counters.pairs[&key].packets >= counter.packets, "{key:?}");
+    }
+    assert_eq!(lab.datapath.flow_records().expect("readable"), 0, "its records had another layout");
 }
 
 pub fn leaves_the_unknown_alone(lab: &mut Lab) {

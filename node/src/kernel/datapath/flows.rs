@@ -74,17 +74,17 @@ impl Flows {
     }
 
     /// Takes records over that were kept elsewhere, unless there is one of the flow. In no generation yet: whichever packet
-    /// comes first has them judged.
-    pub(super) fn adopt(&mut self, records: Vec<(FlowKey, Flow)>) -> Result<usize, KernelError> {
-        let mut adopted = 0;
+    /// comes first has them judged. Once programs run, nobody is charged for them.
+    pub(super) fn adopt(&mut self, records: Vec<(FlowKey, Flow)>, before_programs: bool) -> Result<(), KernelError> {
+        let mut adopted = Vec::new();
         for (key, flow) in records {
             match self.records.insert(key, Flow { generation: 0, ..flow }, BPF_NOEXIST) {
-                Ok(()) => adopted += 1,
+                Ok(()) => adopted.push((key, flow)),
                 Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {}
                 Err(error) => return Err(KernelError::with("failed to take over a record of a flow", error)),
             }
         }
-        Ok(adopted)
+        if before_programs { self.shares.add(&adopted) } else { Ok(()) }
     }
 
     fn remove(&mut self, wanted: impl Fn(&FlowKey, &Flow) -> bool) -> Result<usize, KernelError> {

@@ -1,6 +1,7 @@
 //! What another version of `noded` left pinned for the same interface. Its tables mean nothing to this one; its programs
 //! enforce them until this one's tables are filled, and its counts are taken over by name.
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use ebpf_common::{EGRESS, INGRESS, map};
@@ -13,7 +14,7 @@ use super::description::Description;
 use super::flows::Flows;
 use super::map::{open, read_raw};
 use super::pin::{self, Pins};
-use super::{is_enforced, is_pinned_first};
+use super::{is_enforced, is_pinned_first, sys};
 use crate::kernel::KernelError;
 use crate::reconcile::apply::chain;
 
@@ -51,7 +52,7 @@ impl Formers {
         for pins in &self.0 {
             let version = pins.version;
             // Those that were opened since the first were taken over.
-            if let Some(Err(error)) = flows.as_deref_mut().map(|flows| adopt_flows(pins, flows)) {
+            if let Some(Err(error)) = flows.as_deref_mut().map(|flows| adopt_flows(pins, flows, false)) {
                 tracing::warn!(version, error = chain(&error), "records of flows cannot be taken over");
             }
             match carry(pins, own, counters) {
@@ -120,12 +121,15 @@ fn revision(pins: &Pins) -> Option<u64> {
 }
 
 /// Copies the records that our programs have not got, if they are laid out as ours are. They are judged anew before they
-/// let anything pass. Returns how many.
-pub(super) fn adopt_flows(pins: &Pins, flows: &mut Flows) -> Result<usize, KernelError> {
+/// let anything pass. `before_programs`: ours do not run yet.
+pub(super) fn adopt_flows(pins: &Pins, flows: &mut Flows, before_programs: bool) -> Result<(), KernelError> {
     let same = Description::read(pins)?.is_some_and(|described| described.flow == ebpf_common::flow::LAYOUT);
     if !same || !pins.map(map::FLOWS).exists() || !super::map::is_like_ours(&open(&pins.maps, map::FLOWS)?, map::FLOWS)
     {
-        return Ok(0);
+        return Ok(());
     }
-    flows.adopt(Flows::open(&pins.maps)?.list()?)
+    let map = open(&pins.maps, map::FLOWS)?;
+    let records = sys::read_hash(map.fd().as_fd())
+        .map_err(|error| KernelError::with("failed to read a former version's records of flows", error))?;
+    flows.adopt(records, before_programs)
 }

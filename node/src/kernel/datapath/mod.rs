@@ -58,6 +58,7 @@ use self::pin::Pins;
 use self::program::{Instance, classifier};
 use super::{Attachment, Datapath, DatapathState, KernelError};
 use crate::lower::Tables;
+use crate::reconcile::apply::chain;
 
 pub use events::{EventStream, Events};
 pub use guard::{EbpfGuard, GuardProbe};
@@ -289,21 +290,21 @@ impl EbpfDatapath {
     /// Puts the first policy in force over that of another version: the tables are filled before any packet sees them.
     fn take_over(&mut self, mut staged: Staged, tables: &Tables) -> Result<Generation, KernelError> {
         let index = self.index()?;
-        let switched = staged.prepared.copies.switch(tables);
-        let adopted = switched
-            .and_then(|generation| former::adopt_flows(&staged.former, &mut staged.prepared.flows).map(|_| generation));
-        match adopted {
-            Ok(generation) => {
-                let Staged { pins, former: _, prepared } = staged;
-                self.go_in_place(pins, index, prepared, false)?;
-                Ok(generation)
-            }
+        let generation = match staged.prepared.copies.switch(tables) {
+            Ok(generation) => generation,
             Err(error) => {
                 // Nothing was touched that enforces.
                 self.staged = Some(staged);
-                Err(error)
+                return Err(error);
             }
+        };
+        let Staged { pins, former, mut prepared } = staged;
+        if let Err(error) = former::adopt_flows(&former, &mut prepared.flows, true) {
+            let version = former.version;
+            tracing::warn!(version, error = chain(&error), "records of flows cannot be taken over");
         }
+        self.go_in_place(pins, index, prepared, false)?;
+        Ok(generation)
     }
 
     fn load(&mut self, direction: u32, pins: &Pins) -> Result<Ebpf, KernelError> {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use aya::maps::{Array, HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use ebpf_common::flow::{Flow, FlowKey, Remote, TOTAL_GONE, TOTAL_OPENED};
 use ebpf_common::map;
 
@@ -67,6 +67,20 @@ impl Shares {
             }
         }
         Ok(())
+    }
+
+    /// Counts records that no program made. Only while none runs: there would be two writers.
+    pub(super) fn add(&mut self, records: &[(FlowKey, Flow)]) -> Result<(), KernelError> {
+        for (remote, count) in count(records) {
+            let opened = match self.opened.get(&remote, 0) {
+                Ok(opened) => opened,
+                Err(MapError::KeyNotFound) => 0,
+                Err(error) => return Err(failed(error)),
+            };
+            self.opened.insert(remote, opened + count, 0).map_err(failed)?;
+        }
+        let total = self.totals.get(&TOTAL_OPENED, 0).map_err(failed)?;
+        self.totals.set(TOTAL_OPENED, total + records.len() as u64, 0).map_err(failed)
     }
 
     /// When there are no records at all.
