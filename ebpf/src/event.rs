@@ -14,7 +14,7 @@ use crate::atomic;
 use crate::case::{Case, direction};
 use crate::flow::now;
 use crate::hook::Hook;
-use crate::maps::{EVENT_BUCKETS, EVENTS, EVERY, HEADER, TRACE, lose};
+use crate::maps::{EVENT_BUCKETS, EVENTS, EVERY, TABLES, TRACE, lose};
 
 const NANOSECONDS_PER_TOKEN: u64 = 1_000_000_000 / EVENTS_PER_SECOND;
 
@@ -64,7 +64,7 @@ fn emit_any(case: &Case) -> u32 {
 fn event(case: &Case, time: u64, suppressed: u64) -> Event {
     Event {
         time,
-        revision: HEADER.get(case.copy).map_or(0, |header| header.revision),
+        revision: TABLES.get(case.copy).map_or(0, |tables| tables.header.revision),
         source: case.packet.source,
         destination: case.packet.destination,
         source_cidr: case.source_cidr,

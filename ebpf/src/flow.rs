@@ -102,9 +102,9 @@ fn open(case: &Case, decision: u64) -> u32 {
         behind: case.behind,
     };
     let key = case.packet.key();
-    if FLOWS.insert(key, flow, BPF_NOEXIST.into()).is_ok() {
+    if FLOWS.insert(&key, &flow, BPF_NOEXIST.into()).is_ok() {
         count(opened);
-    } else if FLOWS.insert(key, flow, BPF_EXIST.into()).is_err() {
+    } else if FLOWS.insert(&key, &flow, BPF_EXIST.into()).is_err() {
         // What was there before, idle, is counted already.
         lose(LOSS_FLOW);
     }

@@ -12,6 +12,7 @@ use ebpf_common::packet::{self, Load, Packet};
 use crate::case::Case;
 use crate::event;
 use crate::maps::LINK_HEADER;
+use crate::settled::settled;
 
 /// A packet from its IP header on, where the kernel hands it to a program.
 pub trait Hook: Load {
@@ -85,20 +86,6 @@ impl Load for Skb<'_> {
             reason => Err(reason as u8),
         }
     }
-}
-
-/// A pointer that the compiler does not compute a second time: the verifier knows of the one that was compared.
-#[inline(always)]
-fn settled(pointer: usize) -> usize {
-    #[cfg(target_arch = "bpf")]
-    // SAFETY: a register to itself; without an instruction the debug information would not add up.
-    unsafe {
-        let mut pointer = pointer;
-        core::arch::asm!("{pointer} = {pointer}", pointer = inout(reg) pointer, options(pure, nomem, nostack));
-        pointer
-    }
-    #[cfg(not(target_arch = "bpf"))]
-    pointer
 }
 
 /// `N` bytes of a packet, by words wherever they lie: the compiler would take them byte by byte.

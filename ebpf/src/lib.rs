@@ -12,6 +12,7 @@ mod flow;
 mod fragment;
 pub mod hook;
 pub mod maps;
+mod settled;
 pub mod verdict;
 
 use ebpf_common::reason;

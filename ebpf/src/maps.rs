@@ -2,14 +2,14 @@
 #![allow(unsafe_code, reason = "symbols that the loader finds by name; map values are shared with other CPUs")]
 
 use aya_ebpf::Global;
-use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, PerCpuHashMap, RingBuf};
 use ebpf_common::counter::{Counter, LOSS_PAIR, LOSSES as LOSS_COUNT, PairKey};
 use ebpf_common::event::Bucket;
 use ebpf_common::flow::{Flow, FlowKey, Remote, TOTALS};
 use ebpf_common::fragment::{Fragment, FragmentKey};
-use ebpf_common::table::{Block, Control, Decision, Header, Leaf, Page, Ports};
+use ebpf_common::table::{Control, TableCopy};
 use ebpf_common::{COPIES, DIRECTIONS, limit, reason};
 
 use crate::case::{Case, direction};
@@ -28,19 +28,7 @@ pub static ALLOW: Global<i32> = Global::new(-1);
 #[map]
 pub static CONTROL: Array<Control> = Array::with_max_entries(1, 0);
 #[map]
-pub static HEADER: Array<Header> = Array::with_max_entries(COPIES, 0);
-#[map]
-pub static BLOCKS: Array<Block> = Array::with_max_entries(COPIES * limit::BLOCKS, 0);
-#[map]
-pub static LEAVES: Array<Leaf> = Array::with_max_entries(COPIES * limit::LEAVES, 0);
-#[map]
-pub static MATRIX: Array<u32> = Array::with_max_entries(COPIES * limit::CELLS, 0);
-#[map]
-pub static PAGES: Array<Page> = Array::with_max_entries(COPIES * limit::PAGES, 0);
-#[map]
-pub static PORTS: Array<Ports> = Array::with_max_entries(COPIES * limit::PORTS, 0);
-#[map]
-pub static DECISIONS: Array<Decision> = Array::with_max_entries(COPIES * limit::DECISIONS, 0);
+pub static TABLES: Array<TableCopy> = Array::with_max_entries(COPIES, BPF_F_MMAPABLE);
 #[map]
 pub static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(limit::FLOWS, 0);
 #[map]

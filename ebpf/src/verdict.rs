@@ -7,8 +7,8 @@
 use ebpf_common::limit;
 use ebpf_common::packet::{FIRST_FRAGMENT, LATER_FRAGMENT, Packet, UNFRAGMENTED};
 use ebpf_common::table::{
-    self, ALLOW, Address, CELL_INDEX, CHILD, DENY, EXTERNAL, LOCAL, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD,
-    Root, UNIFORM, UNKNOWN,
+    self, ALLOW, Address, BLOCK, BLOCK_SHIFT, CELL_INDEX, DENY, EXTERNAL, LOCAL, Leaf, NO_RULE_SLOT, PATH, Path,
+    RECORD, TableCopy, UNIFORM, UNKNOWN,
 };
 use ebpf_common::{EGRESS, packet, reason};
 
@@ -16,7 +16,8 @@ use crate::case::{Case, direction};
 use crate::flow;
 use crate::fragment::{self, Datagram};
 use crate::hook::{Hook, WHOLE};
-use crate::maps::{BLOCKS, DECISIONS, HEADER, LEAVES, MATRIX, PAGES, PORTS, control};
+use crate::maps::{TABLES, control};
+use crate::settled::entry;
 
 /// Returned by [`find_leaf`] where the tables contradict themselves.
 const CORRUPT: u32 = u32::MAX;
@@ -65,11 +66,9 @@ pub fn judge_early(hook: &impl Hook, case: &mut Case) -> Option<u8> {
     if decision.allows() || flow::is_recorded(case) {
         return None;
     }
-    if decision.is_corrupt() {
-        return Some(reason::CORRUPT_TABLE);
-    }
+    let Some(reason) = decision.denial() else { return Some(reason::CORRUPT_TABLE) };
     case.rule = decision.rule();
-    Some(decision.reason())
+    Some(reason)
 }
 
 /// What the rest of the judgement needs besides what is in the case.
@@ -96,10 +95,11 @@ fn know(hook: &impl Hook, case: &mut Case) -> Result<Known, u8> {
     if case.packet.is_out_of_scope() {
         return Err(reason::SCOPE);
     }
-    let (Some(source), Some(destination)) = (lookup(case, case.packet.source), lookup(case, case.packet.destination))
-    else {
-        return Err(reason::CORRUPT_TABLE);
-    };
+    let Some(tables) = TABLES.get(case.copy) else { return Err(reason::CORRUPT_TABLE) };
+    let (source, destination) = (case.packet.source, case.packet.destination);
+    let family = case.packet.family;
+    let (source, destination) = (lookup(tables, source, family), lookup(tables, destination, family));
+    let (Some(source), Some(destination)) = (source, destination) else { return Err(reason::CORRUPT_TABLE) };
     (case.source_cidr, case.destination_cidr) = (source.cidr, destination.cidr);
     let (own, other) = if direction() == EGRESS { (source, destination) } else { (destination, source) };
     if own.flags & LOCAL == 0 {
@@ -151,17 +151,16 @@ fn judge_headless(case: &mut Case) -> u8 {
 #[inline(always)]
 fn judge_flow(case: &mut Case) -> u8 {
     let decision = Decision(decide_for(case, direction(), case.packet.destination_port));
-    if decision.is_corrupt() {
-        return reason::CORRUPT_TABLE;
-    }
-    case.rule = decision.rule();
     if decision.allows() {
+        case.rule = decision.rule();
         case.log = decision.has(Decision::LOG);
         flow::keep(case, decision);
         return decision.reason();
     }
+    let Some(denial) = decision.denial() else { return reason::CORRUPT_TABLE };
+    case.rule = decision.rule();
     match flow::answers(case) {
-        flow::Answer::NONE => decision.reason(),
+        flow::Answer::NONE => denial,
         flow::Answer::REVOKED => {
             case.rule = NO_RULE_SLOT;
             reason::REVOKED
@@ -201,7 +200,8 @@ fn is_related(hook: &impl Hook, case: &Case, holder: u32) -> bool {
     let (mut own_class, mut other_class) = (case.own, case.other);
     let direct = quoted.destination == case.packet.source;
     if !direct {
-        let Some(target) = lookup(case, quoted.destination) else { return false };
+        let Some(tables) = TABLES.get(case.copy) else { return false };
+        let Some(target) = lookup(tables, quoted.destination, quoted.family) else { return false };
         if direction() == EGRESS {
             if target.flags & LOCAL == 0 {
                 return false;
@@ -222,46 +222,46 @@ fn is_related(hook: &impl Hook, case: &Case, holder: u32) -> bool {
 
 /// What the tables know of an address; `None` where they contradict themselves.
 #[inline(always)]
-fn lookup(case: &Case, address: Address) -> Option<Leaf> {
-    let leaf = find_leaf(case.copy, address.0[0], address.0[1], case.packet.family.into());
-    if leaf >= limit::LEAVES {
-        return None;
-    }
-    LEAVES.get(case.copy * limit::LEAVES + leaf).copied()
-}
-
-/// The leaf of an address, by strides of 8 bits.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn find_leaf(copy: u32, high: u64, low: u64, family: u32) -> u32 {
-    let address = Address([high, low]);
-    let Some(header) = HEADER.get(copy) else { return CORRUPT };
-    let entrance = if family == 4 {
-        enter(&header.roots_v4, address)
+fn lookup(tables: &TableCopy, address: Address, family: u8) -> Option<Leaf> {
+    let leaf = if family == 4 {
+        find_leaf_v4(tables, address.0[1])
     } else if address.is_v4() {
         // The tables write IPv4 addresses like this; no IPv6 packet may speak for one of them.
-        return UNKNOWN;
+        UNKNOWN
     } else {
-        enter(&header.roots_v6, address)
+        find_leaf_v6(tables, address.0[0], address.0[1])
     };
-    let Some(mut index) = entrance else { return UNKNOWN };
-    for _ in 0..limit::STRIDES {
-        if index >= limit::BLOCKS {
-            return CORRUPT;
+    entry(&tables.leaves, leaf).copied()
+}
+
+/// The leaf of an IPv4 address, by strides of 8 bits. The upper half of the address is that of all.
+#[inline(always)]
+fn find_leaf_v4(tables: &TableCopy, low: u64) -> u32 {
+    walk(tables, tables.header.root_v4, move |_| low.to_le(), move |path| low & path.mask.0[1] == path.prefix.0[1])
+}
+
+/// The leaf of an IPv6 address.
+#[inline(always)]
+fn find_leaf_v6(tables: &TableCopy, high: u64, low: u64) -> u32 {
+    let word = move |bit: u32| if bit & 64 == 0 { high.to_le() } else { low.to_le() };
+    walk(tables, tables.header.root_v6, word, |path| matches(Address([high, low]), path.mask, path.prefix))
+}
+
+/// From entry to entry to a leaf. `word`: the half of the address that has a bit; `follows`: whether the address goes along
+/// a path.
+#[inline(always)]
+fn walk(tables: &TableCopy, root: u32, word: impl Fn(u32) -> u64, follows: impl Fn(&Path) -> bool) -> u32 {
+    let mut next = root;
+    for _ in 0..limit::STEPS {
+        if next & BLOCK != 0 {
+            let block = &tables.blocks[(next >> BLOCK_SHIFT) as usize & (tables.blocks.len() - 1)];
+            next = block.entries[usize::from(word(next).wrapping_shr(next) as u8)];
+        } else if next & PATH != 0 {
+            let path = &tables.paths[next as usize & (tables.paths.len() - 1)];
+            next = if follows(path) { path.inside } else { path.outside };
+        } else {
+            return next;
         }
-        let Some(block) = BLOCKS.get(copy * limit::BLOCKS + index) else { return CORRUPT };
-        if block.position & PLAIN == 0 && !matches(address, block.mask, block.path) {
-            return block.otherwise;
-        }
-        let position = block.position & !PLAIN;
-        if position > 15 {
-            return CORRUPT;
-        }
-        let entry = block.entries[usize::from(address.octet(position))];
-        if entry & CHILD == 0 {
-            return entry;
-        }
-        index = entry & !CHILD;
     }
     CORRUPT
 }
@@ -269,21 +269,13 @@ extern "C" fn find_leaf(copy: u32, high: u64, low: u64, family: u32) -> u32 {
 /// Whether the tables alone allow a flow of `service` (protocol << 16 | port) between two addresses, one of which this
 /// node stands for; for the bench.
 #[inline(always)]
-pub fn is_allowed(copy: u32, direction: u32, source: Address, destination: Address, service: u32) -> bool {
-    let find = |address: Address| {
-        let family = if address.is_v4() { 4 } else { 6 };
-        let leaf = find_leaf(copy, address.0[0], address.0[1], family);
-        if leaf < limit::LEAVES { LEAVES.get(copy * limit::LEAVES + leaf) } else { None }
-    };
-    let (Some(source), Some(destination)) = (find(source), find(destination)) else { return false };
+pub fn is_allowed(copy: u32, direction: u32, ends: &[Address; 2], family: u8, service: u32) -> bool {
+    let Some(tables) = TABLES.get(copy) else { return false };
+    let [source, destination] = *ends;
+    let (source, destination) = (lookup(tables, source, family), lookup(tables, destination, family));
+    let (Some(source), Some(destination)) = (source, destination) else { return false };
     let (own, other) = if direction == EGRESS { (source, destination) } else { (destination, source) };
-    other.class != 0 && Decision(decide(copy, direction, own.class, other.class, service)).allows()
-}
-
-/// The block in which the walk begins.
-#[inline(always)]
-fn enter(roots: &[Root], address: Address) -> Option<u32> {
-    roots.iter().find(|root| root.block != NO_BLOCK && matches(address, root.mask, root.prefix)).map(|root| root.block)
+    other.class != 0 && find_decision(tables, direction, own.class, other.class, service).is_some_and(Decision::allows)
 }
 
 #[inline(always)]
@@ -291,33 +283,25 @@ fn matches(address: Address, mask: Address, prefix: Address) -> bool {
     address.0[0] & mask.0[0] == prefix.0[0] && address.0[1] & mask.0[1] == prefix.0[1]
 }
 
-/// A `table::Decision` with its reason settled, in one word.
+/// A `table::Decision` in one word, as it lies in memory, and whether an allowed flow is recorded.
 #[derive(Clone, Copy)]
 pub(crate) struct Decision(pub(crate) u64);
 
 impl Decision {
-    const CORRUPT: Self = Self(0);
-    const VALID: u64 = 1 << 40;
-    const ALLOW: u64 = 1 << 41;
+    /// Neither allows nor denies.
+    const CORRUPT: Self = Self(0xff);
+    const VERDICT: u64 = 0xff;
+    const REASON: u64 = 0xff00;
     /// The rule asks for its packets to be reported.
-    pub(crate) const LOG: u64 = 1 << 42;
-    /// The flow needs a record.
-    pub(crate) const RECORD: u64 = 1 << 43;
+    pub(crate) const LOG: u64 = (table::LOG as u64) << 16;
+    /// The flow needs a record. No flag of a decision.
+    pub(crate) const RECORD: u64 = 1 << 31;
 
     #[inline(always)]
-    fn new(decision: &table::Decision, record: bool) -> Self {
-        let (allow, reason) = match (decision.verdict, decision.reason) {
-            (ALLOW, reason::RULE | reason::LINEAGE) => (Self::ALLOW, decision.reason),
-            (DENY, reason::RULE | reason::DENY_RULE) => (0, reason::DENY_RULE),
-            (DENY, reason::NO_RULE) => (0, reason::NO_RULE),
-            _ => return Self::CORRUPT,
-        };
-        if decision.rule >= limit::RULES && decision.rule != NO_RULE_SLOT {
-            return Self::CORRUPT;
-        }
-        let log = if decision.flags & LOG == 0 { 0 } else { Self::LOG };
-        let record = if record { Self::RECORD } else { 0 };
-        Self(Self::VALID | allow | log | record | u64::from(reason) << 32 | u64::from(decision.rule))
+    fn new(decision: &table::Decision, cell: u32) -> Self {
+        // SAFETY: 8 bytes, aligned as the map's values and the tables in them are.
+        let word = unsafe { core::ptr::from_ref(decision).cast::<u64>().read() };
+        Self(word & !Self::RECORD | u64::from(cell & RECORD) << 1)
     }
 
     #[inline(always)]
@@ -326,23 +310,32 @@ impl Decision {
     }
 
     #[inline(always)]
-    fn is_corrupt(self) -> bool {
-        !self.has(Self::VALID)
-    }
-
-    #[inline(always)]
     pub(crate) fn allows(self) -> bool {
-        self.has(Self::ALLOW)
+        // Both reasons in one comparison.
+        const { assert!(ALLOW == 1 && reason::RULE == 0 && reason::LINEAGE == 1) };
+        self.0 & (Self::VERDICT | Self::REASON & !0x100) == 1
     }
 
+    /// Why it denies; `None`: it does not, or means nothing.
+    #[inline(always)]
+    fn denial(self) -> Option<u8> {
+        match ((self.0 & Self::VERDICT) as u8, (self.0 >> 8) as u8) {
+            (DENY, reason::RULE | reason::DENY_RULE) => Some(reason::DENY_RULE),
+            (DENY, reason::NO_RULE) => Some(reason::NO_RULE),
+            _ => None,
+        }
+    }
+
+    /// Counter slot; one that is not there is [`NO_RULE_SLOT`] or means as much.
     #[inline(always)]
     pub(crate) fn rule(self) -> u32 {
-        self.0 as u32
+        (self.0 >> 32) as u32
     }
 
+    /// Of one that allows.
     #[inline(always)]
     pub(crate) fn reason(self) -> u8 {
-        (self.0 >> 32) as u8
+        (self.0 >> 8) as u8
     }
 }
 
@@ -357,67 +350,55 @@ pub(crate) fn decide_for(case: &Case, direction: u32, service: u16) -> u64 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn decide(copy: u32, direction: u32, own: u32, other: u32, service: u32) -> u64 {
-    find_decision(copy, direction, own, other, service).unwrap_or(Decision::CORRUPT).0
+    let decision = TABLES.get(copy).and_then(|tables| find_decision(tables, direction, own, other, service));
+    decision.unwrap_or(Decision::CORRUPT).0
 }
 
 #[inline(always)]
-fn find_decision(copy: u32, direction: u32, own: u32, other: u32, service: u32) -> Option<Decision> {
-    let cell = find_cell(copy, direction, own, other)?;
+fn find_decision(tables: &TableCopy, direction: u32, own: u32, other: u32, service: u32) -> Option<Decision> {
+    let cell = find_cell(tables, direction, own, other)?;
     let index = cell & CELL_INDEX;
-    let decision = if cell & UNIFORM != 0 { index } else { find_in_page(copy, index, service)? };
-    read_decision(copy, decision, cell)
+    let decision = if cell & UNIFORM != 0 { index } else { find_in_page(tables, index, service)? };
+    read_decision(tables, decision, cell)
 }
 
 /// The decision on every service from one class to another, where services are not told apart.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn decide_any(copy: u32, direction: u32, own: u32, other: u32) -> u64 {
-    let cell = find_cell(copy, direction, own, other).filter(|cell| cell & UNIFORM != 0);
-    cell.and_then(|cell| read_decision(copy, cell & CELL_INDEX, cell)).unwrap_or(Decision::CORRUPT).0
+    let Some(tables) = TABLES.get(copy) else { return Decision::CORRUPT.0 };
+    let cell = find_cell(tables, direction, own, other).filter(|cell| cell & UNIFORM != 0);
+    cell.and_then(|cell| read_decision(tables, cell & CELL_INDEX, cell)).unwrap_or(Decision::CORRUPT).0
 }
 
 #[inline(always)]
-fn find_cell(copy: u32, direction: u32, own: u32, other: u32) -> Option<u32> {
-    let header = HEADER.get(copy)?;
-    let (owns, classes) = (header.own, header.classes);
+fn find_cell(tables: &TableCopy, direction: u32, own: u32, other: u32) -> Option<u32> {
+    let (owns, classes) = (tables.header.own, tables.header.classes);
     if own == 0 || own > owns || other >= classes || owns > limit::CELLS || classes > limit::CELLS {
         return None;
     }
     // As `table::cell_index`, in a width in which bounds that the check above lets through cannot overflow.
     let cell = (u64::from(direction) * u64::from(owns) + u64::from(own - 1)) * u64::from(classes) + u64::from(other);
-    if cell >= u64::from(limit::CELLS) {
-        return None;
-    }
-    MATRIX.get(copy * limit::CELLS + cell as u32).copied()
+    entry(&tables.matrix, u32::try_from(cell).ok()?).copied()
 }
 
 #[inline(always)]
-fn read_decision(copy: u32, decision: u32, cell: u32) -> Option<Decision> {
-    if decision >= limit::DECISIONS {
-        return None;
-    }
-    DECISIONS.get(copy * limit::DECISIONS + decision).map(|found| Decision::new(found, cell & RECORD != 0))
+fn read_decision(tables: &TableCopy, decision: u32, cell: u32) -> Option<Decision> {
+    entry(&tables.decisions, decision).map(|found| Decision::new(found, cell))
 }
 
 /// The index of the decision on a service, where services are told apart.
 #[inline(always)]
-fn find_in_page(copy: u32, page: u32, service: u32) -> Option<u32> {
-    if page >= limit::PAGES {
-        return None;
-    }
-    let page = PAGES.get(copy * limit::PAGES + page)?;
+fn find_in_page(tables: &TableCopy, page: u32, service: u32) -> Option<u32> {
+    let page = entry(&tables.pages, page)?;
     let (protocol, high, low) = ((service >> 16) as u8, (service >> 8) as u8, service as u8);
-    let (run, entry) = match protocol {
+    let (run, last) = match protocol {
         packet::TCP => (page.tcp[usize::from(high)], low),
         packet::UDP => (page.udp[usize::from(high)], low),
         packet::ICMP => (page.icmp, low),
         packet::ICMPV6 => (page.icmpv6, low),
         _ => (page.protocol, protocol),
     };
-    let run = u32::from(run);
-    if run >= limit::PORTS {
-        return None;
-    }
-    let ports = PORTS.get(copy * limit::PORTS + run)?;
-    Some(ports.decisions[usize::from(entry)].into())
+    let ports = entry(&tables.ports, run.into())?;
+    Some(ports.decisions[usize::from(last)].into())
 }

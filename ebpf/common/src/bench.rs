@@ -33,7 +33,9 @@ pub struct Ends {
     pub destination: Address,
     pub destination_port: u16,
     pub protocol: u8,
-    pub _pad: [u8; 5],
+    /// 4 or 6.
+    pub family: u8,
+    pub _pad: [u8; 4],
 }
 
 /// A service of an identity as a trie has it: after the identity come direction and protocol, then the port's bits.

@@ -6,13 +6,14 @@
 //! # How a packet finds its decision
 //!
 //! ```text
-//! CONTROL.active ──► copy c of every table (0 or 1), read once a packet
-//! address ─ HEADER[c].roots ─► BLOCKS[c] … ─► LEAVES[c] = (class, cidr, holder)       one walk for s, one for d
-//! (direction, own class, other class) ─► MATRIX[c] = decision | page                  one load
-//! (page, service) ─► PAGES[c] ─► PORTS[c] ─► DECISIONS[c] = (verdict, reason, rule slot, flags)
+//! CONTROL.active ──► TABLES[c], a copy of all tables (0 or 1), read once a packet
+//! address ─ header.root ─► paths, blocks … ─► leaves = (class, cidr, holder)        one walk for s, one for d
+//! (direction, own class, other class) ─► matrix = decision | page                  one load
+//! (page, service) ─► pages ─► ports ─► decisions = (verdict, reason, rule slot, flags)
 //! ```
 //!
-//! Every table map holds both copies: the entry `i` of copy `c` is at index `c * CAPACITY + i`.
+//! A copy is one value of one map: a program asks the map for it once and walks from there by plain loads, which is what
+//! makes a lookup cheap (the map would be asked for each step otherwise), and userspace maps both into its memory.
 
 #![no_std]
 
@@ -29,26 +30,14 @@ pub mod table;
 pub mod underlay;
 
 /// Version of everything in this crate; part of the pin path.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Names of the maps in the object, which are also the names of their pins.
 pub mod map {
     /// `Array<Control>`, 1 entry.
     pub const CONTROL: &str = "CONTROL";
-    /// `Array<Header>`, 2 entries.
-    pub const HEADER: &str = "HEADER";
-    /// `Array<Block>`, `2 * BLOCKS` entries.
-    pub const BLOCKS: &str = "BLOCKS";
-    /// `Array<Leaf>`, `2 * LEAVES` entries.
-    pub const LEAVES: &str = "LEAVES";
-    /// `Array<u32>` of cells, `2 * CELLS` entries.
-    pub const MATRIX: &str = "MATRIX";
-    /// `Array<Page>`, `2 * PAGES` entries.
-    pub const PAGES: &str = "PAGES";
-    /// `Array<Ports>`, `2 * PORTS` entries.
-    pub const PORTS: &str = "PORTS";
-    /// `Array<Decision>`, `2 * DECISIONS` entries.
-    pub const DECISIONS: &str = "DECISIONS";
+    /// `Array<TableCopy>`, 2 entries, which can be mapped into memory.
+    pub const TABLES: &str = "TABLES";
     /// `HashMap<FlowKey, Flow>`, `FLOWS` entries.
     pub const FLOWS: &str = "FLOWS";
     /// `HashMap<Remote, u64>`, `REMOTES` entries: records that the programs made for each remote node, ever.
@@ -77,8 +66,8 @@ pub mod map {
     /// What former versions counted; added to the counters by whoever reads them. No program touches it.
     pub const CARRIED: &str = "CARRIED";
 
-    /// The tables of the policy: what a probe shares with the enforcing programs.
-    pub const TABLES: [&str; 8] = [CONTROL, HEADER, BLOCKS, LEAVES, MATRIX, PAGES, PORTS, DECISIONS];
+    /// The policy: what a probe shares with the enforcing programs.
+    pub const POLICY: [&str; 2] = [CONTROL, TABLES];
     /// What belongs to no copy of the tables and outlives every generation.
     pub const STATE: [&str; 11] = [
         FLOWS,

@@ -1,9 +1,11 @@
-//! Sizes of the maps. Array maps are allocated whole, each entry rounded up to 8 bytes, so these are also what a node
-//! pays: about 16 MB a copy.
+//! Sizes of the maps. Array maps are allocated whole, so these are also what a node pays: a copy of the tables is 14.8 MB.
 
-/// Blocks of 256 children in one copy of the stride table (1,064 bytes each). A densely filled IPv4 /16 of 10,000
-/// cidrs needs 256; sparse IPv6 /128s need one or two each.
+/// Blocks of 256 entries in one copy of the stride table (1,024 bytes each): one wherever prefixes part. A densely filled
+/// IPv4 /16 of 10,000 cidrs needs 256.
 pub const BLOCKS: u32 = 8_192;
+/// Paths in one copy of the stride table (40 bytes each): at most one ahead of each block, and one for each prefix that
+/// has no block to end in, as a sparse IPv6 /128.
+pub const PATHS: u32 = 32_768;
 /// Distinct (class, cidr, holder) triples in one copy.
 pub const LEAVES: u32 = 65_536;
 /// Cells of one copy: 2 directions x classes of the node's own x classes it can talk to.
@@ -31,11 +33,8 @@ pub const FRAGMENTS: u32 = 32_768;
 pub const PAIRS: u32 = 16_384;
 /// Bytes of the events' ring buffer; a power of two, a multiple of the page size.
 pub const EVENT_BYTES: u32 = 262_144;
-/// Roots of the stride table for IPv4: the network's own, and one for all external cidrs.
-pub const ROOTS_V4: usize = 2;
-/// Roots of the stride table for IPv6.
-pub const ROOTS_V6: usize = 8;
-/// The longest walk: 16 address bytes.
-pub const STRIDES: u32 = 16;
+/// The longest walk through blocks and paths: a step in each of 16 bytes at the most, paths ahead of them, and the
+/// network's own root.
+pub const STEPS: u32 = 32;
 /// Events per second and reason that reach the ring buffer, and the largest burst.
 pub const EVENTS_PER_SECOND: u64 = 32;

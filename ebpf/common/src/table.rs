@@ -1,6 +1,6 @@
 //! The policy's tables. See the crate's documentation for how they hang together.
 
-use crate::limit::{ROOTS_V4, ROOTS_V6};
+use crate::limit;
 
 /// One word that every hook reads once a packet.
 #[repr(C)]
@@ -10,6 +10,22 @@ pub struct Control {
     pub active: u32,
     /// Counts switches; 0 means that no policy was ever loaded, and everything is dropped as `no-policy`.
     pub generation: u32,
+}
+
+/// One copy of the tables: a value of the map TABLES.
+#[repr(C)]
+#[derive(Debug)]
+pub struct TableCopy {
+    /// First, so that another version finds the revision.
+    pub header: Header,
+    pub blocks: [Block; limit::BLOCKS as usize],
+    pub paths: [Path; limit::PATHS as usize],
+    pub leaves: [Leaf; limit::LEAVES as usize],
+    /// Cells; see [`cell_index`].
+    pub matrix: [u32; limit::CELLS as usize],
+    pub pages: [Page; limit::PAGES as usize],
+    pub ports: [Ports; limit::PORTS as usize],
+    pub decisions: [Decision; limit::DECISIONS as usize],
 }
 
 /// What is known of one copy as a whole.
@@ -24,25 +40,11 @@ pub struct Header {
     pub own: u32,
     /// Number of classes, the unknown class 0 included: the length of a row of the matrix.
     pub classes: u32,
-    pub _pad: u32,
-    /// Entries with `block == NO_BLOCK` are unused; the first match wins.
-    pub roots_v4: [Root; ROOTS_V4],
-    pub roots_v6: [Root; ROOTS_V6],
-}
-
-/// An entrance to the stride table: addresses with `address & mask == prefix` continue in `block`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Root {
-    pub mask: Address,
-    pub prefix: Address,
-    /// Index in BLOCKS, or [`NO_BLOCK`].
-    pub block: u32,
+    /// Where the walk of an address begins, as in [`Block::entries`].
+    pub root_v4: u32,
+    pub root_v6: u32,
     pub _pad: u32,
 }
-
-/// Marks an unused root.
-pub const NO_BLOCK: u32 = u32::MAX;
 
 /// An IPv6 address or an IPv4-mapped one (RFC 4291, 2.5.5.2), as two words in memory order: word 0 is bytes 0-7. The
 /// words are loaded and compared as they lie in memory, so no byte order is involved.
@@ -103,25 +105,46 @@ impl From<Address> for core::net::IpAddr {
     }
 }
 
-/// One stride of 8 bits, with the bytes above it that were skipped because no prefix tells them apart.
+/// One stride of 8 bits: the step of an address by one of its bytes.
+///
+/// An entry is what comes next: the index of a leaf, or with [`BLOCK`] that of a block and the byte that it reads, or with
+/// [`PATH`] that of a path.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Block {
-    /// The skipped bytes: an address with `address & mask != path` ends here, in leaf `otherwise`.
-    pub mask: Address,
-    pub path: Address,
-    /// Leaf of the addresses that leave the path.
-    pub otherwise: u32,
-    /// Which byte (0-15) of the address indexes `entries`; [`PLAIN`] is set where `mask` is empty.
-    pub position: u32,
-    /// A leaf's index, or with [`CHILD`] a block's.
     pub entries: [u32; 256],
 }
 
-/// In [`Block::position`]: there are no skipped bytes to compare.
-pub const PLAIN: u32 = 1 << 31;
-/// In [`Block::entries`]: the rest is the index of a block.
-pub const CHILD: u32 = 1 << 31;
+/// Bits in which nothing branches: addresses with `address & mask == prefix` go on in one entry, the others in another.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Path {
+    pub mask: Address,
+    pub prefix: Address,
+    pub inside: u32,
+    pub outside: u32,
+}
+
+/// In an entry: a block comes next. Neither this nor [`PATH`]: a leaf.
+pub const BLOCK: u32 = 1 << 31;
+/// In an entry: a path comes next.
+pub const PATH: u32 = 1 << 30;
+/// In an entry without [`BLOCK`]: the index of what comes next.
+pub const INDEX: u32 = 0xffff;
+/// In an entry with [`BLOCK`], from here on: the index of the block.
+pub const BLOCK_SHIFT: u32 = 10;
+/// In an entry with [`BLOCK`]: 8 times the number (0-15) of the byte that the block reads.
+pub const BIT: u32 = 0x78;
+
+/// The entry of a block that reads byte `position` (0-15) of the address.
+pub const fn block_entry(index: u32, position: u32) -> u32 {
+    BLOCK | index << BLOCK_SHIFT | position * 8
+}
+
+/// Index of the block in an entry that has [`BLOCK`], and the byte that it reads.
+pub const fn block_of(entry: u32) -> (u32, u32) {
+    ((entry & !BLOCK) >> BLOCK_SHIFT, (entry & BIT) / 8)
+}
 
 /// What an address is.
 #[repr(C)]
@@ -217,9 +240,12 @@ pub const LOG: u16 = 1;
 pub const NO_RULE_SLOT: u32 = u32::MAX;
 
 const _: () = assert!(size_of::<Control>() == 8);
-const _: () = assert!(size_of::<Root>() == 40);
-const _: () = assert!(size_of::<Header>() == 24 + 40 * (ROOTS_V4 + ROOTS_V6));
-const _: () = assert!(size_of::<Block>() == 1_064);
+const _: () =
+    assert!(limit::BLOCKS <= 1 << (31 - BLOCK_SHIFT) && limit::PATHS <= INDEX + 1 && limit::LEAVES <= INDEX + 1);
+const _: () = assert!(size_of::<TableCopy>().is_multiple_of(8));
+const _: () = assert!(size_of::<Header>() == 32);
+const _: () = assert!(size_of::<Block>() == 1_024);
+const _: () = assert!(size_of::<Path>() == 40);
 const _: () = assert!(size_of::<Leaf>() == 12);
 const _: () = assert!(size_of::<Page>() == 1_032);
 const _: () = assert!(size_of::<Ports>() == 512);
@@ -234,6 +260,8 @@ mod pod {
     unsafe impl aya::Pod for super::Header {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Block {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Path {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Leaf {}
     // SAFETY: as above.

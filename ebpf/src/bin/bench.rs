@@ -95,7 +95,8 @@ extern "C" fn look_up(index: u32) -> u32 {
         return 0;
     }
     let service = u32::from(ends.protocol) << 16 | u32::from(ends.destination_port);
-    u32::from(verdict::is_allowed(copy, direction(), ends.source, ends.destination, service))
+    let both = [ends.source, ends.destination];
+    u32::from(verdict::is_allowed(copy, direction(), &both, ends.family, service))
 }
 
 /// One LPM lookup.

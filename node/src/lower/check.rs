@@ -4,8 +4,8 @@
 use ebpf_common::limit;
 use ebpf_common::reason;
 use ebpf_common::table::{
-    ALLOW, CELL_INDEX, CHILD, DENY, EXTERNAL, HOLDER_SHIFT, LOCAL, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD,
-    UNIFORM,
+    ALLOW, BLOCK, CELL_INDEX, DENY, EXTERNAL, HOLDER_SHIFT, INDEX, LOCAL, LOG, Leaf, NO_RULE_SLOT, PATH, Path, RECORD,
+    UNIFORM, block_entry, block_of,
 };
 
 use super::Tables;
@@ -31,6 +31,7 @@ impl Tables {
     fn check_sizes(&self) -> Result<(), TableError> {
         let sizes = [
             ("BLOCKS", self.blocks.len(), 0, limit::BLOCKS),
+            ("PATHS", self.paths.len(), 0, limit::PATHS),
             ("LEAVES", self.leaves.len(), 1, limit::LEAVES),
             ("MATRIX", self.matrix.len(), 0, limit::CELLS),
             ("PAGES", self.pages.len(), 0, limit::PAGES),
@@ -56,35 +57,9 @@ impl Tables {
     }
 
     fn check_strides(&self) -> Result<(), TableError> {
-        for (index, root) in self.header.roots_v4.iter().chain(&self.header.roots_v6).enumerate() {
-            if root.block != NO_BLOCK && root.block as usize >= self.blocks.len() {
-                return Err(error(
-                    "HEADER",
-                    0,
-                    format!("has root {index} at block {}, which is not there", root.block),
-                ));
-            }
-        }
-        let leaves = self.leaves.len();
-        for (index, block) in self.blocks.iter().enumerate() {
-            let position = block.position & !PLAIN;
-            if position > 15 {
-                return Err(error("BLOCKS", index, format!("looks at byte {position} of 16")));
-            }
-            if block.otherwise as usize >= leaves {
-                return Err(error("BLOCKS", index, format!("refers to leaf {}, which is not there", block.otherwise)));
-            }
-            for entry in block.entries {
-                let target = (entry & !CHILD) as usize;
-                if entry & CHILD == 0 && target >= leaves {
-                    return Err(error("BLOCKS", index, format!("refers to leaf {target}, which is not there")));
-                }
-                // Every step looks further right, so that a walk ends after 16.
-                let further = |child: &ebpf_common::table::Block| child.position & !PLAIN > position;
-                if entry & CHILD != 0 && !self.blocks.get(target).is_some_and(further) {
-                    return Err(error("BLOCKS", index, format!("refers to block {target}, which is none below it")));
-                }
-            }
+        let mut seen = Seen { blocks: vec![false; self.blocks.len()], paths: vec![false; self.paths.len()] };
+        for root in [self.header.root_v4, self.header.root_v6] {
+            self.check_entry(&mut seen, ("HEADER", 0), root, 0, 0)?;
         }
         if self.leaves.first() != Some(&Leaf::default()) {
             return Err(error("LEAVES", 0, "is not the unknown one"));
@@ -98,6 +73,54 @@ impl Tables {
             if leaf.flags != LOCAL && !held {
                 return Err(error("LEAVES", index, format!("has the flags {:#x}, which mean nothing", leaf.flags)));
             }
+        }
+        Ok(())
+    }
+
+    /// What `of` refers to, `steps` from the root, where blocks must look at byte `position` or further right: so a walk
+    /// ends. Whatever has a place in the tree has one.
+    fn check_entry(
+        &self,
+        seen: &mut Seen,
+        of: (&'static str, usize),
+        entry: u32,
+        position: u32,
+        steps: u32,
+    ) -> Result<(), TableError> {
+        let refuse = |what: &str| Err(error(of.0, of.1, format!("refers to {what}")));
+        if steps >= limit::STEPS {
+            return refuse("what is more steps away than a walk has");
+        }
+        let place = |seen: &mut [bool], index| seen.get_mut(index).is_some_and(|seen| !std::mem::replace(seen, true));
+        if entry & BLOCK != 0 {
+            let (index, at) = block_of(entry);
+            let known = entry == block_entry(index, at);
+            let index = index as usize;
+            if !known || !place(&mut seen.blocks, index) {
+                return refuse(&format!("block {index}, which is not there or has another place ({entry:#x})"));
+            }
+            if at < position {
+                return refuse(&format!("block {index} at byte {at}, which is none below it"));
+            }
+            for next in self.blocks[index].entries {
+                // Most are leaves.
+                if next & (BLOCK | PATH) != 0 || next as usize >= self.leaves.len() {
+                    self.check_entry(seen, ("BLOCKS", index), next, at + 1, steps + 1)?;
+                }
+            }
+        } else if entry & PATH != 0 {
+            let index = (entry & INDEX) as usize;
+            if entry & !(PATH | INDEX) != 0 || !place(&mut seen.paths, index) {
+                return refuse(&format!("path {index}, which is not there or has another place ({entry:#x})"));
+            }
+            let Path { mask, prefix, inside, outside } = self.paths[index];
+            if [0, 1].iter().any(|word| prefix.0[*word] & !mask.0[*word] != 0) {
+                return Err(error("PATHS", index, "has bits outside its mask, so that nothing follows it"));
+            }
+            self.check_entry(seen, ("PATHS", index), inside, position, steps + 1)?;
+            self.check_entry(seen, ("PATHS", index), outside, position, steps + 1)?;
+        } else if entry as usize >= self.leaves.len() {
+            return refuse(&format!("leaf {entry}, which is not there"));
         }
         Ok(())
     }
@@ -136,6 +159,12 @@ impl Tables {
         }
         Ok(())
     }
+}
+
+/// What a walk through the whole tree has seen.
+struct Seen {
+    blocks: Vec<bool>,
+    paths: Vec<bool>,
 }
 
 fn error(table: &'static str, index: usize, what: impl Into<String>) -> TableError {

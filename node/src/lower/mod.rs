@@ -1,7 +1,7 @@
 //! Lowering: a node's slice of the matrix to the entries of the kernel's tables. Pure.
 //!
 //! What the tables mean is written in `ebpf_common`. What is made here is whole: every index lies inside its table, the
-//! blocks of the stride table only point forward, and a copy of the tables that was filled with them gives the answer of
+//! stride table is a tree, and a copy of the tables that was filled with them gives the answer of
 //! [`policy::Slice::verdict`] for every flow with an end at the node. [`Tables::check`] says so of any tables, also of
 //! those read back from the kernel.
 
@@ -19,7 +19,7 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 
 use ebpf_common::limit;
-use ebpf_common::table::{Block, Decision, Header, Leaf, Page, Ports};
+use ebpf_common::table::{Block, Decision, Header, Leaf, Page, Path, Ports};
 use policy::{ClassId, Revision, RuleId, Slice};
 
 pub use check::TableError;
@@ -35,6 +35,7 @@ pub struct Tables {
     /// `generation` is 0 here: the switch that puts the tables in force sets it.
     pub header: Header,
     pub blocks: Vec<Block>,
+    pub paths: Vec<Path>,
     pub leaves: Vec<Leaf>,
     /// See [`ebpf_common::table::cell_index`].
     pub matrix: Vec<u32>,
@@ -70,11 +71,12 @@ pub fn lower(slice: &Slice, slots: &mut RuleSlots) -> Result<Tables, LowerError>
             generation: 0,
             own: classes.own,
             classes: classes.count(),
+            root_v4: strides.root_v4,
+            root_v6: strides.root_v6,
             _pad: 0,
-            roots_v4: strides.roots_v4,
-            roots_v6: strides.roots_v6,
         },
         blocks: strides.blocks,
+        paths: strides.paths,
         leaves: strides.leaves,
         matrix: cells.matrix,
         pages: cells.pages,

@@ -81,6 +81,7 @@ impl Tables {
             ));
         }
         compare(&mut differences, "BLOCKS", &self.blocks, &seen.blocks);
+        compare(&mut differences, "PATHS", &self.paths, &seen.paths);
         compare(&mut differences, "LEAVES", &self.leaves, &seen.leaves);
         compare(&mut differences, "MATRIX", &self.matrix, &seen.matrix);
         compare(&mut differences, "PAGES", &self.pages, &seen.pages);

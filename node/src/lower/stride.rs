@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ebpf_common::limit;
-use ebpf_common::table::{Address, Block, CHILD, EXTERNAL, HOLDER_SHIFT, LOCAL, Leaf, NO_BLOCK, PLAIN, Root, UNKNOWN};
+use ebpf_common::table::{
+    Address, Block, EXTERNAL, HOLDER_SHIFT, INDEX, LOCAL, Leaf, PATH, Path, UNKNOWN, block_entry,
+};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use policy::{CidrId, Slice};
 
@@ -12,9 +14,10 @@ use super::{Classes, FEWER_PREFIXES, LowerError, within};
 
 #[derive(Debug)]
 pub(super) struct Strides {
-    pub(super) roots_v4: [Root; limit::ROOTS_V4],
-    pub(super) roots_v6: [Root; limit::ROOTS_V6],
+    pub(super) root_v4: u32,
+    pub(super) root_v6: u32,
     pub(super) blocks: Vec<Block>,
+    pub(super) paths: Vec<Path>,
     pub(super) leaves: Vec<Leaf>,
 }
 
@@ -39,13 +42,15 @@ pub(super) fn lower(slice: &Slice, classes: &Classes, entries: &BTreeMap<IpNet, 
     prefixes.sort_by_key(|prefix| (prefix.bytes, prefix.bits));
     within("distinct kinds of addresses", leaves.list.len(), limit::LEAVES, FEWER_PREFIXES)?;
 
-    let mut blocks = Vec::new();
     let roots = &slice.local.roots;
     let (v4, v6): (Vec<Prefix>, Vec<Prefix>) = prefixes.into_iter().partition(Prefix::is_v4);
-    let roots_v4 = plant(&mut blocks, &v4, roots.v4().map(IpNet::V4));
-    let roots_v6 = plant(&mut blocks, &v6, roots.v6().map(IpNet::V6));
-    within("blocks of the address table", blocks.len(), limit::BLOCKS, FEWER_PREFIXES)?;
-    Ok(Strides { roots_v4, roots_v6, blocks, leaves: leaves.list })
+    let mut tree = Tree { blocks: Vec::new(), paths: Vec::new() };
+    let root_v4 = tree.plant(&v4, roots.v4().map(IpNet::V4), MAPPED_BITS);
+    let root_v6 = tree.plant(&v6, roots.v6().map(IpNet::V6), 0);
+    // An entry has no room for an index beyond these limits; what was written of one is not used.
+    within("blocks of the address table", tree.blocks.len(), limit::BLOCKS, FEWER_PREFIXES)?;
+    within("paths of the address table", tree.paths.len(), limit::PATHS, FEWER_PREFIXES)?;
+    Ok(Strides { root_v4, root_v6, blocks: tree.blocks, paths: tree.paths, leaves: leaves.list })
 }
 
 /// The cidrs of which nothing lies in the network's roots.
@@ -56,119 +61,87 @@ fn external(slice: &Slice) -> BTreeSet<CidrId> {
     slice.prefixes.values().map(|(_, cidr)| *cidr).filter(|cidr| !inside.contains(cidr)).collect()
 }
 
-/// An entrance that is not used.
-pub(super) const UNUSED: Root = Root { mask: Address([0; 2]), prefix: Address([0; 2]), block: NO_BLOCK, _pad: 0 };
+/// Both trees while they grow.
+struct Tree {
+    blocks: Vec<Block>,
+    paths: Vec<Path>,
+}
 
-/// The network's own root has an entrance of its own. So has each external tree where there are enough entrances, else
-/// they share one.
-fn plant<const N: usize>(blocks: &mut Vec<Block>, prefixes: &[Prefix], network: Option<IpNet>) -> [Root; N] {
-    let network = network.map(|net| Prefix::new(net, UNKNOWN));
-    let (inside, outside): (Vec<Prefix>, Vec<Prefix>) =
-        prefixes.iter().partition(|prefix| network.is_some_and(|network| network.contains(prefix)));
-    let mut roots = [UNUSED; N];
-    let mut entrances = roots.iter_mut();
-    if let (Some(network), false) = (network, inside.is_empty())
-        && let Some(entrance) = entrances.next()
-    {
-        *entrance = root(blocks, &inside, network);
-    }
-    let trees = trees(&outside);
-    if trees.len() <= entrances.len() {
-        for (entrance, tree) in entrances.zip(trees) {
-            *entrance = root(blocks, tree, tree[0]);
+impl Tree {
+    /// The entry with which the walk of a family begins, whose addresses share their first `known` bits. What lies in the
+    /// network's own root is found first.
+    fn plant(&mut self, prefixes: &[Prefix], network: Option<IpNet>, known: u8) -> u32 {
+        let Some(network) = network.map(|net| Prefix::new(net, UNKNOWN)) else {
+            return self.build(prefixes, UNKNOWN, known);
+        };
+        let (inside, outside): (Vec<Prefix>, Vec<Prefix>) =
+            prefixes.iter().partition(|prefix| network.contains(prefix));
+        let outside = self.build(&outside, UNKNOWN, known);
+        if inside.is_empty() {
+            return outside;
         }
-    } else if let Some(entrance) = entrances.next() {
-        *entrance = root(blocks, &outside, common(&outside));
+        let inside = self.build(&inside, UNKNOWN, network.bits);
+        self.path(&network, network.bits, inside, outside)
     }
-    roots
+
+    /// The entry for addresses that share their first `known` bits and are in leaf `inherited` where no prefix says
+    /// otherwise. The prefixes are sorted and all of those bits.
+    fn build(&mut self, prefixes: &[Prefix], inherited: u32, known: u8) -> u32 {
+        let Some((first, rest)) = prefixes.split_first() else { return inherited };
+        if first.bits <= known {
+            return self.build(rest, first.leaf, known);
+        }
+        let ends_before_others = match branching(rest) {
+            Some(position) => rest.iter().all(|other| first.contains(other)) && first.last_byte() < position,
+            None => true,
+        };
+        if ends_before_others {
+            let inside = self.build(rest, first.leaf, first.bits);
+            return self.path(first, first.bits, inside, inherited);
+        }
+        let position = branching(prefixes).unwrap_or_default().max(known / 8);
+        let block = self.block(prefixes, inherited, position);
+        if position == known / 8 { block } else { self.path(first, position * 8, block, inherited) }
+    }
+
+    /// A block that reads byte `position`, up to which all prefixes are the same.
+    fn block(&mut self, prefixes: &[Prefix], inherited: u32, position: u8) -> u32 {
+        let mut entries = [inherited; 256];
+        let end = (position + 1) * 8;
+        let byte = |prefix: &Prefix| usize::from(prefix.bytes[usize::from(position)]);
+        for prefix in prefixes.iter().filter(|prefix| prefix.bits <= end) {
+            let first = byte(prefix);
+            entries[first..first + (1 << (end - prefix.bits))].fill(prefix.leaf);
+        }
+        // Its place first, so that blocks only point forward.
+        let index = self.blocks.len();
+        self.blocks.push(Block { entries });
+        let deeper: Vec<Prefix> = prefixes.iter().filter(|prefix| prefix.bits > end).copied().collect();
+        for group in deeper.chunk_by(|a, b| byte(a) == byte(b)) {
+            let entry = &mut entries[byte(&group[0])];
+            *entry = self.build(group, *entry, end);
+        }
+        self.blocks[index].entries = entries;
+        block_entry(index as u32 % limit::BLOCKS, position.into())
+    }
+
+    /// A path along the first `bits` of a prefix.
+    fn path(&mut self, along: &Prefix, bits: u8, inside: u32, outside: u32) -> u32 {
+        let mask = mask(bits);
+        let prefix = u128::from_be_bytes(along.bytes) & mask;
+        let [mask, prefix] = [mask, prefix].map(|word| Address::from_bytes(word.to_be_bytes()));
+        self.paths.push(Path { mask, prefix, inside, outside });
+        PATH | (self.paths.len() - 1) as u32 & INDEX
+    }
 }
 
-/// Cuts sorted prefixes into runs that one of them, the first, contains.
-fn trees(prefixes: &[Prefix]) -> Vec<&[Prefix]> {
-    let mut trees = Vec::new();
-    let mut rest = prefixes;
-    while let Some(top) = rest.first() {
-        let (tree, others) = rest.split_at(rest.iter().take_while(|prefix| top.contains(prefix)).count());
-        trees.push(tree);
-        rest = others;
-    }
-    trees
-}
-
-/// The longest prefix that contains all of them; for IPv4 at least the mapped range.
-fn common(prefixes: &[Prefix]) -> Prefix {
-    let (Some(first), Some(last)) = (prefixes.first(), prefixes.last()) else {
-        return Prefix { bytes: [0; 16], bits: 0, leaf: UNKNOWN };
-    };
+/// The first byte in which two of the prefixes differ or one ends.
+fn branching(prefixes: &[Prefix]) -> Option<u8> {
+    let (first, last) = (prefixes.first()?, prefixes.last()?);
     // Sorted: what the first and the last share, all share.
     let differ = u128::from_be_bytes(first.bytes) ^ u128::from_be_bytes(last.bytes);
-    let shortest = prefixes.iter().map(|prefix| prefix.bits).min().unwrap_or(0);
-    let bits = (differ.leading_zeros() as u8).min(shortest);
-    let bytes = (u128::from_be_bytes(first.bytes) & mask(bits)).to_be_bytes();
-    Prefix { bytes, bits, leaf: UNKNOWN }
-}
-
-/// An entrance for the addresses of `within`, with the blocks behind it. All `prefixes` lie inside.
-fn root(blocks: &mut Vec<Block>, prefixes: &[Prefix], within: Prefix) -> Root {
-    // A root that is a whole address still needs a byte to index by.
-    let depth = (within.bits / 8).min(15);
-    let (whole, inside): (Vec<Prefix>, Vec<Prefix>) = prefixes.iter().partition(|prefix| prefix.bits <= depth * 8);
-    // At most one: a prefix of exactly those bits.
-    let inherited = whole.last().map_or(UNKNOWN, |prefix| prefix.leaf);
-    let block = build(blocks, &inside, inherited, depth);
-    Root {
-        mask: Address::from_bytes(mask(within.bits).to_be_bytes()),
-        prefix: Address::from_bytes(within.bytes),
-        block,
-        _pad: 0,
-    }
-}
-
-/// The block, and those below it, for addresses that share the first `depth` bytes; none of the prefixes ends in those.
-fn build(blocks: &mut Vec<Block>, prefixes: &[Prefix], inherited: u32, depth: u8) -> u32 {
-    let position = branching(prefixes, depth);
-    let mut block = Block {
-        mask: Address::default(),
-        path: Address::default(),
-        otherwise: inherited,
-        position: u32::from(position),
-        entries: [inherited; 256],
-    };
-    if position == depth {
-        block.position |= PLAIN;
-    } else {
-        // Only where there are prefixes is anything skipped.
-        let skipped = mask(position * 8) & !mask(depth * 8);
-        block.mask = Address::from_bytes(skipped.to_be_bytes());
-        block.path = Address::from_bytes((u128::from_be_bytes(prefixes[0].bytes) & skipped).to_be_bytes());
-    }
-    let end = (position + 1) * 8;
-    let byte = |prefix: &Prefix| usize::from(prefix.bytes[usize::from(position)]);
-    for prefix in prefixes.iter().filter(|prefix| prefix.bits <= end) {
-        let first = byte(prefix);
-        block.entries[first..first + (1 << (end - prefix.bits))].fill(prefix.leaf);
-    }
-    // Its place first, so that blocks only point forward.
-    let index = blocks.len();
-    blocks.push(block);
-    let deeper: Vec<Prefix> = prefixes.iter().filter(|prefix| prefix.bits > end).copied().collect();
-    for group in deeper.chunk_by(|a, b| byte(a) == byte(b)) {
-        let entry = byte(&group[0]);
-        block.entries[entry] = CHILD | build(blocks, group, block.entries[entry], position + 1);
-    }
-    blocks[index] = block;
-    index as u32
-}
-
-/// The first byte from `depth` on in which two of the prefixes differ or one ends.
-fn branching(prefixes: &[Prefix], depth: u8) -> u8 {
-    if prefixes.is_empty() {
-        return depth;
-    }
-    let shared = common(prefixes).bits;
-    // A prefix of 24 bits ends in byte 2, one of 25 in byte 3.
-    let ends = prefixes.iter().map(|prefix| (prefix.bits - 1) / 8).min().unwrap_or(depth);
-    (shared / 8).min(ends).clamp(depth, 15)
+    let ends = prefixes.iter().map(Prefix::last_byte).min()?;
+    Some(((differ.leading_zeros() / 8) as u8).min(ends))
 }
 
 /// A prefix of 16-byte addresses, IPv4 mapped.
@@ -190,6 +163,11 @@ impl Prefix {
 
     fn is_v4(&self) -> bool {
         self.bits >= MAPPED_BITS && Address::from_bytes(self.bytes).is_v4()
+    }
+
+    /// A prefix of 24 bits ends in byte 2, one of 25 in byte 3.
+    fn last_byte(&self) -> u8 {
+        self.bits.saturating_sub(1) / 8
     }
 
     fn contains(&self, other: &Prefix) -> bool {

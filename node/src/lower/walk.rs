@@ -4,8 +4,8 @@ use std::net::IpAddr;
 
 use ebpf_common::packet::{ICMP, ICMPV6, Packet, TCP, UDP};
 use ebpf_common::table::{
-    ALLOW, Address, CELL_INDEX, CHILD, DENY, Decision, LOCAL, LOG, Leaf, NO_BLOCK, NO_RULE_SLOT, PLAIN, RECORD, Root,
-    UNIFORM, UNKNOWN, cell_index,
+    ALLOW, Address, BLOCK, CELL_INDEX, DENY, Decision, INDEX, LOCAL, LOG, Leaf, NO_RULE_SLOT, PATH, RECORD, UNIFORM,
+    UNKNOWN, block_of, cell_index,
 };
 use ebpf_common::{EGRESS, limit, reason};
 use policy::{Action, Flow, Reason, RuleId, Verdict};
@@ -71,28 +71,23 @@ impl Tables {
 
     /// Class, cidr and holder of an address. `None`: the tables are corrupt.
     pub fn leaf(&self, address: IpAddr) -> Option<Leaf> {
-        let roots: &[Root] = match address {
-            IpAddr::V4(_) => &self.header.roots_v4,
+        let mut entry = match address {
+            IpAddr::V4(_) => self.header.root_v4,
             // The tables write IPv4 addresses like this; no IPv6 packet may speak for one of them.
-            IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => &[],
-            IpAddr::V6(_) => &self.header.roots_v6,
+            IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => UNKNOWN,
+            IpAddr::V6(_) => self.header.root_v6,
         };
         let address = Address::from(address);
-        let bytes = address.to_bytes();
-        let matches = |root: &&Root| root.block != NO_BLOCK && masked(address, root.mask) == root.prefix;
-        let Some(root) = roots.iter().find(matches) else { return self.leaves.get(UNKNOWN as usize).copied() };
-        let mut index = root.block;
-        for _ in 0..limit::STRIDES {
-            let block = self.blocks.get(index as usize)?;
-            if block.position & PLAIN == 0 && masked(address, block.mask) != block.path {
-                return self.leaves.get(block.otherwise as usize).copied();
-            }
-            let byte = bytes.get((block.position & !PLAIN) as usize)?;
-            let entry = block.entries[usize::from(*byte)];
-            if entry & CHILD == 0 {
+        for _ in 0..limit::STEPS {
+            if entry & BLOCK != 0 {
+                let (index, position) = block_of(entry);
+                entry = self.blocks.get(index as usize)?.entries[usize::from(address.octet(position))];
+            } else if entry & PATH != 0 {
+                let path = self.paths.get((entry & INDEX) as usize)?;
+                entry = if masked(address, path.mask) == path.prefix { path.inside } else { path.outside };
+            } else {
                 return self.leaves.get(entry as usize).copied();
             }
-            index = entry & !CHILD;
         }
         None
     }

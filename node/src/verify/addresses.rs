@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 
-use ebpf_common::table::{CHILD, EXTERNAL, LOCAL, Leaf, NO_BLOCK, PLAIN, Root, UNKNOWN};
+use ebpf_common::table::{BLOCK, EXTERNAL, INDEX, LOCAL, Leaf, PATH, UNKNOWN, block_of};
 use ipnet::IpNet;
 use policy::{CidrId, ClassId, NodeId, Slice};
 
@@ -303,10 +303,11 @@ struct Rebuilt {
     malformed: Vec<Run<()>>,
 }
 
-/// While blocks are walked.
+/// While the tree is walked.
 struct Walk<'a> {
     tables: &'a Tables,
-    visited: Vec<bool>,
+    seen_blocks: Vec<bool>,
+    seen_paths: Vec<bool>,
     leaves: Vec<Run<u32>>,
     malformed: Vec<Run<()>>,
     differences: Vec<Difference>,
@@ -316,15 +317,16 @@ impl Rebuilt {
     fn of(tables: &Tables, verification: &mut Verification) -> Self {
         let mut walk = Walk {
             tables,
-            visited: vec![false; tables.blocks.len()],
+            seen_blocks: vec![false; tables.blocks.len()],
+            seen_paths: vec![false; tables.paths.len()],
             leaves: Vec::new(),
             malformed: Vec::new(),
             differences: Vec::new(),
         };
         let after = Run { first: V4.last + 1, last: u128::MAX, value: () };
         let before = Run { first: 0, last: V4.first - 1, value: () };
-        walk.roots(&tables.header.roots_v4, &[V4]);
-        walk.roots(&tables.header.roots_v6, &[before, after]);
+        walk.entry(tables.header.root_v4, vec![V4]);
+        walk.entry(tables.header.root_v6, vec![before, after]);
         let Walk { mut leaves, mut malformed, differences, .. } = walk;
         leaves.sort_by_key(|run| run.first);
         malformed.sort_by_key(|run| run.first);
@@ -334,78 +336,59 @@ impl Rebuilt {
 }
 
 impl Walk<'_> {
-    /// The first entrance that an address fits is the one.
-    fn roots(&mut self, roots: &[Root], family: &[Run<()>]) {
-        let mut left: Vec<Run<()>> = family.to_vec();
-        for root in roots.iter().filter(|root| root.block != NO_BLOCK) {
-            let (mask, prefix) =
-                (u128::from_be_bytes(root.mask.to_bytes()), u128::from_be_bytes(root.prefix.to_bytes()));
-            let bits = mask.leading_ones();
-            if mask != high_bits(bits) {
-                self.differences.push(malformed("HEADER", 0, "has a root whose mask is no prefix's"));
-                self.malformed.append(&mut left);
-                return;
-            }
-            if prefix & !mask != 0 {
-                continue;
-            }
-            let inside = Run { first: prefix, last: prefix | !mask, value: () };
-            for part in left.iter().filter_map(|run| intersect(*run, inside)) {
-                self.visited.fill(false);
-                self.block(root.block, part, bits / 8);
-            }
-            left = without(left, inside);
+    /// The addresses of some runs, from an entry on.
+    fn entry(&mut self, entry: u32, runs: Vec<Run<()>>) {
+        if runs.is_empty() {
+            return;
+        }
+        if entry & BLOCK != 0 {
+            let (index, position) = block_of(entry);
+            self.block(index, position, &runs);
+        } else if entry & PATH != 0 {
+            self.path(entry & INDEX, &runs);
+        } else {
+            runs.into_iter().for_each(|run| self.leaf(run, entry));
         }
     }
 
-    /// The addresses of `within`, which share their first `depth` bytes, from a block on.
-    fn block(&mut self, index: u32, within: Run<()>, depth: u32) {
-        let Some(block) = self.tables.blocks.get(index as usize) else {
-            return self.refuse(index, within, "is not there, and is referred to");
+    fn path(&mut self, index: u32, runs: &[Run<()>]) {
+        let Some(path) = self.tables.paths.get(index as usize) else {
+            return self.refuse("PATHS", index, runs, "is not there, and is referred to");
         };
-        // Each block has one place in one tree; else a walk could be as long as somebody likes.
-        if std::mem::replace(&mut self.visited[index as usize], true) {
-            return self.refuse(index, within, "is referred to twice");
+        // Each has one place in one tree; else a walk could be as long as somebody likes.
+        if std::mem::replace(&mut self.seen_paths[index as usize], true) {
+            return self.refuse("PATHS", index, runs, "is referred to twice");
         }
-        let position = block.position & !PLAIN;
-        let plain = block.position & PLAIN != 0;
-        let (mask, path) = (u128::from_be_bytes(block.mask.to_bytes()), u128::from_be_bytes(block.path.to_bytes()));
-        // A root that is a whole address goes on at its last byte.
-        let depth = depth.min(15);
-        if position > 15 || position < depth || (plain && position != depth) {
-            return self.refuse(index, within, "does not look at the next byte");
+        let (mask, prefix) = (u128::from_be_bytes(path.mask.to_bytes()), u128::from_be_bytes(path.prefix.to_bytes()));
+        if mask != high_bits(mask.leading_ones()) {
+            return self.refuse("PATHS", index, runs, "has a mask that is no prefix's");
         }
-        let (above, upto) = (high_bits(8 * depth), high_bits(8 * position));
-        let mut inside = Some(within);
-        if !plain {
-            if mask & !upto != 0 || mask | above != upto {
-                return self.refuse(index, within, "skips bytes that it does not compare");
-            }
-            let base = within.first & above | path & !above;
-            inside = if path & !mask != 0 || path & mask & above != within.first & mask & above {
-                None
-            } else {
-                intersect(within, Run { first: base, last: base | !upto, value: () })
-            };
+        if prefix & !mask != 0 {
+            return self.entry(path.outside, runs.to_vec());
         }
-        let Some(inside) = inside else { return self.leaf(within, block.otherwise) };
-        if within.first < inside.first {
-            self.leaf(Run { last: inside.first - 1, ..within }, block.otherwise);
+        let along = Run { first: prefix, last: prefix | !mask, value: () };
+        self.entry(path.inside, runs.iter().filter_map(|run| intersect(*run, along)).collect());
+        self.entry(path.outside, without(runs.to_vec(), along));
+    }
+
+    fn block(&mut self, index: u32, position: u32, runs: &[Run<()>]) {
+        let Some(block) = self.tables.blocks.get(index as usize) else {
+            return self.refuse("BLOCKS", index, runs, "is not there, and is referred to");
+        };
+        if std::mem::replace(&mut self.seen_blocks[index as usize], true) {
+            return self.refuse("BLOCKS", index, runs, "is referred to twice");
+        }
+        let above = high_bits(8 * position);
+        let base = runs[0].first & above;
+        // What is ahead of the byte must be settled: the entry does not ask for it.
+        if runs.iter().any(|run| run.first & above != base || run.last & above != base) {
+            return self.refuse("BLOCKS", index, runs, "does not look at the next byte");
         }
         let shift = 8 * (15 - position);
-        let base = inside.first & upto;
         for (byte, entry) in (0u128..).zip(block.entries) {
             let first = base | byte << shift;
-            let Some(part) = intersect(inside, Run { first, last: first | ((1 << shift) - 1), value: () }) else {
-                continue;
-            };
-            match entry & CHILD {
-                0 => self.leaf(part, entry),
-                _ => self.block(entry & !CHILD, part, position + 1),
-            }
-        }
-        if within.last > inside.last {
-            self.leaf(Run { first: inside.last + 1, ..within }, block.otherwise);
+            let part = Run { first, last: first | ((1 << shift) - 1), value: () };
+            self.entry(entry, runs.iter().filter_map(|run| intersect(*run, part)).collect());
         }
     }
 
@@ -424,9 +407,9 @@ impl Walk<'_> {
         }
     }
 
-    fn refuse(&mut self, index: u32, within: Run<()>, what: &str) {
-        self.malformed.push(within);
-        self.differences.push(malformed("BLOCKS", index as usize, what));
+    fn refuse(&mut self, table: &'static str, index: u32, runs: &[Run<()>], what: &str) {
+        self.malformed.extend(runs);
+        self.differences.push(malformed(table, index as usize, what));
     }
 }
 

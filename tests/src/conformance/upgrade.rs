@@ -220,7 +220,7 @@ pub fn knows_version_2(lab: &mut Lab) {
     lab.restart();
     fs::rename(version(lab, ABI_VERSION), version(lab, 2)).expect("renamed");
     let maps = folder(lab, 2).join("maps");
-    let kept = [&map::TABLES[..], &["FLOWS", "REASON_COUNTERS", "RULE_COUNTERS", "PAIR_COUNTERS", "LOSSES"]].concat();
+    let kept = [&map::POLICY[..], &["FLOWS", "REASON_COUNTERS", "RULE_COUNTERS", "PAIR_COUNTERS", "LOSSES"]].concat();
     for pin in maps.read_dir().expect("pins") {
         let pin = pin.expect("readable");
         if !kept.iter().any(|name| pin.file_name() == **name) {

@@ -1,16 +1,22 @@
 //! The two copies of the tables: the idle one is written, one word puts it in force, the other follows.
 
 use std::collections::BTreeMap;
+use std::mem::offset_of;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use aya::Pod;
 use aya::maps::{Array, MapData};
-use ebpf_common::table::{Block, CELL_INDEX, CHILD, Control, Decision, Header, Leaf, NO_BLOCK, Page, Ports, UNIFORM};
-use ebpf_common::{limit, map};
+use ebpf_common::table::{
+    BLOCK, Block, CELL_INDEX, Control, Decision, Header, INDEX, Leaf, PATH, Page, Path as TablePath, Ports, TableCopy,
+    UNIFORM, block_of,
+};
+use ebpf_common::{COPIES, limit, map};
 use policy::{Generation, Revision};
 
+use super::mapping::Mapping;
 use super::{map::open, sys};
 use crate::kernel::KernelError;
 use crate::lower::{TableError, Tables};
@@ -18,13 +24,7 @@ use crate::lower::{TableError, Tables};
 /// The pinned tables, with what this process knows of their contents.
 pub(super) struct Copies {
     control: Array<MapData, Control>,
-    header: Array<MapData, Header>,
-    blocks: MapData,
-    leaves: MapData,
-    matrix: MapData,
-    pages: MapData,
-    ports: MapData,
-    decisions: MapData,
+    tables: Mapping,
     /// What each copy holds; `None`: unknown, to be written whole.
     shadows: [Option<Arc<Tables>>; 2],
     /// A switch whose grace period has not been waited for.
@@ -33,19 +33,13 @@ pub(super) struct Copies {
 
 impl Copies {
     pub(super) fn open(folder: &Path) -> Result<Self, KernelError> {
-        Ok(Self {
-            control: array(folder, map::CONTROL)?,
-            header: array(folder, map::HEADER)?,
-            blocks: open(folder, map::BLOCKS)?,
-            leaves: open(folder, map::LEAVES)?,
-            matrix: open(folder, map::MATRIX)?,
-            pages: open(folder, map::PAGES)?,
-            ports: open(folder, map::PORTS)?,
-            decisions: open(folder, map::DECISIONS)?,
-            shadows: [None, None],
-            // Whoever had the maps before may have been killed right after a switch.
-            unsettled: true,
-        })
+        let control = Array::try_from(aya::maps::Map::Array(open(folder, map::CONTROL)?))
+            .map_err(|error| KernelError::with(format!("`{}` is no array", map::CONTROL), error))?;
+        let tables = open(folder, map::TABLES)?;
+        let tables = Mapping::of(tables.fd().as_fd(), COPIES as usize * size_of::<TableCopy>(), true)
+            .map_err(|error| KernelError::with(format!("failed to map `{}` into memory", map::TABLES), error))?;
+        // Whoever had the maps before may have been killed right after a switch.
+        Ok(Self { control, tables, shadows: [None, None], unsettled: true })
     }
 
     /// The word that the programs read.
@@ -59,7 +53,7 @@ impl Copies {
         if control.generation == 0 {
             return Ok((Generation(0), Revision(0)));
         }
-        Ok((Generation(control.generation.into()), Revision(self.read_header(control.active)?.revision)))
+        Ok((Generation(control.generation.into()), Revision(self.read_header(control.active).revision)))
     }
 
     /// The tables in force, if this process wrote them.
@@ -87,7 +81,7 @@ impl Copies {
         }
         let next = Control { active: 1 - (active & 1), generation: generation.checked_add(1).unwrap_or(1) };
         let tables = Arc::new(tables.clone());
-        self.fill(next.active, &tables, next.generation)?;
+        self.fill(next.active, &tables, next.generation);
         self.put_in_force(next)?;
         self.unsettled = true;
         Ok(Generation(next.generation.into()))
@@ -102,44 +96,44 @@ impl Copies {
         self.unsettled = false;
         let Control { active, generation } = self.control()?;
         if let Some(tables) = self.shadows[(active & 1) as usize].clone() {
-            self.fill(1 - (active & 1), &tables, generation)?;
+            self.fill(1 - (active & 1), &tables, generation);
         }
         Ok(())
     }
 
     /// Makes one copy, which is not in force, hold these tables.
-    fn fill(&mut self, copy: u32, tables: &Arc<Tables>, generation: u32) -> Result<(), KernelError> {
-        // Unknown until it is whole, so that a failure in between is repaired by the next attempt.
+    fn fill(&mut self, copy: u32, tables: &Arc<Tables>, generation: u32) {
         let old = self.shadows[copy as usize].take();
         let old = old.as_deref();
-        write(&self.blocks, map::BLOCKS, copy * limit::BLOCKS, old.map(|old| &*old.blocks), &tables.blocks)?;
-        write(&self.leaves, map::LEAVES, copy * limit::LEAVES, old.map(|old| &*old.leaves), &tables.leaves)?;
-        write(&self.matrix, map::MATRIX, copy * limit::CELLS, old.map(|old| &*old.matrix), &tables.matrix)?;
-        write(&self.pages, map::PAGES, copy * limit::PAGES, old.map(|old| &*old.pages), &tables.pages)?;
-        write(&self.ports, map::PORTS, copy * limit::PORTS, old.map(|old| &*old.ports), &tables.ports)?;
-        write(
-            &self.decisions,
-            map::DECISIONS,
-            copy * limit::DECISIONS,
-            old.map(|old| &*old.decisions),
-            &tables.decisions,
-        )?;
-        let header = Header { generation, ..tables.header };
-        self.header
-            .set(copy, header, 0)
-            .map_err(|error| KernelError::with("failed to write `HEADER`; the running policy is as it was", error))?;
+        self.write(copy, offset_of!(TableCopy, blocks), old.map(|old| &*old.blocks), &tables.blocks);
+        self.write(copy, offset_of!(TableCopy, paths), old.map(|old| &*old.paths), &tables.paths);
+        self.write(copy, offset_of!(TableCopy, leaves), old.map(|old| &*old.leaves), &tables.leaves);
+        self.write(copy, offset_of!(TableCopy, matrix), old.map(|old| &*old.matrix), &tables.matrix);
+        self.write(copy, offset_of!(TableCopy, pages), old.map(|old| &*old.pages), &tables.pages);
+        self.write(copy, offset_of!(TableCopy, ports), old.map(|old| &*old.ports), &tables.ports);
+        self.write(copy, offset_of!(TableCopy, decisions), old.map(|old| &*old.decisions), &tables.decisions);
+        self.write(copy, offset_of!(TableCopy, header), None, &[Header { generation, ..tables.header }]);
         self.shadows[copy as usize] = Some(Arc::clone(tables));
-        Ok(())
+    }
+
+    /// Writes what differs from what is there.
+    fn write<T: Pod + PartialEq>(&mut self, copy: u32, table: usize, old: Option<&[T]>, new: &[T]) {
+        let old = old.unwrap_or_default();
+        for (index, value) in new.iter().enumerate().filter(|(index, value)| old.get(*index) != Some(value)) {
+            self.tables.write(place(copy, table) + index * size_of::<T>(), std::slice::from_ref(value));
+        }
     }
 
     fn put_in_force(&mut self, control: Control) -> Result<(), KernelError> {
+        // Who reads the new word reads what was written before it.
+        fence(Ordering::Release);
         self.control
             .set(0, control, 0)
             .map_err(|error| KernelError::with("failed to write `CONTROL`; the running policy is as it was", error))
     }
 
-    fn read_header(&self, copy: u32) -> Result<Header, KernelError> {
-        self.header.get(&(copy & 1), 0).map_err(|error| KernelError::with("failed to read the header", error))
+    fn read_header(&self, copy: u32) -> Header {
+        self.tables.read(place(copy & 1, offset_of!(TableCopy, header)), 1)[0]
     }
 
     /// What the programs use now, as far as anything refers to it. Tables that contradict themselves are an error.
@@ -154,31 +148,32 @@ impl Copies {
     /// Likewise, whatever it says. What refers beyond the end of a table is still there, and what it refers to is not.
     pub(super) fn read_as_it_is(&self) -> Result<Tables, KernelError> {
         let copy = self.control()?.active & 1;
-        let header = self.read_header(copy)?;
-        let blocks = self.read_blocks(copy, &header)?;
-        let targets = || blocks.iter().flat_map(|block| block.entries.iter().chain(std::iter::once(&block.otherwise)));
-        let leaf = targets().filter(|entry| **entry & CHILD == 0).max().map_or(0, |leaf| *leaf);
-        let leaves: Vec<Leaf> = read(&self.leaves, map::LEAVES, copy * limit::LEAVES, leaf + 1, limit::LEAVES)?;
-        let cells = header.own.saturating_mul(header.classes).saturating_mul(2);
-        let matrix: Vec<u32> = read(&self.matrix, map::MATRIX, copy * limit::CELLS, cells, limit::CELLS)?;
+        let header = self.read_header(copy);
+        let (blocks, paths) = self.read_tree(copy, &header);
+        let leaf = entries(&header, &blocks, &paths).filter(|entry| entry & (BLOCK | PATH) == 0).max().unwrap_or(0);
+        let leaves: Vec<Leaf> =
+            self.read_table(copy, offset_of!(TableCopy, leaves), 0, leaf.saturating_add(1).min(limit::LEAVES));
+        let cells = header.own.saturating_mul(header.classes).saturating_mul(2).min(limit::CELLS);
+        let matrix: Vec<u32> = self.read_table(copy, offset_of!(TableCopy, matrix), 0, cells);
         let of_cells = |uniform: bool| {
             let words = matrix.iter().filter(move |word| (**word & UNIFORM != 0) == uniform);
             words.map(|word| (word & CELL_INDEX) + 1).max().unwrap_or(0)
         };
-        let pages: Vec<Page> = read(&self.pages, map::PAGES, copy * limit::PAGES, of_cells(false), limit::PAGES)?;
+        let pages = of_cells(false).min(limit::PAGES);
+        let pages: Vec<Page> = self.read_table(copy, offset_of!(TableCopy, pages), 0, pages);
         let runs = pages
             .iter()
             .flat_map(|page| page.tcp.iter().chain(&page.udp).chain([&page.icmp, &page.icmpv6, &page.protocol]));
         let runs = runs.max().map_or(0, |run| u32::from(*run) + 1);
-        let ports: Vec<Ports> = read(&self.ports, map::PORTS, copy * limit::PORTS, runs, limit::PORTS)?;
+        let ports: Vec<Ports> = self.read_table(copy, offset_of!(TableCopy, ports), 0, runs.min(limit::PORTS));
         let decisions = ports.iter().flat_map(|ports| &ports.decisions).max().map_or(1, |one| u32::from(*one) + 1);
-        let decisions = decisions.max(of_cells(true));
-        let decisions: Vec<Decision> =
-            read(&self.decisions, map::DECISIONS, copy * limit::DECISIONS, decisions, limit::DECISIONS)?;
+        let decisions = decisions.max(of_cells(true)).min(limit::DECISIONS);
+        let decisions: Vec<Decision> = self.read_table(copy, offset_of!(TableCopy, decisions), 0, decisions);
         Ok(Tables {
             revision: Revision(header.revision),
             header,
             blocks,
+            paths,
             leaves,
             matrix,
             pages,
@@ -188,58 +183,44 @@ impl Copies {
         })
     }
 
-    /// Blocks point forward, so those read so far say how many more there are.
-    fn read_blocks(&self, copy: u32, header: &Header) -> Result<Vec<Block>, KernelError> {
-        let roots = header.roots_v4.iter().chain(&header.roots_v6).map(|root| root.block);
-        let mut wanted =
-            roots.filter(|block| *block != NO_BLOCK).map(|block| block.saturating_add(1)).max().unwrap_or(0);
-        let mut blocks: Vec<Block> = Vec::new();
-        while blocks.len() < wanted.min(limit::BLOCKS) as usize {
-            let first = blocks.len() as u32;
-            let left = limit::BLOCKS - first;
-            let more: Vec<Block> = read(&self.blocks, map::BLOCKS, copy * limit::BLOCKS + first, wanted - first, left)?;
-            let children = more.iter().flat_map(|block| &block.entries).filter(|entry| **entry & CHILD != 0);
-            wanted = children.map(|entry| (entry & !CHILD) + 1).max().unwrap_or(0).max(wanted);
-            blocks.extend(more);
+    /// What was read so far says how much more there is.
+    fn read_tree(&self, copy: u32, header: &Header) -> (Vec<Block>, Vec<TablePath>) {
+        let (mut blocks, mut paths): (Vec<Block>, Vec<TablePath>) = (Vec::new(), Vec::new());
+        loop {
+            let (mut all_blocks, mut all_paths) = (0, 0);
+            for entry in entries(header, &blocks, &paths) {
+                if entry & BLOCK != 0 {
+                    all_blocks = (block_of(entry).0 + 1).clamp(all_blocks, limit::BLOCKS);
+                } else if entry & PATH != 0 {
+                    all_paths = ((entry & INDEX) + 1).clamp(all_paths, limit::PATHS);
+                }
+            }
+            let (had_blocks, had_paths) = (blocks.len() as u32, paths.len() as u32);
+            if all_blocks <= had_blocks && all_paths <= had_paths {
+                return (blocks, paths);
+            }
+            blocks.extend(self.read_table::<Block>(copy, offset_of!(TableCopy, blocks), had_blocks, all_blocks));
+            paths.extend(self.read_table::<TablePath>(copy, offset_of!(TableCopy, paths), had_paths, all_paths));
         }
-        Ok(blocks)
+    }
+
+    /// The entries from `first` on, `end` not included.
+    fn read_table<T: Pod>(&self, copy: u32, table: usize, first: u32, end: u32) -> Vec<T> {
+        let count = end.saturating_sub(first) as usize;
+        self.tables.read(place(copy, table) + first as usize * size_of::<T>(), count)
     }
 }
 
-fn array<V: Pod>(folder: &Path, name: &str) -> Result<Array<MapData, V>, KernelError> {
-    Array::try_from(aya::maps::Map::Array(open(folder, name)?))
-        .map_err(|error| KernelError::with(format!("`{name}` is no array"), error))
+/// Where a table of a copy begins.
+fn place(copy: u32, table: usize) -> usize {
+    copy as usize * size_of::<TableCopy>() + table
 }
 
-/// Runs of changed entries closer than this are written as one.
-const JOIN: usize = 8;
-
-/// Writes what differs from what is there.
-fn write<T: Pod + PartialEq>(
-    map: &MapData,
-    name: &str,
-    first: u32,
-    old: Option<&[T]>,
-    new: &[T],
-) -> Result<(), KernelError> {
-    let failed = |error| KernelError::with(format!("failed to write `{name}`; the running policy is as it was"), error);
-    let old = old.unwrap_or_default();
-    let differs = |index: &usize| old.get(*index) != Some(&new[*index]);
-    let mut changed = (0..new.len()).filter(differs).peekable();
-    while let Some(start) = changed.next() {
-        let mut end = start + 1;
-        while let Some(next) = changed.next_if(|next| *next < end + JOIN) {
-            end = next + 1;
-        }
-        sys::write_array(map.fd().as_fd(), first + start as u32, &new[start..end]).map_err(failed)?;
-    }
-    Ok(())
-}
-
-/// As many as are asked for, or as there are.
-fn read<T: Pod>(map: &MapData, name: &str, first: u32, count: u32, limit: u32) -> Result<Vec<T>, KernelError> {
-    sys::read_array(map.fd().as_fd(), first, count.min(limit) as usize)
-        .map_err(|error| KernelError::with(format!("failed to read `{name}`"), error))
+/// All entries of a tree, of whatever kind.
+fn entries<'a>(header: &Header, blocks: &'a [Block], paths: &'a [TablePath]) -> impl Iterator<Item = u32> + use<'a> {
+    let of_blocks = blocks.iter().flat_map(|block| block.entries);
+    let of_paths = paths.iter().flat_map(|path| [path.inside, path.outside]);
+    [header.root_v4, header.root_v6].into_iter().chain(of_blocks).chain(of_paths)
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use super::counters::{CounterMaps, read_carried};
 use super::description::Description;
 use super::flows::Flows;
 use super::map::{open, read_raw};
+use super::mapping::Mapping;
 use super::pin::{self, Pins};
 use super::{is_enforced, is_pinned_first, sys};
 use crate::kernel::KernelError;
@@ -115,10 +116,18 @@ fn revision(pins: &Pins) -> Option<u64> {
     Description::read(pins).ok()??;
     let control = read_raw(&pins.map(map::CONTROL)).ok()??;
     let active = u32::from_ne_bytes(control.first()?.1.get(..4)?.try_into().ok()?) & 1;
-    let headers = read_raw(&pins.map(map::HEADER)).ok()??;
-    let (_, header) = headers.into_iter().find(|(key, _)| *key == active.to_ne_bytes())?;
-    Some(u64::from_ne_bytes(header.get(..8)?.try_into().ok()?))
+    if let Some(headers) = read_raw(&pins.map(HEADER)).ok()? {
+        let (_, header) = headers.into_iter().find(|(key, _)| *key == active.to_ne_bytes())?;
+        return Some(u64::from_ne_bytes(header.get(..8)?.try_into().ok()?));
+    }
+    let tables = open(&pins.maps, map::TABLES).ok()?;
+    let copy = tables.info().ok()?.value_size().next_multiple_of(8) as usize;
+    let mapping = Mapping::of(tables.fd().as_fd(), ebpf_common::COPIES as usize * copy, false).ok()?;
+    mapping.read(active as usize * copy, 1).first().copied()
 }
+
+/// Until version 3 a map of its own had what is said of a copy as a whole, the revision first, as it is since then.
+const HEADER: &str = "HEADER";
 
 /// Copies the records that our programs have not got, if they are laid out as ours are. They are judged anew before they
 /// let anything pass. `before_programs`: ours do not run yet.

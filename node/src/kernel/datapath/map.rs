@@ -10,7 +10,7 @@ use ebpf_common::counter::{Counter, LOSSES, PairKey};
 use ebpf_common::event::Bucket;
 use ebpf_common::flow::{Flow, FlowKey, Remote, TOTALS};
 use ebpf_common::fragment::{Fragment, FragmentKey};
-use ebpf_common::table::{Block, Control, Decision, Header, Leaf, Page, Ports};
+use ebpf_common::table::{Control, TableCopy};
 use ebpf_common::{COPIES, DIRECTIONS, limit, map, reason};
 
 use super::{pin, sys};
@@ -37,15 +37,9 @@ const fn hash(name: &'static str, key: usize, value: usize, entries: u32) -> Lay
     Layout { name, kind: MapType::Hash, key, value, entries }
 }
 
-const LAYOUTS: [Layout; 19] = [
+const LAYOUTS: [Layout; 13] = [
     array(map::CONTROL, size_of::<Control>(), 1),
-    array(map::HEADER, size_of::<Header>(), COPIES),
-    array(map::BLOCKS, size_of::<Block>(), COPIES * limit::BLOCKS),
-    array(map::LEAVES, size_of::<Leaf>(), COPIES * limit::LEAVES),
-    array(map::MATRIX, size_of::<u32>(), COPIES * limit::CELLS),
-    array(map::PAGES, size_of::<Page>(), COPIES * limit::PAGES),
-    array(map::PORTS, size_of::<Ports>(), COPIES * limit::PORTS),
-    array(map::DECISIONS, size_of::<Decision>(), COPIES * limit::DECISIONS),
+    array(map::TABLES, size_of::<TableCopy>(), COPIES),
     hash(map::FLOWS, size_of::<FlowKey>(), size_of::<Flow>(), limit::FLOWS),
     hash(map::FLOWS_OPENED, size_of::<Remote>(), size_of::<u64>(), limit::REMOTES),
     hash(map::FLOWS_GONE, size_of::<Remote>(), size_of::<u64>(), limit::REMOTES),
@@ -74,7 +68,7 @@ pub(super) fn check_layouts(folder: &Path) -> Result<bool, KernelError> {
         let Some(fd) = sys::object(&path)
             .map_err(|error| KernelError::with(format!("failed to open the pinned map `{}`", path.display()), error))?
         else {
-            complete &= !map::TABLES.contains(&layout.name);
+            complete &= !map::POLICY.contains(&layout.name);
             continue;
         };
         let info = MapData::from_fd(fd).and_then(|map| map.info());

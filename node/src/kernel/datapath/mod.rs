@@ -26,6 +26,7 @@ mod fragments;
 mod guard;
 mod inspect;
 mod map;
+mod mapping;
 mod neighbours;
 pub mod packet;
 mod pin;
@@ -423,7 +424,7 @@ impl Datapath for EbpfDatapath {
             (None, Some(staged)) => former::in_force(&staged.former),
             (None, None) => {
                 let pins = Pins::new(&self.pin_root, &self.interface)?;
-                if !pins.map(ebpf_common::map::CONTROL).exists() || !pins.map(ebpf_common::map::DECISIONS).exists() {
+                if !pins.map(ebpf_common::map::CONTROL).exists() || !pins.map(ebpf_common::map::TABLES).exists() {
                     (Generation(0), Revision(0))
                 } else {
                     Copies::open(&pins.maps)?.in_force()?

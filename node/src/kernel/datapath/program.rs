@@ -79,7 +79,7 @@ impl Instance<'_> {
             .override_global(global::EVERY, &every, true)
             .override_global(global::LINK_HEADER, &link_header, true)
             .override_global(global::ALLOW, &NEXT, true);
-        for table in map::TABLES {
+        for table in map::POLICY {
             loader.map_pin_path(table, self.tables.join(table));
         }
         for state in map::STATE {

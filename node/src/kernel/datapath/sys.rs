@@ -17,7 +17,6 @@ const BPF_PROG_GET_FD_BY_ID: libc::c_int = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_PROG_QUERY: libc::c_int = 16;
 const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
-const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
 
 const BPF_MAP_TYPE_HASH: u32 = 1;
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
@@ -51,60 +50,6 @@ struct BatchAttributes {
     map_fd: u32,
     element_flags: u64,
     flags: u64,
-}
-
-/// Writes consecutive entries of an array map.
-pub(super) fn write_array<T: Pod>(map: BorrowedFd<'_>, first: u32, values: &[T]) -> io::Result<()> {
-    let mut keys: Vec<u32> = (first..).take(values.len()).collect();
-    let mut done = 0;
-    while done < values.len() {
-        let mut attributes = BatchAttributes {
-            keys: keys[done..].as_mut_ptr() as u64,
-            values: values[done..].as_ptr() as u64,
-            count: (values.len() - done) as u32,
-            map_fd: map.as_raw_fd() as u32,
-            ..Default::default()
-        };
-        bpf(BPF_MAP_UPDATE_BATCH, &mut attributes)?;
-        if attributes.count == 0 {
-            return Err(io::Error::other("the kernel wrote none of the entries"));
-        }
-        done += attributes.count as usize;
-    }
-    Ok(())
-}
-
-/// Reads consecutive entries of an array map.
-pub(super) fn read_array<T: Pod>(map: BorrowedFd<'_>, first: u32, count: usize) -> io::Result<Vec<T>> {
-    let mut values: Vec<T> = Vec::with_capacity(count);
-    let mut keys = vec![0u32; count];
-    // The batch goes on after this key; 0 of the address means from the start.
-    let mut after = first.wrapping_sub(1);
-    let mut done = 0;
-    while done < count {
-        let mut out = 0u32;
-        let mut attributes = BatchAttributes {
-            in_batch: if after == u32::MAX { 0 } else { &raw mut after as u64 },
-            out_batch: &raw mut out as u64,
-            keys: keys[done..].as_mut_ptr() as u64,
-            values: values.spare_capacity_mut()[done..].as_mut_ptr() as u64,
-            count: (count - done) as u32,
-            map_fd: map.as_raw_fd() as u32,
-            ..Default::default()
-        };
-        let result = bpf(BPF_MAP_LOOKUP_BATCH, &mut attributes);
-        done += attributes.count as usize;
-        match result {
-            Ok(_) if attributes.count > 0 => after = out,
-            // The end of the map.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) && done == count => {}
-            Err(error) => return Err(error),
-            Ok(_) => return Err(io::Error::other("the kernel read none of the entries")),
-        }
-    }
-    // SAFETY: the kernel wrote `done` values, and any bytes are a T: it is Pod.
-    unsafe { values.set_len(count) };
-    Ok(values)
 }
 
 /// Everything in a hash map. Entries that come or go meanwhile may be missed or seen.

@@ -121,7 +121,7 @@ fn resident() -> Result<f64> {
 /// What the kernel holds for one of the two copies: each table map has room for both.
 fn copy_megabytes(lab: &Lab) -> Result<f64> {
     let mut bytes = 0;
-    for table in map::TABLES {
+    for table in map::POLICY {
         let info = MapData::from_pin(lab.pin("maps").join(table))?.info()?;
         // An array's entry takes whole words.
         bytes += u64::from(info.value_size().next_multiple_of(8)) * u64::from(info.max_entries());

@@ -156,7 +156,8 @@ fn ends(flow: &Flow) -> Ends {
         destination: flow.destination.into(),
         destination_port: flow.port,
         protocol: flow.protocol,
-        _pad: [0; 5],
+        family: if flow.source.is_ipv4() { 4 } else { 6 },
+        _pad: [0; 4],
     }
 }
 

@@ -165,7 +165,7 @@ fn load(direction: u32, names: &[&str], tables: &Path, state: &Path) -> Result<E
         .override_global(global::TRACE, &trace, false)
         .override_global(global::LINK_HEADER, &link_header, true)
         .override_global(global::ALLOW, &allow, false);
-    for table in map::TABLES {
+    for table in map::POLICY {
         loader.map_pin_path(table, tables.join(table));
     }
     for name in map::STATE {

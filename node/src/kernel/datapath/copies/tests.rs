@@ -43,9 +43,9 @@ fn a_cell_edited_by_hand_is_found_and_gone_from_both_copies() {
         assert_eq!(datapath.differences(&first).unwrap(), [""; 0]);
 
         let other = first.matrix.iter().position(|word| *word != first.matrix[0]).expect("two kinds of cells");
-        let copies = &datapath.running().unwrap().copies;
-        let at = copies.control().unwrap().active * limit::CELLS + other as u32;
-        sys::write_array(copies.matrix.fd().as_fd(), at, &first.matrix[..1]).unwrap();
+        let copies = &mut datapath.running().unwrap().copies;
+        let matrix = place(copies.control().unwrap().active, offset_of!(TableCopy, matrix));
+        copies.tables.write(matrix + other * size_of::<u32>(), &first.matrix[..1]);
         assert_ne!(datapath.differences(&first).unwrap(), [""; 0]);
 
         // As the round does that found it.
