@@ -8,6 +8,7 @@ use aya_ebpf::helpers::generated::{bpf_xdp_get_buff_len, bpf_xdp_load_bytes};
 use aya_ebpf::programs::{TcContext, XdpContext};
 use core::mem::MaybeUninit;
 use ebpf_common::packet::{self, Load, Packet};
+use ebpf_common::reason;
 
 use crate::case::Case;
 use crate::event;
@@ -18,6 +19,9 @@ use crate::settled::settled;
 pub trait Hook: Load {
     /// Bytes from the IP header on, by the kernel's word.
     fn length(&self) -> u32;
+
+    /// Reads the headers of a packet of `length` bytes; [`WHOLE`] or the reason to drop.
+    fn read(&self, packet: &mut Packet, length: u32) -> u32;
 
     /// On the wire: a GSO packet is several. `packet` is what was read of it.
     fn segments(&self, packet: &Packet) -> u32;
@@ -34,6 +38,11 @@ impl Hook for Skb<'_> {
     #[inline(always)]
     fn length(&self) -> u32 {
         self.0.len().saturating_sub(LINK_HEADER.load())
+    }
+
+    #[inline(always)]
+    fn read(&self, packet: &mut Packet, length: u32) -> u32 {
+        read(self.0.skb.skb, packet, length)
     }
 
     #[inline(always)]
@@ -73,7 +82,7 @@ impl Load for Skb<'_> {
             let bytes = settled(self.0.data() + from as usize);
             if bytes + N <= self.0.data_end() {
                 // SAFETY: the packet goes on for as long as that, which the verifier sees too.
-                return Some(unsafe { read(bytes) });
+                return Some(unsafe { words(bytes) });
             }
         }
         self.load(offset)
@@ -93,7 +102,7 @@ impl Load for Skb<'_> {
 /// # Safety
 /// The packet goes on for `N` bytes from `bytes` on.
 #[inline(always)]
-unsafe fn read<const N: usize>(bytes: usize) -> [u8; N] {
+unsafe fn words<const N: usize>(bytes: usize) -> [u8; N] {
     #[cfg(target_arch = "bpf")]
     // SAFETY: the caller's; the last bytes that make no word are read one by one.
     unsafe {
@@ -134,6 +143,11 @@ impl Hook for Buffer<'_> {
         // SAFETY: the kernel calls the program with a valid context.
         let length = unsafe { bpf_xdp_get_buff_len(self.0.ctx) };
         (length as u32).saturating_sub(LINK_HEADER.load())
+    }
+
+    #[inline(always)]
+    fn read(&self, packet: &mut Packet, length: u32) -> u32 {
+        read_early(self.0.ctx, packet, length)
     }
 
     /// Nothing was aggregated yet.
@@ -185,7 +199,32 @@ fn cut(skb: &Skb<'_>, packet: &Packet, size: u32) -> u32 {
 /// Returned by functions of their own for a packet that has no fault; else it is a reason.
 pub(crate) const WHOLE: u32 = u32::MAX;
 
-/// Of global linkage: the verifier checks it once, for every packet and length, and not along each path that leads here.
+/// Of global linkage: the verifier checks it once, for every packet and length, and its caller once, for whatever was
+/// read, and not once for each of the ways in which a packet can be read.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn read(context: *mut __sk_buff, packet: *mut Packet, length: u32) -> u32 {
+    // SAFETY: a packet of the caller's, or null for all that the verifier knows.
+    let Some(packet) = (unsafe { packet.as_mut() }) else { return reason::MALFORMED.into() };
+    match packet.read(&Skb(&TcContext::new(context)), length) {
+        Ok(()) => WHOLE,
+        Err(reason) => reason.into(),
+    }
+}
+
+/// As [`read`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn read_early(context: *mut xdp_md, packet: *mut Packet, length: u32) -> u32 {
+    // SAFETY: as in `read`.
+    let Some(packet) = (unsafe { packet.as_mut() }) else { return reason::MALFORMED.into() };
+    match packet.read(&Buffer(&XdpContext::new(context)), length) {
+        Ok(()) => WHOLE,
+        Err(reason) => reason.into(),
+    }
+}
+
+/// As [`read`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn walk_options(context: *mut __sk_buff, header_length: u32) -> u32 {
@@ -195,7 +234,7 @@ extern "C" fn walk_options(context: *mut __sk_buff, header_length: u32) -> u32 {
     }
 }
 
-/// As [`walk_options`].
+/// As [`read`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn walk_options_early(context: *mut xdp_md, header_length: u32) -> u32 {

@@ -80,7 +80,7 @@ struct Known {
 /// Reads the packet and looks up its ends: steps 1 to 3.
 #[inline(always)]
 fn know(hook: &impl Hook, case: &mut Case) -> Result<Known, u8> {
-    let fault = read(hook, case);
+    let fault = hook.read(&mut case.packet, case.length);
     let (active, generation) = control();
     if generation == 0 {
         return Err(reason::NO_POLICY);
@@ -169,15 +169,6 @@ fn judge_flow(case: &mut Case) -> u8 {
             case.rule = flow::Answer::rule(rule);
             reason::REPLY
         }
-    }
-}
-
-/// Reads the headers; [`WHOLE`] or the reason to drop.
-#[inline(never)]
-fn read(hook: &impl Hook, case: &mut Case) -> u32 {
-    match case.packet.read(hook, case.length) {
-        Ok(()) => WHOLE,
-        Err(reason) => u32::from(reason),
     }
 }
 
