@@ -2,10 +2,13 @@
 #![allow(unsafe_code, reason = "symbols that the loader finds by name; map values are shared with other CPUs")]
 
 use aya_ebpf::Global;
-use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST};
+use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, PerCpuArray, PerCpuHashMap, RingBuf};
-use ebpf_common::counter::{Counter, LOSS_PAIR, LOSSES as LOSS_COUNT, PairKey};
+use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
+use ebpf_common::counter::{
+    Counter, LOSS_PAIR, LOSSES as LOSS_COUNT, PAIR_TRIES, PAIR_WAYS, PairBucket, PairKey, PairSlot, pair_bucket,
+    pair_hash,
+};
 use ebpf_common::event::Bucket;
 use ebpf_common::flow::{Flow, FlowKey, Remote, TOTALS};
 use ebpf_common::fragment::{Fragment, FragmentKey};
@@ -44,7 +47,7 @@ pub static REASON_COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries
 #[map]
 pub static RULE_COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(limit::RULES, 0);
 #[map]
-pub static PAIR_COUNTERS: PerCpuHashMap<PairKey, Counter> = PerCpuHashMap::with_max_entries(limit::PAIRS, 0);
+pub static PAIR_TABLE: PerCpuArray<PairBucket> = PerCpuArray::with_max_entries(limit::PAIR_BUCKETS, 0);
 #[map]
 pub static LOSSES: PerCpuArray<u64> = PerCpuArray::with_max_entries(LOSS_COUNT, 0);
 #[map]
@@ -55,9 +58,14 @@ pub static EVENT_BUCKETS: Array<Bucket> = Array::with_max_entries(reason::COUNT,
 /// Counts a packet once for its direction and reason, its rule if one decided, and its pair of cidrs.
 #[inline(always)]
 pub fn count(case: &Case) {
-    add(REASON_COUNTERS.get_ptr_mut(direction() * reason::COUNT + u32::from(case.reason)), case);
-    if case.rule < limit::RULES {
-        add(RULE_COUNTERS.get_ptr_mut(case.rule), case);
+    let (length, segments) = (case.length, case.segments);
+    if let Some(counter) = REASON_COUNTERS.get_ptr_mut(direction() * reason::COUNT + u32::from(case.reason)) {
+        add(counter, length, segments);
+    }
+    if case.rule < limit::RULES
+        && let Some(counter) = RULE_COUNTERS.get_ptr_mut(case.rule)
+    {
+        add(counter, length, segments);
     }
     let key = PairKey {
         source: case.source_cidr,
@@ -66,27 +74,65 @@ pub fn count(case: &Case) {
         reason: case.reason,
         _pad: [0; 2],
     };
-    if add(PAIR_COUNTERS.get_ptr_mut(key), case) {
-        return;
+    let key = key.to_words();
+    // Nearly every pair is where it is looked for first.
+    if let Some(bucket) = PAIR_TABLE.get_ptr_mut(pair_bucket(pair_hash(key), 0, limit::PAIR_BUCKETS)) {
+        // SAFETY: the map's value, checked not to be null.
+        let slot = unsafe { &raw mut (*bucket).slots[0] };
+        if holds(slot, key) {
+            // SAFETY: as above.
+            return add(unsafe { &raw mut (*slot).counter }, length, segments);
+        }
     }
-    let first = Counter { packets: 1, bytes: case.length.into(), segments: case.segments.into() };
-    // Another CPU may have been first: then the entry is there, and ours of it is still zero.
-    if PAIR_COUNTERS.insert(key, first, BPF_NOEXIST.into()).is_err() && !add(PAIR_COUNTERS.get_ptr_mut(key), case) {
-        lose(LOSS_PAIR);
+    count_pair(key[0], key[1], length, segments);
+}
+
+/// Counts a packet for a pair wherever there is a place for it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn count_pair(first: u64, second: u64, length: u32, segments: u32) -> u32 {
+    let key = [first, second];
+    let hash = pair_hash(key);
+    for number in 0..PAIR_TRIES {
+        let Some(bucket) = PAIR_TABLE.get_ptr_mut(pair_bucket(hash, number, limit::PAIR_BUCKETS)) else { break };
+        for way in 0..PAIR_WAYS {
+            // SAFETY: the map's value, checked not to be null.
+            let (slot, counter) = unsafe {
+                let slot = &raw mut (*bucket).slots[way];
+                (slot, &raw mut (*slot).counter)
+            };
+            if holds(slot, key) {
+                add(counter, length, segments);
+                return 0;
+            }
+            if holds(slot, [0; 2]) {
+                add(counter, length, segments);
+                // SAFETY: as above; no other CPU writes to this one's table.
+                unsafe { (&raw mut (*slot).key).write_volatile(key) };
+                return 0;
+            }
+        }
     }
+    lose(LOSS_PAIR);
+    0
+}
+
+#[inline(always)]
+fn holds(slot: *mut PairSlot, key: [u64; 2]) -> bool {
+    // SAFETY: the map's value, checked by the caller not to be null.
+    let [first, second] = unsafe { (*slot).key };
+    first == key[0] && second == key[1]
 }
 
 /// Plain additions: the maps are per CPU, and the hooks run with bottom halves off.
 #[inline(always)]
-fn add(counter: Option<*mut Counter>, case: &Case) -> bool {
-    let Some(counter) = counter else { return false };
-    // SAFETY: the map's value, checked not to be null.
+fn add(counter: *mut Counter, length: u32, segments: u32) {
+    // SAFETY: the map's value, checked by the caller not to be null.
     unsafe {
         (*counter).packets += 1;
-        (*counter).bytes += u64::from(case.length);
-        (*counter).segments += u64::from(case.segments);
+        (*counter).bytes += u64::from(length);
+        (*counter).segments += u64::from(segments);
     }
-    true
 }
 
 /// Counts something that there was no room for.

@@ -543,6 +543,11 @@ fn version_2_is_taken_over_though_it_does_not_describe_itself() {
 }
 
 #[test]
+fn version_3_is_taken_over_with_the_pairs_that_it_kept_in_a_hash() {
+    in_each_lab(upgrade::knows_version_3);
+}
+
+#[test]
 fn an_unknown_layout_is_left_alone_until_the_new_version_enforces_or_the_node_leaves() {
     in_each_lab(upgrade::leaves_the_unknown_alone);
 }

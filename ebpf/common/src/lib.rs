@@ -52,8 +52,8 @@ pub mod map {
     pub const REASON_COUNTERS: &str = "REASON_COUNTERS";
     /// `PerCpuArray<Counter>`, `RULES` entries, by rule slot.
     pub const RULE_COUNTERS: &str = "RULE_COUNTERS";
-    /// `PerCpuHashMap<PairKey, Counter>`, `PAIRS` entries.
-    pub const PAIR_COUNTERS: &str = "PAIR_COUNTERS";
+    /// `PerCpuArray<PairBucket>`, `PAIR_BUCKETS` entries. Each CPU has a table of its own; a key may be in several.
+    pub const PAIR_TABLE: &str = "PAIR_TABLE";
     /// `PerCpuArray<u64>`, one entry per `counter::LOSS_*`.
     pub const LOSSES: &str = "LOSSES";
     /// `RingBuf` of `Event`.
@@ -77,7 +77,7 @@ pub mod map {
         FRAGMENTS,
         REASON_COUNTERS,
         RULE_COUNTERS,
-        PAIR_COUNTERS,
+        PAIR_TABLE,
         LOSSES,
         EVENTS,
         EVENT_BUCKETS,

@@ -29,8 +29,11 @@ pub const FLOWS_PER_REMOTE: u32 = FLOWS / 16;
 pub const REMOTES: u32 = 32_768;
 /// Records of datagrams in fragments: 256 of each pair of addresses and protocol at the most.
 pub const FRAGMENTS: u32 = 32_768;
-/// (direction, source cidr, destination cidr, reason) with counters of their own.
+/// (direction, source cidr, destination cidr, reason) with counters of their own, 40 bytes each on every CPU. Up to three
+/// quarters of them find room however they look; some beyond that, and those that none is left for, are counted as lost.
 pub const PAIRS: u32 = 16_384;
+/// Buckets of slots that hold them, for each CPU.
+pub const PAIR_BUCKETS: u32 = PAIRS / crate::counter::PAIR_WAYS as u32;
 /// Bytes of the events' ring buffer; a power of two, a multiple of the page size.
 pub const EVENT_BYTES: u32 = 262_144;
 /// The longest walk through blocks and paths: a step in each of 16 bytes at the most, paths ahead of them, and the

@@ -10,11 +10,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use aya::maps::{Map, MapData, MapError, PerCpuArray, PerCpuValues};
 use ebpf_common::EGRESS;
+use ebpf_common::counter::{PairBucket, PairKey};
 
 const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
-const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
@@ -23,6 +24,7 @@ const BPF_MAP_FREEZE: libc::c_int = 22;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_DETACH: libc::c_int = 34;
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
+const BPF_MAP_TYPE_PERCPU_HASH: u32 = 5;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
@@ -225,27 +227,28 @@ struct Element {
     flags: u64,
 }
 
-/// Fills a pinned per-CPU hash with zeros until there is no room; returns how many entries it took.
-pub fn fill<K: Copy>(path: &Path, key: impl Fn(u32) -> K, value_size: usize) -> io::Result<u32> {
-    let map = open(path)?;
-    // The kernel wants a value for each processor that could be.
-    let possible = aya::util::nr_cpus().map_err(|(_, error)| error)?;
-    let value = vec![0_u64; value_size.div_ceil(8) * possible];
-    for number in 0.. {
-        let key = key(number);
-        let mut element = Element {
-            map: map.as_raw_fd() as u32,
-            key: &raw const key as u64,
-            value: value.as_ptr() as u64,
-            ..Default::default()
-        };
-        match bpf(BPF_MAP_UPDATE_ELEM, &mut element) {
-            Ok(_) => {}
-            Err(error) if error.raw_os_error() == Some(libc::E2BIG) => return Ok(number),
-            Err(error) => return Err(error),
+/// Takes the free slots of the pinned counters of pairs, on every processor, but the last of each of the buckets to
+/// `spare`; returns how many one of them had.
+pub fn fill_pairs(path: &Path, key: impl Fn(u32) -> PairKey, spare: impl Fn(u32) -> bool) -> Result<u32, MapError> {
+    let map = PerCpuArray::try_from(Map::PerCpuArray(MapData::from_pin(path)?));
+    let mut table: PerCpuArray<MapData, PairBucket> = map?;
+    let mut most = 0;
+    let mut filled: Vec<u32> = Vec::new();
+    for index in 0..table.len() {
+        let mut buckets = table.get(&index, 0)?.to_vec();
+        filled.resize(buckets.len(), 0);
+        for (bucket, filled) in buckets.iter_mut().zip(&mut filled) {
+            let ways = bucket.slots.len() - usize::from(spare(index));
+            for slot in bucket.slots[..ways].iter_mut().filter(|slot| slot.key == [0; 2]) {
+                slot.key = key(*filled).to_words();
+                *filled += 1;
+                most = most.max(*filled);
+            }
         }
+        let buckets = PerCpuValues::try_from(buckets).map_err(MapError::IoError)?;
+        table.set(index, buckets, 0)?;
     }
-    unreachable!("the map takes as many entries as there are numbers")
+    Ok(most)
 }
 
 /// A socket that sends packets as they are out of an interface, past the host's IP.
@@ -325,7 +328,15 @@ struct CreateMap {
 
 /// Pins an array that is none of ours.
 pub fn pin_array(path: &Path, value_size: u32, entries: u32) -> io::Result<()> {
-    let mut create = CreateMap { kind: BPF_MAP_TYPE_ARRAY, key_size: 4, value_size, entries };
+    pin_map(path, CreateMap { kind: BPF_MAP_TYPE_ARRAY, key_size: 4, value_size, entries })
+}
+
+/// Likewise a hash with a value for each processor.
+pub fn pin_per_cpu_hash(path: &Path, key_size: u32, value_size: u32, entries: u32) -> io::Result<()> {
+    pin_map(path, CreateMap { kind: BPF_MAP_TYPE_PERCPU_HASH, key_size, value_size, entries })
+}
+
+fn pin_map(path: &Path, mut create: CreateMap) -> io::Result<()> {
     let map = own(bpf(BPF_MAP_CREATE, &mut create)?);
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut object = Object { path: path.as_ptr() as u64, fd: map.as_raw_fd() as u32, flags: 0 };

@@ -151,35 +151,46 @@ pub fn is_exact(lab: &mut Lab) {
     overflows(lab, &network, &tables[0], &mut expected);
 }
 
-/// A pair that there is no room for is counted as lost, and everything else as always.
+/// A pair whose own place is taken is counted at another, one that there is no room for as lost, and everything else as
+/// always.
 fn overflows(lab: &mut Lab, network: &Network, tables: &Tables, expected: &mut Counters) {
     let of_no_network =
         |number: u32| PairKey { source: number, destination: u32::MAX, direction: 9, ..PairKey::default() };
-    let filled = foreign::fill(&lab.pin("maps/PAIR_COUNTERS"), of_no_network, size_of::<Counter>()).expect("filled");
-    assert!(filled > 10_000, "{filled}");
-    let [web, db, ..] = ENDS[0];
-    for (number, service) in [(3, "icmp/8"), (4, "tcp/443")] {
-        // Both of pairs that were seen by now.
-        let shot = of_policy(network, tables, INGRESS, &flow(db, web, service), 8);
-        for _ in 0..number {
-            lab.tun.write_all(&shot.bytes).expect("written");
-        }
-        add(expected, &shot, number);
-    }
-    // Of a pair that was not seen yet: the source route.
-    let mut shot = of_policy(network, tables, INGRESS, &flow(db, web, "tcp/443"), 0);
+    let table = lab.pin("maps/PAIR_TABLE");
+    let [web, db, other, _] = ENDS[0];
+    // Two of pairs that were seen by now, one that was not: the source route.
+    let mut shots = [("icmp/8", 3), ("tcp/443", 4)]
+        .map(|(service, number)| (of_policy(network, tables, INGRESS, &flow(db, web, service), 8), number))
+        .to_vec();
+    let mut routed = of_policy(network, tables, INGRESS, &flow(db, web, "tcp/443"), 0);
     let option = [131, 3, 4, 0];
-    shot.bytes.splice(20..20, option);
-    shot.bytes[0] += 1;
-    shot.bytes[3] += option.len() as u8;
-    let shot = Shot { reason: reason::SOURCE_ROUTE, rule: None, pair: [0; 2], ..shot };
-    for _ in 0..5 {
+    routed.bytes.splice(20..20, option);
+    routed.bytes[0] += 1;
+    routed.bytes[3] += option.len() as u8;
+    shots.push((Shot { reason: reason::SOURCE_ROUTE, rule: None, pair: [0; 2], ..routed }, 5));
+    // The buckets in which a pair is looked for are of every remainder.
+    foreign::fill_pairs(&table, of_no_network, |bucket| bucket % 4 == 3).expect("filled");
+    for free in [true, false] {
+        for (shot, number) in &shots {
+            for _ in 0..*number {
+                lab.tun.write_all(&shot.bytes).expect("written");
+            }
+            add(expected, shot, *number);
+        }
+        compare(lab, tables, expected);
+        let filled = foreign::fill_pairs(&table, of_no_network, |_| false).expect("filled");
+        assert_eq!(filled > 1_000, free, "{filled} slots were free");
+    }
+    // Another that was not seen yet.
+    let shot = of_policy(network, tables, INGRESS, &flow(other, db, "udp/53"), 3);
+    let shot = Shot { reason: reason::NOT_LOCAL, rule: None, ..shot };
+    for _ in 0..6 {
         lab.tun.write_all(&shot.bytes).expect("written");
     }
     let before = expected.pairs.clone();
-    add(expected, &shot, 5);
+    add(expected, &shot, 6);
     expected.pairs = before;
-    expected.losses[LOSS_PAIR as usize] += 5;
+    expected.losses[LOSS_PAIR as usize] += 6;
     compare(lab, tables, expected);
 }
 

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use aya::maps::{Array, Map, MapData};
-use ebpf_common::counter::{Counter, LOSS_FLOW};
+use aya::maps::{Array, Map, MapData, PerCpuHashMap, PerCpuValues};
+use ebpf_common::counter::{Counter, LOSS_FLOW, PairKey};
 use ebpf_common::{ABI_VERSION, EGRESS, INGRESS, map, reason};
 use node::kernel::datapath::packet::Packet;
 use node::kernel::{Attachment, Datapath, Inspect};
@@ -175,15 +175,12 @@ pub fn understands_an_older_layout(lab: &mut Lab) {
         "flow": 1,
         "colour": "blue",
     });
-    let mut description = [0; 4_096];
-    let text = layout.to_string();
-    description[..text.len()].copy_from_slice(text.as_bytes());
-    replace(lab, "LAYOUT", &[description]);
+    replace(lab, "LAYOUT", &[described(&layout)]);
     // By direction, then reason.
     replace(lab, "REASON_COUNTERS", &[1, 2, 3, 4, 5, 6].map(older));
     replace(lab, "RULE_COUNTERS", &[7, 8].map(older));
     replace(lab, "LOSSES", &[9u64, 10].map(u64::to_ne_bytes));
-    fs::remove_file(former(lab).join("maps/PAIR_COUNTERS")).expect("removed");
+    fs::remove_file(former(lab).join("maps/PAIR_TABLE")).expect("removed");
     lab.datapath.attach().expect("staged");
     switch(lab);
     assert_taken_over(lab);
@@ -207,19 +204,68 @@ pub fn understands_an_older_layout(lab: &mut Lab) {
     wait_until(|| reasons(lab)[&(INGRESS, reason::NO_RULE)].packets == 7, "the packet is counted on top");
 }
 
-/// Version 2 did not describe itself, and had fewer maps and reasons.
-pub fn knows_version_2(lab: &mut Lab) {
-    const REASONS: u32 = 18;
+/// Puts a policy in force that some packets were judged by, and returns what was counted of pairs.
+fn judged(lab: &mut Lab) -> BTreeMap<PairKey, Counter> {
     let network = network();
     let web1 = node(&network, "web1");
     lab.enforce(&network, web1);
     let [web, db, ..] = ENDS[0];
-    lab.tun.write_all(&Packet::opening(&flow(db, web, "tcp/443")).to_bytes()).expect("sent");
-    wait_until(|| lab.datapath.flow_records().expect("readable") == 1, "the packet is judged");
-    let pairs = lab.datapath.counters(&[]).expect("readable").pairs;
+    for service in ["tcp/443", "udp/9"] {
+        lab.tun.write_all(&Packet::opening(&flow(db, web, service)).to_bytes()).expect("sent");
+    }
+    wait_until(|| received(lab).len() == 2, "the packets are judged");
+    lab.datapath.counters(&[]).expect("readable").pairs
+}
+
+/// Of a pair on the second processor, as versions up to 3 counted.
+const ELSEWHERE: Counter = Counter { packets: 1_000, bytes: 100_000, segments: 2_000 };
+
+/// Counts pairs as versions up to 3 did: a hash of keys without a gap, with values of each processor.
+fn replace_pairs(maps: &Path, pairs: &BTreeMap<PairKey, Counter>) {
+    fs::remove_file(maps.join("PAIR_TABLE")).expect("removed");
+    let path = maps.join("PAIR_COUNTERS");
+    foreign::pin_per_cpu_hash(&path, 12, size_of::<Counter>() as u32, 16_384).expect("pinned");
+    let data = MapData::from_pin(&path).expect("opened");
+    let hash = PerCpuHashMap::try_from(Map::PerCpuHashMap(data));
+    let mut hash: PerCpuHashMap<MapData, [u8; 12], Counter> = hash.expect("a hash");
+    for (key, counter) in pairs {
+        let PairKey { source, destination, direction, reason, _pad } = *key;
+        let ends = [source, destination].map(u32::to_ne_bytes).concat();
+        let key: Vec<u8> = ends.into_iter().chain([direction, reason, 0, 0]).collect();
+        let cpus = aya::util::nr_cpus().expect("processors");
+        let mut values = vec![Counter::default(); cpus];
+        values[cpus - 1] = ELSEWHERE;
+        values[0].packets += counter.packets;
+        values[0].bytes += counter.bytes;
+        values[0].segments += counter.segments;
+        let values = PerCpuValues::try_from(values).expect("one for each");
+        hash.insert(<[u8; 12]>::try_from(key).expect("12 bytes"), values, 0).expect("written");
+    }
+}
+
+/// What was counted of pairs goes on from there.
+fn assert_pairs_carried(lab: &mut Lab, pairs: &BTreeMap<PairKey, Counter>) {
+    let now = lab.datapath.counters(&[]).expect("readable").pairs;
+    let arrived = pairs.iter().filter(|(key, _)| u32::from(key.direction) == INGRESS);
+    assert!(arrived.clone().count() > 1, "{pairs:?}");
+    for (key, Counter { packets, bytes, segments }) in arrived {
+        let expected = Counter {
+            packets: packets + ELSEWHERE.packets,
+            bytes: bytes + ELSEWHERE.bytes,
+            segments: segments + ELSEWHERE.segments,
+        };
+        assert_eq!(now.get(key), Some(&expected), "{key:?}");
+    }
+}
+
+/// Version 2 did not describe itself, and had fewer maps and reasons.
+pub fn knows_version_2(lab: &mut Lab) {
+    const REASONS: u32 = 18;
+    let pairs = judged(lab);
     lab.restart();
     fs::rename(version(lab, ABI_VERSION), version(lab, 2)).expect("renamed");
     let maps = folder(lab, 2).join("maps");
+    replace_pairs(&maps, &pairs);
     let kept = [&map::POLICY[..], &["FLOWS", "REASON_COUNTERS", "RULE_COUNTERS", "PAIR_COUNTERS", "LOSSES"]].concat();
     for pin in maps.read_dir().expect("pins") {
         let pin = pin.expect("readable");
@@ -250,10 +296,61 @@ pub fn knows_version_2(lab: &mut Lab) {
         assert_eq!(seen[0], of(number), "{reason}");
     }
     assert_eq!(counters.losses[..4], [1, 2, 3, 4]);
-    for (key, counter) in pairs {
-        assert!(counters.pairs[&key].packets >= counter.packets, "{key:?}");
-    }
+    assert_pairs_carried(lab, &pairs);
     assert_eq!(lab.datapath.flow_records().expect("readable"), 0, "its records had another layout");
+}
+
+/// Version 3 described itself, and had a hash of pairs.
+pub fn knows_version_3(lab: &mut Lab) {
+    let pairs = judged(lab);
+    let [reasons, records] = [received(lab).len(), lab.datapath.flow_records().expect("readable")];
+    assert_eq!([reasons, records], [2, 1]);
+    let before = received(lab);
+    lab.restart();
+    fs::rename(version(lab, ABI_VERSION), version(lab, 3)).expect("renamed");
+    let maps = folder(lab, 3).join("maps");
+    replace_pairs(&maps, &pairs);
+    let layout = serde_json::json!({
+        "reasons": [
+            "rule", "lineage", "reply", "icmp-error", "deny-rule", "no-rule", "unknown-source", "unknown-destination",
+            "not-local", "scope", "malformed", "source-route", "fragment", "extension-header", "icmp-error-unrelated",
+            "revoked", "no-policy", "corrupt-table", "fragment-overlap",
+        ],
+        "losses": ["pair", "flow", "event-limited", "event-full", "flow-quota", "fragment"],
+        "counter": { "size": 24, "packets": 0, "bytes": 8, "segments": 16 },
+        "pair": { "size": 12, "source": 0, "destination": 4, "direction": 8, "reason": 9 },
+        "flow": 3,
+    });
+    replace_at(&maps.join("LAYOUT"), &[described(&layout)]);
+    lab.datapath.attach().expect("staged");
+    assert_eq!(observe(lab).revision, Revision(lab.revision), "it is known what it enforces");
+    assert_eq!(switch(lab), Generation(1));
+    assert!(!version(lab, 3).exists(), "its pins are gone");
+    assert_eq!(received(lab), before);
+    assert_pairs_carried(lab, &pairs);
+    assert_eq!(lab.datapath.flow_records().expect("readable"), records, "its records are ours");
+    // They go on from there, and outlive another start.
+    let [web, db, ..] = ENDS[0];
+    let packet = Packet::opening(&flow(db, web, "tcp/443")).to_bytes();
+    lab.tun.write_all(&packet).expect("sent");
+    wait_until(|| received(lab)[&reason::RULE].packets == before[&reason::RULE].packets + 1, "counted on top");
+    lab.restart();
+    lab.datapath.attach().expect("taken over");
+    let mut expected = pairs;
+    let allowed = |key: &PairKey| u32::from(key.direction) == INGRESS && key.reason == reason::RULE;
+    let (_, counter) = expected.iter_mut().find(|(key, _)| allowed(key)).expect("of the allowed packets");
+    counter.packets += 1;
+    counter.bytes += packet.len() as u64;
+    counter.segments += 1;
+    assert_pairs_carried(lab, &expected);
+}
+
+/// The text of a description in its map.
+fn described(layout: &serde_json::Value) -> [u8; 4_096] {
+    let mut description = [0; 4_096];
+    let text = layout.to_string();
+    description[..text.len()].copy_from_slice(text.as_bytes());
+    description
 }
 
 pub fn leaves_the_unknown_alone(lab: &mut Lab) {

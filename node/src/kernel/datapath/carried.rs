@@ -30,7 +30,10 @@ pub(super) struct Former {
     pub(super) version: u32,
     pub(super) reasons: Vec<(Vec<u8>, Vec<u8>)>,
     pub(super) rules: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Of PAIR_COUNTERS.
     pub(super) pairs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Of PAIR_TABLE.
+    pub(super) slots: Vec<(Vec<u8>, Vec<u8>)>,
     pub(super) losses: Vec<(Vec<u8>, Vec<u8>)>,
     /// What it had carried over itself.
     pub(super) carried: Carried,
@@ -95,20 +98,39 @@ impl Carried {
     }
 
     fn add_pairs(&mut self, former: &Former, described: &Description) -> Result<(), Unlike> {
-        let layout = described.pair;
-        for (key, value) in &former.pairs {
-            let value = described.counter(value).ok_or(Unlike("PAIR_COUNTERS"))?;
-            let ends = word(key, layout.source).zip(word(key, layout.destination));
-            let rest = key.get(layout.direction).zip(key.get(layout.reason));
-            let (Some((source, destination)), Some((direction, number)), true) = (ends, rest, key.len() == layout.size)
-            else {
-                return Err(Unlike("PAIR_COUNTERS"));
-            };
-            if let Some(reason) = described.reason((*number).into()) {
-                self.count([PAIR, source, destination, pair_rest((*direction).into(), reason)], value);
+        let Some(slot) = described.slot else {
+            let unlike = Unlike("PAIR_COUNTERS");
+            return former.pairs.iter().try_for_each(|(key, value)| {
+                described.counter(value).and_then(|value| self.add_pair(key, value, described)).ok_or(unlike)
+            });
+        };
+        let unlike = Unlike("PAIR_TABLE");
+        for (_, buckets) in &former.slots {
+            if !buckets.len().is_multiple_of(slot.size) {
+                return Err(unlike);
+            }
+            for bytes in buckets.chunks(slot.size) {
+                if slot.taken.iter().all(|at| bytes[*at] != 0) {
+                    let key = &bytes[slot.key..][..described.pair.size];
+                    let value = described.one_counter(&bytes[slot.counter..]);
+                    value.and_then(|value| self.add_pair(key, value, described)).ok_or(unlike)?;
+                }
             }
         }
         Ok(())
+    }
+
+    fn add_pair(&mut self, key: &[u8], value: Value, described: &Description) -> Option<()> {
+        let layout = described.pair;
+        let (source, destination) = (word(key, layout.source)?, word(key, layout.destination)?);
+        let (direction, number) = (*key.get(layout.direction)?, *key.get(layout.reason)?);
+        if key.len() != layout.size {
+            return None;
+        }
+        if let Some(reason) = described.reason(number.into()) {
+            self.count([PAIR, source, destination, pair_rest(direction.into(), reason)], value);
+        }
+        Some(())
     }
 
     fn add_carried(&mut self, carried: &Self, described: &Description) {
@@ -186,12 +208,17 @@ impl Description {
             return None;
         }
         values.chunks(stride).try_fold([0u64; 3], |sum, one| {
-            let packets = long(one, layout.packets)?;
-            let bytes = long(one, layout.bytes)?;
-            // A packet is a segment at least.
-            let segments = layout.segments.map_or(Some(packets), |at| long(one, at))?;
-            Some([sum[0].wrapping_add(packets), sum[1].wrapping_add(bytes), sum[2].wrapping_add(segments)])
+            let one = self.one_counter(one)?;
+            Some([0, 1, 2].map(|at| one[at].wrapping_add(sum[at])))
         })
+    }
+
+    fn one_counter(&self, bytes: &[u8]) -> Option<Value> {
+        let layout = self.counter;
+        let packets = long(bytes, layout.packets)?;
+        // A packet is a segment at least.
+        let segments = layout.segments.map_or(Some(packets), |at| long(bytes, at))?;
+        Some([packets, long(bytes, layout.bytes)?, segments])
     }
 
     /// This build's number of a reason; `None`: it has none of that name.
@@ -211,7 +238,7 @@ fn long(bytes: &[u8], at: usize) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::description::{CounterLayout, PairLayout};
+    use super::super::description::{CounterLayout, PairLayout, SlotLayout};
     use super::*;
     use ebpf_common::{EGRESS, INGRESS};
 
@@ -222,6 +249,7 @@ mod tests {
             losses: ["flow", "luck"].map(str::to_owned).to_vec(),
             counter: CounterLayout { size: 20, packets: 8, bytes: 0, segments: None },
             pair: PairLayout { size: 16, source: 8, destination: 12, direction: 1, reason: 0 },
+            slot: None,
             flow: 1,
         }
     }
@@ -243,6 +271,7 @@ mod tests {
             reasons: vec![(index(0), counter([1, 2])), (index(1), counter([9, 9])), (index(5), counter([3, 4]))],
             rules: vec![(index(7), counter([0, 5])), (index(8), counter([0, 0]))],
             pairs: vec![(pair, counter([6, 0]))],
+            slots: Vec::new(),
             losses: vec![
                 (index(0), [1u64, 2].map(u64::to_ne_bytes).concat()),
                 (index(1), [5u64, 5].map(u64::to_ne_bytes).concat()),
@@ -269,6 +298,44 @@ mod tests {
         assert!(carried.has(1) && !carried.has(2));
         let reasons = carried.entries().filter(|(key, _)| key[0] == REASON).count();
         assert_eq!(reasons, 2, "a reason that is no more is nobody's");
+    }
+
+    /// A mark, 4 bytes of nothing, the key, the counter, another mark.
+    fn in_slots() -> Description {
+        let slot = SlotLayout { size: 48, key: 8, taken: [0, 47], counter: 24 };
+        Description { slot: Some(slot), ..older() }
+    }
+
+    fn slot(taken: [u8; 2], destination: u32, packets: u64) -> Vec<u8> {
+        let key = [&[2, EGRESS as u8, 0, 0, 0, 0, 0, 0][..], &3u32.to_ne_bytes(), &destination.to_ne_bytes()].concat();
+        let counter = [packets * 100, packets].map(u64::to_ne_bytes).concat();
+        [&[taken[0], 0, 0, 0, 0, 0, 0, 0][..], &key, &counter, &[0; 7], &[taken[1]]].concat()
+    }
+
+    #[test]
+    fn pairs_in_slots_are_added_up_by_key_and_half_written_ones_left_out() {
+        // Each bucket: two slots of one CPU, then two of another.
+        let buckets = [
+            [slot([1, 1], 4, 5), slot([0, 0], 0, 0), slot([1, 1], 5, 6), slot([1, 1], 4, 7)].concat(),
+            [slot([1, 0], 8, 1), slot([0, 1], 9, 1), slot([0, 0], 0, 1), slot([1, 1], 4, 100)].concat(),
+        ];
+        let slots = buckets.into_iter().zip(0..).map(|(bucket, number)| (index(number), bucket)).collect();
+        let former = Former { slots, pairs: Vec::new(), ..former() };
+        let mut carried = Carried::default();
+        carried.add(&former, &in_slots()).unwrap();
+        let key = |destination| PairKey {
+            source: 3,
+            destination,
+            direction: EGRESS as u8,
+            reason: reason::RULE,
+            _pad: [0; 2],
+        };
+        assert_eq!(carried.pairs().collect::<Vec<_>>(), [(key(4), counted(112)), (key(5), counted(6))]);
+        let mut torn = former;
+        torn.slots[1].1.truncate(95);
+        let mut carried = Carried::default();
+        assert_eq!(carried.add(&torn, &in_slots()), Err(Unlike("PAIR_TABLE")));
+        assert_eq!(carried, Carried::default());
     }
 
     #[test]

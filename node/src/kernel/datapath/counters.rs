@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use aya::Pod;
-use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues};
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues};
 use aya::util::nr_cpus;
 use ebpf_common::counter::{Counter, LOSSES, PairKey};
 use ebpf_common::{DIRECTIONS, map, reason};
@@ -12,6 +12,7 @@ use ebpf_common::{DIRECTIONS, map, reason};
 use super::carried::{Carried, Former, Key, Value};
 use super::description::Description;
 use super::map::open;
+use super::pairs::Pairs;
 use super::{pin, sys};
 use crate::kernel::KernelError;
 use crate::kernel::inspect::Counters;
@@ -20,7 +21,7 @@ use crate::kernel::inspect::Counters;
 pub(super) struct CounterMaps {
     reasons: PerCpuArray<MapData, Counter>,
     rules: PerCpuArray<MapData, Counter>,
-    pairs: PerCpuHashMap<MapData, PairKey, Counter>,
+    pairs: Pairs,
     losses: PerCpuArray<MapData, u64>,
     /// Of former versions.
     carried: Carried,
@@ -28,11 +29,10 @@ pub(super) struct CounterMaps {
 
 impl CounterMaps {
     pub(super) fn open(folder: &Path) -> Result<Self, KernelError> {
-        let pairs = PerCpuHashMap::try_from(Map::PerCpuHashMap(open(folder, map::PAIR_COUNTERS)?));
         Ok(Self {
             reasons: per_cpu(folder, map::REASON_COUNTERS)?,
             rules: per_cpu(folder, map::RULE_COUNTERS)?,
-            pairs: pairs.map_err(|error| KernelError::with("`PAIR_COUNTERS` is no hash map", error))?,
+            pairs: Pairs::open(folder)?,
             losses: per_cpu(folder, map::LOSSES)?,
             carried: read_carried(folder)?,
         })
@@ -96,11 +96,7 @@ impl CounterMaps {
 
     fn pairs(&self) -> Result<BTreeMap<PairKey, Counter>, KernelError> {
         let mut pairs: BTreeMap<PairKey, Counter> = self.carried.pairs().collect();
-        for entry in self.pairs.iter() {
-            let (key, values) = entry.map_err(failed)?;
-            let pair = pairs.entry(key).or_default();
-            *pair = plus(*pair, sum(&values));
-        }
+        self.pairs.add_to(&mut pairs)?;
         Ok(pairs)
     }
 
@@ -160,7 +156,7 @@ pub(super) fn sum(values: &PerCpuValues<Counter>) -> Counter {
     values.iter().fold(Counter::default(), |sum, one| plus(sum, *one))
 }
 
-fn plus(a: Counter, b: Counter) -> Counter {
+pub(super) fn plus(a: Counter, b: Counter) -> Counter {
     Counter {
         packets: a.packets.wrapping_add(b.packets),
         bytes: a.bytes.wrapping_add(b.bytes),

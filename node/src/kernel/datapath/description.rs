@@ -1,7 +1,7 @@
 //! What lies in the counters' maps, described so that another version of `noded` understands them: text beside the maps.
 
 use aya::maps::{Array, Map, MapData};
-use ebpf_common::counter::{Counter, LOSS_NAMES, PairKey};
+use ebpf_common::counter::{Counter, LOSS_NAMES, PairSlot};
 use ebpf_common::{flow, map, reason};
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +26,9 @@ pub(super) struct Description {
     pub(super) losses: Vec<String>,
     pub(super) counter: CounterLayout,
     pub(super) pair: PairLayout,
+    /// Pairs are in slots of the per-CPU array PAIR_TABLE; `None`: they are the keys of PAIR_COUNTERS.
+    #[serde(default)]
+    pub(super) slot: Option<SlotLayout>,
     /// `flow::LAYOUT`.
     pub(super) flow: u32,
 }
@@ -52,6 +55,16 @@ pub(super) struct PairLayout {
     pub(super) reason: usize,
 }
 
+/// A slot: where in it the pair's key and counter are, and bytes that are all set once the key is whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct SlotLayout {
+    pub(super) size: usize,
+    pub(super) key: usize,
+    pub(super) taken: [usize; 2],
+    pub(super) counter: usize,
+}
+
 impl Description {
     /// Of this build.
     pub(super) fn own() -> Self {
@@ -64,13 +77,14 @@ impl Description {
                 bytes: std::mem::offset_of!(Counter, bytes),
                 segments: Some(std::mem::offset_of!(Counter, segments)),
             },
-            pair: PairLayout {
-                size: size_of::<PairKey>(),
-                source: std::mem::offset_of!(PairKey, source),
-                destination: std::mem::offset_of!(PairKey, destination),
-                direction: std::mem::offset_of!(PairKey, direction),
-                reason: std::mem::offset_of!(PairKey, reason),
-            },
+            // `PairKey::to_words`.
+            pair: PairLayout { size: 16, source: 0, destination: 8, direction: 4, reason: 5 },
+            slot: Some(SlotLayout {
+                size: size_of::<PairSlot>(),
+                key: std::mem::offset_of!(PairSlot, key),
+                taken: [7, 15].map(|at| std::mem::offset_of!(PairSlot, key) + at),
+                counter: std::mem::offset_of!(PairSlot, counter),
+            }),
             flow: flow::LAYOUT,
         }
     }
@@ -105,6 +119,7 @@ impl Description {
             losses: names(&["pair", "flow", "event-limited", "event-full"]),
             counter: CounterLayout { size: 24, packets: 0, bytes: 8, segments: Some(16) },
             pair: PairLayout { size: 12, source: 0, destination: 4, direction: 8, reason: 9 },
+            slot: None,
             flow: 2,
         })
     }
@@ -125,7 +140,7 @@ impl Description {
 
     /// Whether every field lies where it says.
     fn is_sound(&self) -> bool {
-        let Self { counter, pair, .. } = self;
+        let Self { counter, pair, slot, .. } = self;
         let inside = |at: usize, length: usize, size: usize| at.checked_add(length).is_some_and(|end| end <= size);
         counter.size <= 1_024
             && [Some(counter.packets), Some(counter.bytes), counter.segments]
@@ -134,6 +149,12 @@ impl Description {
                 .all(|at| inside(*at, 8, counter.size))
             && [pair.source, pair.destination].iter().all(|at| inside(*at, 4, pair.size))
             && [pair.direction, pair.reason].iter().all(|at| inside(*at, 1, pair.size))
+            && slot.is_none_or(|slot| {
+                (1..=1_024).contains(&slot.size)
+                    && inside(slot.key, pair.size, slot.size)
+                    && inside(slot.counter, counter.size, slot.size)
+                    && slot.taken.iter().all(|at| inside(*at, 1, slot.size))
+            })
             && self.reasons.len() <= 256
     }
 
@@ -167,10 +188,12 @@ impl Description {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ebpf_common::counter::PairKey;
 
     #[test]
     fn a_description_comes_back_and_one_that_lies_is_none() {
         let own = Description::own();
+        let slot = own.slot.unwrap();
         assert_eq!(Description::from_bytes(&own.to_bytes().unwrap()), Some(own.clone()));
         let mut longer = serde_json::to_value(&own).unwrap();
         longer["pipes"] = 7.into();
@@ -178,13 +201,33 @@ mod tests {
         for lie in [
             Description { counter: CounterLayout { bytes: 20, ..own.counter }, ..own.clone() },
             Description { counter: CounterLayout { packets: usize::MAX, ..own.counter }, ..own.clone() },
-            Description { pair: PairLayout { source: 9, ..own.pair }, ..own.clone() },
-            Description { pair: PairLayout { reason: 12, ..own.pair }, ..own.clone() },
+            Description { pair: PairLayout { source: 13, ..own.pair }, ..own.clone() },
+            Description { pair: PairLayout { reason: 16, ..own.pair }, ..own.clone() },
+            Description { slot: Some(SlotLayout { size: 0, ..slot }), ..own.clone() },
+            Description { slot: Some(SlotLayout { key: usize::MAX, ..slot }), ..own.clone() },
+            Description { slot: Some(SlotLayout { taken: [0, 40], ..slot }), ..own.clone() },
+            Description { slot: Some(SlotLayout { counter: 17, ..slot }), ..own.clone() },
         ] {
             assert_eq!(Description::from_bytes(&lie.to_bytes().unwrap()), None, "{lie:?}");
         }
         assert_eq!(Description::from_bytes(b"gibberish"), None);
         assert_eq!(Description::from_bytes(&[]), None);
+    }
+
+    #[test]
+    fn the_own_layout_is_that_of_the_programs() {
+        let pair = PairKey { source: 0x0102_0304, destination: 0x0506_0708, direction: 9, reason: 10, _pad: [0; 2] };
+        let counter = Counter { packets: 11, bytes: 12, segments: 13 };
+        let words = [pair.to_words(), [counter.packets, counter.bytes]].concat();
+        let slot: Vec<u8> = [words, vec![counter.segments]].concat().into_iter().flat_map(u64::to_ne_bytes).collect();
+        let (own, layout) = (Description::own(), Description::own().slot.unwrap());
+        assert_eq!(slot.len(), layout.size);
+        let key = &slot[layout.key..][..own.pair.size];
+        assert_eq!(key[own.pair.source..][..4], pair.source.to_ne_bytes());
+        assert_eq!(key[own.pair.destination..][..4], pair.destination.to_ne_bytes());
+        assert_eq!([key[own.pair.direction], key[own.pair.reason]], [9, 10]);
+        assert!(layout.taken.iter().all(|at| slot[*at] != 0));
+        assert_eq!(slot[layout.counter + own.counter.packets..][..8], 11u64.to_ne_bytes());
     }
 
     #[test]

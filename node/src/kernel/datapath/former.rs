@@ -19,6 +19,9 @@ use super::{is_enforced, is_pinned_first, sys};
 use crate::kernel::KernelError;
 use crate::reconcile::apply::chain;
 
+/// Where versions up to 3 counted pairs: a hash, each value of every CPU.
+const PAIR_COUNTERS: &str = "PAIR_COUNTERS";
+
 /// The other versions of an interface, the newest first.
 #[derive(Debug, Default)]
 pub(super) struct Formers(Vec<Pins>);
@@ -94,7 +97,8 @@ fn carry(pins: &Pins, own: &Pins, counters: &mut CounterMaps) -> Result<bool, Ke
         version: pins.version,
         reasons: raw(map::REASON_COUNTERS)?,
         rules: raw(map::RULE_COUNTERS)?,
-        pairs: raw(map::PAIR_COUNTERS)?,
+        pairs: raw(PAIR_COUNTERS)?,
+        slots: raw(map::PAIR_TABLE)?,
         losses: raw(map::LOSSES)?,
         carried: read_carried(&pins.maps)?,
     };

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 
 use aya::maps::{MapData, MapInfo, MapType};
 use aya::util::nr_cpus;
-use ebpf_common::counter::{Counter, LOSSES, PairKey};
+use ebpf_common::counter::{Counter, LOSSES, PairBucket};
 use ebpf_common::event::Bucket;
 use ebpf_common::flow::{Flow, FlowKey, Remote, TOTALS};
 use ebpf_common::fragment::{Fragment, FragmentKey};
@@ -47,13 +47,7 @@ const LAYOUTS: [Layout; 13] = [
     hash(map::FRAGMENTS, size_of::<FragmentKey>(), size_of::<Fragment>(), limit::FRAGMENTS),
     per_cpu(map::REASON_COUNTERS, size_of::<Counter>(), DIRECTIONS * reason::COUNT),
     per_cpu(map::RULE_COUNTERS, size_of::<Counter>(), limit::RULES),
-    Layout {
-        name: map::PAIR_COUNTERS,
-        kind: MapType::PerCpuHash,
-        key: size_of::<PairKey>(),
-        value: size_of::<Counter>(),
-        entries: limit::PAIRS,
-    },
+    per_cpu(map::PAIR_TABLE, size_of::<PairBucket>(), limit::PAIR_BUCKETS),
     per_cpu(map::LOSSES, size_of::<u64>(), LOSSES),
     Layout { name: map::EVENTS, kind: MapType::RingBuf, key: 0, value: 0, entries: limit::EVENT_BYTES },
     array(map::EVENT_BUCKETS, size_of::<Bucket>(), reason::COUNT),

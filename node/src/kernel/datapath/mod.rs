@@ -29,6 +29,7 @@ mod map;
 mod mapping;
 mod neighbours;
 pub mod packet;
+mod pairs;
 mod pin;
 mod probe;
 mod program;

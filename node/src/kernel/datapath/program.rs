@@ -40,8 +40,6 @@ const PROBE_FLOWS: u32 = 64;
 const PROBE_FRAGMENTS: u32 = 1_024;
 /// Likewise for one that reports every packet, of which there are many between two looks at its records.
 const REPORTED_FLOWS: u32 = 4_096;
-/// Pairs that a probe has room for.
-const PROBE_PAIRS: u32 = 1_024;
 /// Bytes of a probe's ring buffer: a page.
 const PROBE_EVENT_BYTES: u32 = 4_096;
 
@@ -92,7 +90,6 @@ impl Instance<'_> {
                 .map_max_entries(map::FLOWS_OPENED, flows)
                 .map_max_entries(map::FLOWS_GONE, flows)
                 .map_max_entries(map::FRAGMENTS, PROBE_FRAGMENTS)
-                .map_max_entries(map::PAIR_COUNTERS, PROBE_PAIRS)
                 .map_max_entries(map::EVENTS, PROBE_EVENT_BYTES);
         }
         loader.load(OBJECT).map_err(|error| {

@@ -101,13 +101,29 @@ pub(super) type RawEntry = (Vec<u8>, Vec<u8>);
 
 /// Everything in a map, as bytes: a key and the values of every CPU that it has, `value_size` bytes in all.
 pub(super) fn read_raw(map: BorrowedFd<'_>, key_size: usize, value_size: usize) -> io::Result<Vec<RawEntry>> {
-    let mut chunk = 1_024usize;
     let mut all = Vec::new();
+    visit_raw(map, key_size, value_size, |key, value| all.push((key.to_vec(), value.to_vec())))?;
+    Ok(all)
+}
+
+/// Bytes of values that are read at once, where a bucket of the map allows it.
+const AT_ONCE: usize = 1 << 20;
+
+/// Likewise, one after the other: with many CPUs there is much of it.
+pub(super) fn visit_raw(
+    map: BorrowedFd<'_>,
+    key_size: usize,
+    value_size: usize,
+    mut visit: impl FnMut(&[u8], &[u8]),
+) -> io::Result<()> {
+    let mut chunk = (AT_ONCE / value_size.max(1)).clamp(16, 1_024);
     // An index, the number of a bucket: never more than 8 bytes in the kinds of maps that there are here.
     let mut cursor = 0u64;
     let mut started = false;
+    let (mut keys, mut values) = (Vec::new(), Vec::new());
     loop {
-        let (mut keys, mut values) = (vec![0u8; chunk * key_size], vec![0u8; chunk * value_size]);
+        keys.resize(chunk * key_size, 0u8);
+        values.resize(chunk * value_size, 0u8);
         let mut next = 0u64;
         let mut attributes = BatchAttributes {
             in_batch: if started { &raw mut cursor as u64 } else { 0 },
@@ -129,9 +145,9 @@ pub(super) fn read_raw(map: BorrowedFd<'_>, key_size: usize, value_size: usize) 
             Err(error) => return Err(error),
         };
         let entries = keys.chunks_exact(key_size).zip(values.chunks_exact(value_size));
-        all.extend(entries.take(attributes.count as usize).map(|(key, value)| (key.to_vec(), value.to_vec())));
+        entries.take(attributes.count as usize).for_each(|(key, value)| visit(key, value));
         if end {
-            return Ok(all);
+            return Ok(());
         }
         (cursor, started) = (next, true);
     }
