@@ -12,7 +12,7 @@ use ebpf_common::reason;
 
 use crate::atomic;
 use crate::case::{Case, direction};
-use crate::flow::now;
+use crate::clock::{now, tick};
 use crate::hook::Hook;
 use crate::maps::{EVENT_BUCKETS, EVENTS, EVERY, TABLES, TRACE, lose};
 
@@ -33,7 +33,15 @@ pub(crate) fn report(hook: &impl Hook, case: &Case) {
 #[inline(never)]
 fn emit(case: &Case) -> u32 {
     let Some(bucket) = EVENT_BUCKETS.get_ptr_mut(u32::from(case.reason)) else { return 0 };
+    let tick = tick();
+    // No token has come since the last look: nothing is written that other CPUs look at but the count.
+    // SAFETY: the map's value, checked not to be null.
+    if unsafe { (*bucket).empty } == tick {
+        return suppress(bucket, LOSS_EVENT_LIMITED);
+    }
     if !take_token(bucket, now()) {
+        // SAFETY: as above.
+        unsafe { (*bucket).empty = tick };
         return suppress(bucket, LOSS_EVENT_LIMITED);
     }
     let Some(mut entry) = EVENTS.reserve::<Event>(0) else {

@@ -13,7 +13,6 @@
 #![allow(unsafe_code, reason = "map values are shared with other CPUs")]
 
 use aya_ebpf::bindings::{BPF_EXIST, BPF_NOEXIST};
-use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use ebpf_common::counter::{LOSS_FLOW, LOSS_FLOW_QUOTA};
 use ebpf_common::flow::{
     Flow, FlowKey, Remote, STATE_CLOSING, STATE_ESTABLISHED, STATE_OPENING, STATE_TOMBSTONE, TOTAL_GONE, TOTAL_OPENED,
@@ -24,6 +23,7 @@ use ebpf_common::{EGRESS, INGRESS, limit};
 
 use crate::atomic::add;
 use crate::case::{Case, direction};
+use crate::clock::now;
 use crate::maps::{FLOW_TOTALS, FLOWS, FLOWS_GONE, FLOWS_OPENED, lose};
 use crate::verdict::{Decision, decide};
 
@@ -53,23 +53,22 @@ pub(crate) fn keep(case: &Case, decision: Decision) {
 fn refresh(case: &Case, decision: u64) -> bool {
     let decision = Decision(decision);
     let packet = &case.packet;
-    let now = now();
     if packet.can_open()
-        && let Some(mut record) = Record::find(&packet.key(), now)
+        && let Some(mut record) = Record::find(&packet.key())
     {
         if record.is_tombstone() && packet.is_reset() {
-            record.touch(now);
+            record.touch();
         } else {
             record.approve(case, decision);
-            record.refresh_by_opener(case, now);
+            record.refresh_by_opener(case);
         }
         return true;
     }
     if packet.can_reply()
-        && let Some(mut record) = Record::find(&packet.reply_key(), now)
+        && let Some(mut record) = Record::find(&packet.reply_key())
     {
-        if record.judge(case, packet.reply_service(), now) {
-            record.refresh_by_reply(case, now);
+        if record.judge(case, packet.reply_service()) {
+            record.refresh_by_reply(case);
         }
         return true;
     }
@@ -101,7 +100,7 @@ fn open(case: &Case, decision: u64) -> u32 {
         _pad: 0,
         behind: case.behind,
     };
-    let key = case.packet.key();
+    let key = case.packet.key().to_words();
     if FLOWS.insert(&key, &flow, BPF_NOEXIST.into()).is_ok() {
         count(opened);
     } else if FLOWS.insert(&key, &flow, BPF_EXIST.into()).is_err() {
@@ -170,20 +169,19 @@ impl Answer {
 #[inline(never)]
 pub(crate) fn answers(case: &Case) -> u64 {
     let packet = &case.packet;
-    let now = now();
     if packet.can_reply()
-        && let Some(mut record) = Record::find(&packet.reply_key(), now)
+        && let Some(mut record) = Record::find(&packet.reply_key())
     {
-        if !record.judge(case, packet.reply_service(), now) {
+        if !record.judge(case, packet.reply_service()) {
             return Answer::REVOKED;
         }
-        record.refresh_by_reply(case, now);
+        record.refresh_by_reply(case);
         return Answer::REPLY | u64::from(record.rule());
     }
     if packet.can_open()
-        && let Some(mut record) = Record::find(&packet.key(), now)
+        && let Some(mut record) = Record::find(&packet.key())
     {
-        record.revoke(now);
+        record.revoke();
     }
     Answer::NONE
 }
@@ -192,9 +190,8 @@ pub(crate) fn answers(case: &Case) -> u64 {
 #[inline(never)]
 pub(crate) fn is_recorded(case: &Case) -> bool {
     let packet = &case.packet;
-    let now = now();
-    (packet.can_reply() && Record::find(&packet.reply_key(), now).is_some())
-        || (packet.can_open() && Record::find(&packet.key(), now).is_some())
+    (packet.can_reply() && Record::find(&packet.reply_key()).is_some())
+        || (packet.can_open() && Record::find(&packet.key()).is_some())
 }
 
 /// Whether `quoted`, a packet in the opposite direction of this hook's, belongs to a flow that is allowed. Unless `direct`,
@@ -206,30 +203,33 @@ pub(crate) fn is_allowed(case: &Case, quoted: &Packet, own: u32, other: u32, dir
     if direct && decision.allows() {
         return true;
     }
-    let now = now();
     if decision.allows()
         && quoted.can_open()
-        && Record::find(&quoted.key(), now).is_some_and(|record| !record.is_tombstone())
+        && Record::find(&quoted.key()).is_some_and(|record| !record.is_tombstone())
     {
         return true;
     }
     // It may be a reply itself. Its TCP flags may lie beyond what is quoted, so a SYN is not told apart.
     quoted.can_reply()
-        && Record::find(&quoted.reply_key(), now).is_some_and(|record| !record.is_tombstone())
+        && Record::find(&quoted.reply_key()).is_some_and(|record| !record.is_tombstone())
         && Decision(decide(case.copy, direction(), own, other, service(quoted.reply_service()))).allows()
 }
 
-/// A record in the map that is not idle.
-struct Record(*mut Flow);
+/// A record in the map that is not idle, and when it was found.
+struct Record {
+    flow: *mut Flow,
+    now: u64,
+}
 
 impl Record {
     #[inline(always)]
-    fn find(key: &FlowKey, now: u64) -> Option<Self> {
-        let record = Self(FLOWS.get_ptr_mut(key)?);
+    fn find(key: &FlowKey) -> Option<Self> {
+        let flow = FLOWS.get_ptr_mut(key.to_words())?;
+        let now = now();
         // SAFETY: the map's value, checked not to be null; it stays readable until the program ends.
-        let (seen, state) = unsafe { ((*record.0).seen, (*record.0).state) };
+        let (seen, state) = unsafe { ((*flow).seen, (*flow).state) };
         // Another CPU's clock may have been read later.
-        (now.saturating_sub(seen) <= idle_timeout_ns(key.protocol, state)).then_some(record)
+        (now.saturating_sub(seen) <= idle_timeout_ns(key.protocol, state)).then_some(Self { flow, now })
     }
 
     #[inline(always)]
@@ -239,13 +239,13 @@ impl Record {
 
     /// Whether the flow is allowed now. Judges it by the tables if they have changed since it was last judged.
     #[inline(always)]
-    fn judge(&mut self, case: &Case, service: u16, now: u64) -> bool {
+    fn judge(&mut self, case: &Case, service: u16) -> bool {
         if self.is_tombstone() {
-            self.touch(now);
+            self.touch();
             return false;
         }
         // SAFETY: as in `find`.
-        if unsafe { (*self.0).generation } == case.generation {
+        if unsafe { (*self.flow).generation } == case.generation {
             return true;
         }
         let service = u32::from(case.packet.protocol) << 16 | u32::from(service);
@@ -253,7 +253,7 @@ impl Record {
         if decision.allows() {
             self.approve(case, decision);
         } else {
-            self.revoke(now);
+            self.revoke();
         }
         decision.allows()
     }
@@ -263,77 +263,70 @@ impl Record {
     fn approve(&mut self, case: &Case, decision: Decision) {
         // SAFETY: as in `find`.
         unsafe {
-            (*self.0).generation = case.generation;
-            (*self.0).rule = decision.rule();
-            (*self.0).reason = decision.reason();
+            (*self.flow).generation = case.generation;
+            (*self.flow).rule = decision.rule();
+            (*self.flow).reason = decision.reason();
         }
     }
 
     /// The tables deny the opener.
     #[inline(always)]
-    fn revoke(&mut self, now: u64) {
+    fn revoke(&mut self) {
         self.set_state(STATE_TOMBSTONE);
-        self.touch(now);
+        self.touch();
     }
 
     #[inline(always)]
-    fn refresh_by_opener(&mut self, case: &Case, now: u64) {
+    fn refresh_by_opener(&mut self, case: &Case) {
         if case.packet.is_closing() {
             self.set_state(STATE_CLOSING);
         } else if self.is_tombstone() || (case.packet.is_opening() && self.state() == STATE_CLOSING) {
             self.set_state(STATE_OPENING);
         }
-        self.touch(now);
+        self.touch();
         // SAFETY: as in `find`.
         unsafe {
-            (*self.0).packets += 1;
-            (*self.0).bytes += u64::from(case.length);
+            (*self.flow).packets += 1;
+            (*self.flow).bytes += u64::from(case.length);
         }
     }
 
     #[inline(always)]
-    fn refresh_by_reply(&mut self, case: &Case, now: u64) {
+    fn refresh_by_reply(&mut self, case: &Case) {
         if case.packet.is_closing() {
             self.set_state(STATE_CLOSING);
         } else if self.state() == STATE_OPENING {
             self.set_state(STATE_ESTABLISHED);
         }
-        self.touch(now);
+        self.touch();
         // SAFETY: as in `find`.
         unsafe {
-            (*self.0).reply_packets += 1;
-            (*self.0).reply_bytes += u64::from(case.length);
+            (*self.flow).reply_packets += 1;
+            (*self.flow).reply_bytes += u64::from(case.length);
         }
     }
 
     #[inline(always)]
-    fn touch(&mut self, now: u64) {
+    fn touch(&mut self) {
         // SAFETY: as in `find`.
-        unsafe { (*self.0).seen = now };
+        unsafe { (*self.flow).seen = self.now };
     }
 
     #[inline(always)]
     fn rule(&self) -> u32 {
         // SAFETY: as in `find`.
-        unsafe { (*self.0).rule }
+        unsafe { (*self.flow).rule }
     }
 
     #[inline(always)]
     fn state(&self) -> u8 {
         // SAFETY: as in `find`.
-        unsafe { (*self.0).state }
+        unsafe { (*self.flow).state }
     }
 
     #[inline(always)]
     fn set_state(&mut self, state: u8) {
         // SAFETY: as in `find`.
-        unsafe { (*self.0).state = state };
+        unsafe { (*self.flow).state = state };
     }
-}
-
-/// Nanoseconds since boot, a few milliseconds coarse.
-#[inline(always)]
-pub(crate) fn now() -> u64 {
-    // SAFETY: the helper takes nothing and always succeeds.
-    unsafe { bpf_ktime_get_coarse_ns() }
 }

@@ -9,7 +9,7 @@ use ebpf_common::counter::LOSS_FRAGMENT;
 use ebpf_common::fragment::{Fragment, FragmentKey, LIFETIME_NS};
 
 use crate::case::Case;
-use crate::flow::now;
+use crate::clock::now;
 use crate::maps::{FRAGMENTS, lose};
 
 /// What is known of a later fragment's datagram.

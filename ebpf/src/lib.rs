@@ -7,6 +7,7 @@
 
 mod atomic;
 pub mod case;
+mod clock;
 mod event;
 mod flow;
 mod fragment;

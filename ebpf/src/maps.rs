@@ -9,8 +9,8 @@ use ebpf_common::counter::{
     Counter, LOSS_PAIR, LOSSES as LOSS_COUNT, PAIR_TRIES, PAIR_WAYS, PairBucket, PairKey, PairSlot, pair_bucket,
     pair_hash,
 };
-use ebpf_common::event::Bucket;
-use ebpf_common::flow::{Flow, FlowKey, Remote, TOTALS};
+use ebpf_common::event::{Bucket, Clock};
+use ebpf_common::flow::{Flow, Remote, TOTALS};
 use ebpf_common::fragment::{Fragment, FragmentKey};
 use ebpf_common::table::{Control, TableCopy};
 use ebpf_common::{COPIES, DIRECTIONS, limit, reason};
@@ -32,8 +32,9 @@ pub static ALLOW: Global<i32> = Global::new(-1);
 pub static CONTROL: Array<Control> = Array::with_max_entries(1, 0);
 #[map]
 pub static TABLES: Array<TableCopy> = Array::with_max_entries(COPIES, BPF_F_MMAPABLE);
+/// By `FlowKey::to_words`.
 #[map]
-pub static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(limit::FLOWS, 0);
+pub static FLOWS: HashMap<[u64; 5], Flow> = HashMap::with_max_entries(limit::FLOWS, 0);
 #[map]
 pub static FLOWS_OPENED: HashMap<Remote, u64> = HashMap::with_max_entries(limit::REMOTES, 0);
 #[map]
@@ -54,6 +55,8 @@ pub static LOSSES: PerCpuArray<u64> = PerCpuArray::with_max_entries(LOSS_COUNT, 
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(limit::EVENT_BYTES, 0);
 #[map]
 pub static EVENT_BUCKETS: Array<Bucket> = Array::with_max_entries(reason::COUNT, 0);
+#[map]
+pub static CLOCK: PerCpuArray<Clock> = PerCpuArray::with_max_entries(1, 0);
 
 /// Counts a packet once for its direction and reason, its rule if one decided, and its pair of cidrs.
 #[inline(always)]

@@ -43,10 +43,23 @@ pub struct Bucket {
     pub tokens: u64,
     /// Suppressed since the last event that passed.
     pub suppressed: u64,
+    /// The kernel's tick in which there was no token; 0: none yet.
+    pub empty: u64,
+}
+
+/// The coarse clock as one CPU read it last: it stands still within a tick.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Clock {
+    /// `bpf_jiffies64`, which is never 0; 0: not read yet.
+    pub tick: u64,
+    /// `bpf_ktime_get_coarse_ns`.
+    pub time: u64,
 }
 
 const _: () = assert!(size_of::<Event>() == 80);
-const _: () = assert!(size_of::<Bucket>() == 24);
+const _: () = assert!(size_of::<Bucket>() == 32);
+const _: () = assert!(size_of::<Clock>() == 16);
 
 #[cfg(feature = "user")]
 mod pod {

@@ -21,6 +21,18 @@ pub struct FlowKey {
     pub _pad: [u8; 3],
 }
 
+impl FlowKey {
+    /// As it lies in memory, in words: the programs hand it to the kernel's hash function as they have just written it,
+    /// and what was written in smaller pieces than it is read takes a while to arrive.
+    #[inline(always)]
+    pub const fn to_words(self) -> [u64; 5] {
+        let Self { source, destination, source_port, destination_port, protocol, _pad: [e, f, g] } = self;
+        let ([a, b], [c, d]) = (source_port.to_ne_bytes(), destination_port.to_ne_bytes());
+        let rest = u64::from_ne_bytes([a, b, c, d, protocol, e, f, g]);
+        [source.0[0], source.0[1], destination.0[0], destination.0[1], rest]
+    }
+}
+
 /// What is known of a flow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -126,6 +138,36 @@ pub const fn idle_timeout_ns(protocol: u8, state: u8) -> u64 {
 const _: () = assert!(size_of::<FlowKey>() == 40);
 const _: () = assert!(size_of::<Flow>() == 64);
 const _: () = assert!(size_of::<Remote>() == 24);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::mem::offset_of;
+
+    #[test]
+    fn the_words_of_a_key_are_the_key() {
+        let key = FlowKey {
+            source: Address([1, 2]),
+            destination: Address([3, 4]),
+            source_port: 0x0506,
+            destination_port: 0x0708,
+            protocol: 9,
+            _pad: [0; 3],
+        };
+        let mut bytes = [0; 40];
+        for (place, word) in bytes.chunks_exact_mut(8).zip(key.to_words()) {
+            place.copy_from_slice(&word.to_ne_bytes());
+        }
+        let long = |at: usize| u64::from_ne_bytes(bytes[at..][..8].try_into().unwrap());
+        let short = |at: usize| u16::from_ne_bytes(bytes[at..][..2].try_into().unwrap());
+        assert_eq!([0, 8].map(|at| long(offset_of!(FlowKey, source) + at)), key.source.0);
+        assert_eq!([0, 8].map(|at| long(offset_of!(FlowKey, destination) + at)), key.destination.0);
+        assert_eq!(short(offset_of!(FlowKey, source_port)), key.source_port);
+        assert_eq!(short(offset_of!(FlowKey, destination_port)), key.destination_port);
+        assert_eq!(bytes[offset_of!(FlowKey, protocol)], key.protocol);
+        assert_eq!(bytes[offset_of!(FlowKey, _pad)..][..3], key._pad);
+    }
+}
 
 #[cfg(feature = "user")]
 mod pod {

@@ -60,6 +60,8 @@ pub mod map {
     pub const EVENTS: &str = "EVENTS";
     /// `Array<Bucket>`, `REASONS` entries: the rate limit of events.
     pub const EVENT_BUCKETS: &str = "EVENT_BUCKETS";
+    /// `PerCpuArray<Clock>`, 1 entry.
+    pub const CLOCK: &str = "CLOCK";
 
     /// What the counters' maps hold, as text for other versions. No program reads it.
     pub const LAYOUT: &str = "LAYOUT";
@@ -69,7 +71,7 @@ pub mod map {
     /// The policy: what a probe shares with the enforcing programs.
     pub const POLICY: [&str; 2] = [CONTROL, TABLES];
     /// What belongs to no copy of the tables and outlives every generation.
-    pub const STATE: [&str; 11] = [
+    pub const STATE: [&str; 12] = [
         FLOWS,
         FLOWS_OPENED,
         FLOWS_GONE,
@@ -81,6 +83,7 @@ pub mod map {
         LOSSES,
         EVENTS,
         EVENT_BUCKETS,
+        CLOCK,
     ];
 }
 

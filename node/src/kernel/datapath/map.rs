@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use aya::maps::{MapData, MapInfo, MapType};
 use aya::util::nr_cpus;
 use ebpf_common::counter::{Counter, LOSSES, PairBucket};
-use ebpf_common::event::Bucket;
+use ebpf_common::event::{Bucket, Clock};
 use ebpf_common::flow::{Flow, FlowKey, Remote, TOTALS};
 use ebpf_common::fragment::{Fragment, FragmentKey};
 use ebpf_common::table::{Control, TableCopy};
@@ -37,7 +37,7 @@ const fn hash(name: &'static str, key: usize, value: usize, entries: u32) -> Lay
     Layout { name, kind: MapType::Hash, key, value, entries }
 }
 
-const LAYOUTS: [Layout; 13] = [
+const LAYOUTS: [Layout; 14] = [
     array(map::CONTROL, size_of::<Control>(), 1),
     array(map::TABLES, size_of::<TableCopy>(), COPIES),
     hash(map::FLOWS, size_of::<FlowKey>(), size_of::<Flow>(), limit::FLOWS),
@@ -51,6 +51,7 @@ const LAYOUTS: [Layout; 13] = [
     per_cpu(map::LOSSES, size_of::<u64>(), LOSSES),
     Layout { name: map::EVENTS, kind: MapType::RingBuf, key: 0, value: 0, entries: limit::EVENT_BYTES },
     array(map::EVENT_BUCKETS, size_of::<Bucket>(), reason::COUNT),
+    per_cpu(map::CLOCK, size_of::<Clock>(), 1),
 ];
 
 /// Refuses pinned maps that are not laid out as this build has it. Maps that are not there are made by the loader;
