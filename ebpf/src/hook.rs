@@ -95,6 +95,14 @@ impl Load for Skb<'_> {
             reason => Err(reason as u8),
         }
     }
+
+    #[inline(always)]
+    fn walk_headers(&self, packet: &mut Packet) -> Result<(), u8> {
+        match walk_headers(self.0.skb.skb, packet) {
+            WHOLE => Ok(()),
+            reason => Err(reason as u8),
+        }
+    }
 }
 
 /// `N` bytes of a packet, by words wherever they lie: the compiler would take them byte by byte.
@@ -181,6 +189,14 @@ impl Load for Buffer<'_> {
             reason => Err(reason as u8),
         }
     }
+
+    #[inline(always)]
+    fn walk_headers(&self, packet: &mut Packet) -> Result<(), u8> {
+        match walk_headers_early(self.0.ctx, packet) {
+            WHOLE => Ok(()),
+            reason => Err(reason as u8),
+        }
+    }
 }
 
 /// How many packets of `size` bytes behind the headers a packet becomes.
@@ -241,5 +257,29 @@ extern "C" fn walk_options_early(context: *mut xdp_md, header_length: u32) -> u3
     match packet::walk_ipv4_options(&Buffer(&XdpContext::new(context)), header_length) {
         Ok(()) => WHOLE,
         Err(reason) => u32::from(reason),
+    }
+}
+
+/// As [`read`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn walk_headers(context: *mut __sk_buff, packet: *mut Packet) -> u32 {
+    // SAFETY: as in `read`.
+    let Some(packet) = (unsafe { packet.as_mut() }) else { return reason::MALFORMED.into() };
+    match packet.walk_headers(&Skb(&TcContext::new(context))) {
+        Ok(()) => WHOLE,
+        Err(reason) => reason.into(),
+    }
+}
+
+/// As [`read`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn walk_headers_early(context: *mut xdp_md, packet: *mut Packet) -> u32 {
+    // SAFETY: as in `read`.
+    let Some(packet) = (unsafe { packet.as_mut() }) else { return reason::MALFORMED.into() };
+    match packet.walk_headers(&Buffer(&XdpContext::new(context))) {
+        Ok(()) => WHOLE,
+        Err(reason) => reason.into(),
     }
 }

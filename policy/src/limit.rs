@@ -40,6 +40,8 @@ pub const MAX_CLASSES: usize = 131_072;
 
 /// Blocks of the table that finds out what an address is.
 pub const MAX_SLICE_BLOCKS: usize = 8_192;
+/// Paths of that table.
+pub const MAX_SLICE_PATHS: usize = 32_768;
 /// Distinct (class, cidr) pairs, each of which may be local or not, or held by a gateway.
 pub const MAX_SLICE_LEAVES: usize = 65_536;
 /// 2 directions x own classes x all classes, the unknown one included.
@@ -78,6 +80,7 @@ pub enum Bounded {
     Prefixes,
     Classes,
     SliceBlocks,
+    SlicePaths,
     SliceLeaves,
     SliceCells,
     SliceRules,
@@ -105,7 +108,7 @@ impl Bounded {
             Self::Prefixes | Self::Classes | Self::SliceLeaves | Self::SliceCells => {
                 "let rules name cidrs rather than nodes, groups and literal prefixes"
             }
-            Self::SliceBlocks => {
+            Self::SliceBlocks | Self::SlicePaths => {
                 "give out prefixes and addresses side by side, or let rules name cidrs rather than nodes"
             }
             Self::SliceRules | Self::SliceDecisions => "join rules that one node is an end of",
@@ -132,6 +135,7 @@ impl fmt::Display for Bounded {
             Self::Prefixes => "prefixes of the compiled matrix",
             Self::Classes => "classes of addresses",
             Self::SliceBlocks => "blocks of the address table in one node's slice",
+            Self::SlicePaths => "paths of the address table in one node's slice",
             Self::SliceLeaves => "pairs of class and cidr in one node's slice",
             Self::SliceCells => "cells in one node's slice",
             Self::SliceRules => "rules in one node's slice",

@@ -51,6 +51,12 @@ pub trait Load {
         walk_ipv4_options(self, header_length)
     }
 
+    /// [`Packet::walk_headers`], likewise.
+    #[inline(always)]
+    fn walk_headers(&self, packet: &mut Packet) -> Result<(), u8> {
+        packet.walk_headers(self)
+    }
+
     /// [`Packet::walk_quoted_headers`], likewise.
     #[inline(always)]
     fn walk_quoted_headers(&self, quoted: &mut Packet) -> bool {
@@ -172,6 +178,15 @@ impl Packet {
         if self.end > length {
             return Err(reason::MALFORMED);
         }
+        if is_extension_header(self.protocol) { bytes.walk_headers(self) } else { Ok(()) }
+    }
+
+    /// From the IPv6 header to the transport header.
+    ///
+    /// # Errors
+    /// The `reason` for which the packet is to be dropped.
+    #[inline(always)]
+    pub fn walk_headers(&mut self, bytes: &(impl Load + ?Sized)) -> Result<(), u8> {
         self.walk_extension_headers::<false>(bytes)
     }
 

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use ebpf_common::table::{Address, CHILD, EXTERNAL, HOLDER_SHIFT, LOCAL, Leaf, NO_BLOCK, PLAIN, UNIFORM};
+use ebpf_common::table::{
+    BLOCK, EXTERNAL, HOLDER_SHIFT, INDEX, LOCAL, Leaf, PATH, UNIFORM, UNKNOWN, block_entry, block_of,
+};
 use ebpf_common::{EGRESS, INGRESS, reason};
 use policy::{
     Action, Change, Flow, Matrix, Network, NodeId, Revision, Slice, arbitrary, interpret, parse_flow_service,
@@ -248,20 +250,27 @@ fn equal_sets_of_services_share_a_page_and_runs_of_ports() {
 }
 
 #[test]
-fn a_sparse_address_costs_one_block_below_its_root() {
+fn a_sparse_address_costs_one_path_below_its_root() {
     let network = small();
     let tables = lowered(&slice_of(&network, node(&network), None));
-    let root = tables.header.roots_v6[0];
-    assert_ne!(root.block, NO_BLOCK);
-    // fd42:0:0:1::/64 and the node's own /128 in it: where they differ, and where the /128 ends.
-    let first = &tables.blocks[root.block as usize];
-    assert_eq!(first.position, 7, "byte 6 is skipped");
-    let child = first.entries[1];
-    assert_ne!(child & CHILD, 0);
-    let second = &tables.blocks[(child & !CHILD) as usize];
-    assert_eq!((second.position & !PLAIN, second.position & PLAIN), (15, 0));
-    let path = Address::from_bytes("fd42:0:0:1::1".parse::<std::net::Ipv6Addr>().expect("an address").octets());
-    assert_eq!(second.path.0[1] & second.mask.0[1], path.0[1] & second.mask.0[1]);
+    let follow = |entry: u32| {
+        assert_eq!(entry & (BLOCK | PATH), PATH, "{entry:#x}");
+        let path = &tables.paths[(entry & INDEX) as usize];
+        let mask = u128::from_be_bytes(path.mask.to_bytes());
+        (mask.leading_ones(), path.inside, path.outside)
+    };
+    let (bits, inside, outside) = follow(tables.header.root_v6);
+    assert_eq!((bits, outside), (48, UNKNOWN), "the network's root");
+    // fd42:0:0:1::/64 and fd42:0:0:2::/64 differ in byte 7; byte 6 is skipped.
+    let (bits, block, _) = follow(inside);
+    assert_eq!(bits, 56);
+    assert_eq!(block_of(block).1, 7);
+    // The node's own /128 in the first.
+    let (bits, leaf, around) = follow(tables.blocks[block_of(block).0 as usize].entries[1]);
+    assert_eq!(bits, 128);
+    assert_eq!(tables.leaves[leaf as usize].flags, LOCAL);
+    assert_eq!(tables.leaves[around as usize].flags, 0);
+    assert_eq!(tables.blocks.len(), 2, "one of each family");
 }
 
 #[test]
@@ -270,14 +279,18 @@ fn tables_that_contradict_themselves_are_found() {
     apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
     let whole = lowered(&slice_of(&network, node(&network), None));
     type Break = fn(&mut Tables);
-    let breaks: [(&str, Break); 17] = [
-        ("HEADER", |tables| tables.header.roots_v4[0].block = tables.blocks.len() as u32),
+    let breaks: [(&str, Break); 21] = [
+        ("HEADER", |tables| tables.header.root_v4 = PATH | tables.paths.len() as u32),
+        ("HEADER", |tables| tables.header.root_v4 = tables.header.root_v6),
+        ("HEADER", |tables| tables.header.root_v6 = BLOCK | PATH | 3),
         ("HEADER", |tables| tables.header.own = tables.header.classes),
         ("HEADER", |tables| tables.header.revision += 1),
         ("BLOCKS", |tables| tables.blocks[0].entries[9] = tables.leaves.len() as u32),
-        ("BLOCKS", |tables| tables.blocks[0].entries[9] = CHILD),
-        ("BLOCKS", |tables| tables.blocks[0].otherwise = 99),
-        ("BLOCKS", |tables| tables.blocks[0].position = 16),
+        ("BLOCKS", |tables| tables.blocks[0].entries[9] = block_entry(0, 15)),
+        ("BLOCKS", |tables| tables.blocks[0].entries[9] = block_entry(tables.blocks.len() as u32, 15)),
+        ("PATHS", |tables| tables.paths[0].outside = 99),
+        ("PATHS", |tables| tables.paths[0].inside = PATH),
+        ("PATHS", |tables| tables.paths[0].mask.0[1] = 0),
         ("LEAVES", |tables| tables.leaves[1].class = tables.header.classes),
         ("LEAVES", |tables| tables.leaves[1].flags = 4),
         ("LEAVES", |tables| tables.leaves[1].flags = EXTERNAL | LOCAL),
@@ -316,6 +329,7 @@ fn limits_of_the_policy_fit_the_tables() {
     use policy::limit::*;
     let fits = [
         ("blocks", MAX_SLICE_BLOCKS, limit::BLOCKS),
+        ("paths", MAX_SLICE_PATHS, limit::PATHS),
         ("leaves", MAX_SLICE_LEAVES, limit::LEAVES),
         ("cells in two directions", MAX_SLICE_CELLS, limit::CELLS),
         ("rules", MAX_SLICE_RULES, limit::RULES),

@@ -83,28 +83,25 @@ impl Corruption {
 
     /// Spoils the tables; `false`: there is no such word.
     fn apply(self, tables: &mut Tables) -> bool {
-        let lengths = [tables.blocks.len(), tables.leaves.len(), tables.pages.len(), tables.ports.len()];
-        let [blocks, leaves, pages, ports] = lengths;
+        let (blocks, paths, leaves) = (tables.blocks.len(), tables.paths.len(), tables.leaves.len());
+        let (pages, ports) = (tables.pages.len(), tables.ports.len());
         let decisions = tables.decisions.len();
         let at = |length: usize| (length > 0).then(|| self.index.index(length.max(1)));
         let spoil = |tables: &mut Tables| -> Option<()> {
             match self.table {
                 0 => {
-                    let block = &mut tables.blocks[at(blocks)?];
-                    let mask = &mut block.mask.0[self.word.index(2)];
-                    *mask = self.long(*mask);
+                    let path = &mut tables.paths[at(paths)?];
+                    let word = if self.flip { &mut path.mask } else { &mut path.prefix };
+                    word.0[self.word.index(2)] = self.long(word.0[self.word.index(2)]);
                 }
                 1 => {
-                    let path = &mut tables.blocks[at(blocks)?].path.0[self.word.index(2)];
-                    *path = self.long(*path);
+                    let path = &mut tables.paths[at(paths)?];
+                    let entry = if self.word.index(2) == 0 { &mut path.inside } else { &mut path.outside };
+                    *entry = self.of(*entry, leaves);
                 }
-                2 => {
-                    let otherwise = &mut tables.blocks[at(blocks)?].otherwise;
-                    *otherwise = self.of(*otherwise, leaves);
-                }
-                3 => {
-                    let position = &mut tables.blocks[at(blocks)?].position;
-                    *position = self.of(*position, 16);
+                2 | 3 => {
+                    let entries = &mut tables.blocks[at(blocks)?].entries;
+                    entries[self.word.index(256)] = entries[self.index.index(256)];
                 }
                 4 | 5 => {
                     let entry = &mut tables.blocks[at(blocks)?].entries[self.word.index(256)];
@@ -154,13 +151,8 @@ impl Corruption {
                 }
                 _ => {
                     let header = &mut tables.header;
-                    let roots = header.roots_v4.iter_mut().chain(&mut header.roots_v6);
-                    let root = roots.filter(|root| root.block != u32::MAX).nth(self.index.index(2))?;
-                    match self.value % 3 {
-                        0 => root.block = self.of(root.block, blocks),
-                        1 => root.mask.0[self.word.index(2)] = self.long(root.mask.0[self.word.index(2)]),
-                        _ => root.prefix.0[self.word.index(2)] = self.long(root.prefix.0[self.word.index(2)]),
-                    }
+                    let root = if self.flip { &mut header.root_v4 } else { &mut header.root_v6 };
+                    *root = self.of(*root, leaves);
                 }
             }
             Some(())
@@ -191,7 +183,7 @@ fn concerns(difference: &Difference, slice: &Slice, flow: &Flow, at: u32) -> boo
     };
     match difference {
         Difference::Revision { .. } => false,
-        // Its addresses are named by the block or root only.
+        // Its addresses are named by the block or path only.
         Difference::Malformed { .. } => true,
         Difference::Prefix { addresses, .. } => addresses.contains(flow.source) || addresses.contains(flow.destination),
         Difference::Cell { direction, source, destination, service, .. } => {

@@ -1,4 +1,4 @@
-//! How many blocks and leaves the address table of a node may have, before its slice is made.
+//! How many blocks, paths and leaves the address table of a node may have, before its slice is made.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,15 +9,15 @@ use super::{Matrix, Place};
 use crate::id::CidrId;
 use crate::network::Network;
 use crate::selector::Selector;
-use crate::slice::{BLOCKS_EACH, OWN_BLOCKS, stride_blocks};
+use crate::slice::{OWN_ROOM, ROOM_EACH, Room, stride_room};
 
 /// What every bound is made of.
 #[derive(Debug)]
 pub(super) struct Blocks {
     /// With all prefixes.
-    all: usize,
+    all: Room,
     /// With those that every slice may have: of cidrs, and the addresses of gateways.
-    common: usize,
+    common: Room,
     /// How many more prefixes each selector speaks of.
     by_selector: Vec<usize>,
     /// How many prefixes lie directly in each cidr.
@@ -40,8 +40,8 @@ impl Blocks {
         }
         let selectors = matrix.rules.selectors.iter();
         Self {
-            all: stride_blocks(common.iter().chain(prefixes.keys()).copied()),
-            common: stride_blocks(common),
+            all: stride_room(common.iter().chain(prefixes.keys()).copied()),
+            common: stride_room(common),
             by_selector: selectors.map(|selector| prefixes_of(network, selector)).collect(),
             by_cidr,
             held: ids.iter().map(|id| matrix.stands.classes_of(*id).len()).sum(),
@@ -53,11 +53,11 @@ impl Blocks {
     ///
     /// A slice leaves out each prefix that the node cannot tell from what is around it. It can where a selector of the
     /// prefix matters to it, or where what is around it is its own.
-    pub(super) fn bound(&self, own: &BTreeSet<Place>, selectors: &BTreeSet<Used>) -> usize {
+    pub(super) fn bound(&self, own: &BTreeSet<Place>, selectors: &BTreeSet<Used>) -> Room {
         let cidrs: BTreeSet<CidrId> = own.iter().map(|&(_, cidr)| cidr).collect();
         let inside = cidrs.iter().filter_map(|cidr| self.by_cidr.get(cidr)).sum::<usize>();
         let selected = selectors.iter().map(|&used| self.by_selector[used as usize]).sum::<usize>();
-        self.all.min(self.common + BLOCKS_EACH * (inside + selected)) + OWN_BLOCKS
+        self.all.min(self.common + ROOM_EACH * (inside + selected)) + OWN_ROOM
     }
 }
 
@@ -78,8 +78,8 @@ mod tests {
         Action, Bounded, Change, DefaultPolicy, Matrix, Network, Prefixes, PublicKey, RuleSpec, SelectorSpec, limit,
     };
 
-    /// The node `hub`, and rules of 256 clients each, which lie in as many prefixes of 24 bits.
-    fn scattered(rules: usize) -> Network {
+    /// The node `hub`, and rules of 256 clients each, which lie in prefixes of 24 bits: `each` side by side.
+    fn scattered(rules: usize, each: usize) -> Network {
         let prefixes = |text: &str| Prefixes::from_nets([text.parse().unwrap()]).unwrap();
         let mut network = Network::new("corp".parse().unwrap(), prefixes("10.0.0.0/8"), DefaultPolicy::Deny).unwrap();
         let mut apply = |change: Change| drop(network.apply(&change).unwrap());
@@ -92,8 +92,10 @@ mod tests {
         let public_key = PublicKey::try_from([1; 32]).unwrap();
         apply(Change::ActivateNode { name: "hub".parse().unwrap(), public_key });
         for rule in 0..rules {
-            let from = (0..256)
-                .map(|client| SelectorSpec::Prefix(format!("10.{}.{client}.1/32", 128 + rule).parse().unwrap()));
+            let from = (0..256).map(|client| {
+                let (net, host) = ((rule * 256 + client) / each, client % each);
+                SelectorSpec::Prefix(format!("10.{}.{}.{host}/32", 128 + net / 256, net % 256).parse().unwrap())
+            });
             apply(Change::AddRule(RuleSpec {
                 name: format!("r{rule}").parse().unwrap(),
                 action: Action::Allow,
@@ -112,13 +114,21 @@ mod tests {
     /// Breaks if a node could be sent prefixes that its address table has no room for.
     #[test]
     fn a_policy_that_scatters_prefixes_is_refused() {
-        let check = |rules| {
-            let network = scattered(rules);
+        let check = |rules, each| {
+            let network = scattered(rules, each);
             Matrix::compile(&network).unwrap().check_slices(&network)
         };
-        assert_eq!(check(limit::MAX_SLICE_BLOCKS / 256 - 1), Ok(()));
-        let refused = check(limit::MAX_SLICE_BLOCKS / 256).unwrap_err();
+        // A block for each pair of neighbours.
+        let rules = limit::MAX_SLICE_BLOCKS / 128;
+        assert_eq!(check(rules - 1, 2), Ok(()));
+        let refused = check(rules, 2).unwrap_err();
         assert_eq!((refused.node.to_string().as_str(), refused.limit.what), ("hub", Bounded::SliceBlocks));
+        assert!(refused.limit.to_string().contains("side by side"), "{}", refused.limit);
+        // A path for each that is alone; in nets of 256 they part in one block.
+        let rules = limit::MAX_SLICE_PATHS / 256;
+        assert_eq!(check(rules - 2, 1), Ok(()));
+        let refused = check(rules, 1).unwrap_err();
+        assert_eq!((refused.node.to_string().as_str(), refused.limit.what), ("hub", Bounded::SlicePaths));
         assert!(refused.limit.to_string().contains("side by side"), "{}", refused.limit);
     }
 }

@@ -62,7 +62,7 @@ impl Matrix {
             }
         }
         Size {
-            blocks: blocks.bound(own, &selectors),
+            room: blocks.bound(own, &selectors),
             leaves: Size::leaves(places, blocks.held),
             cells: Size::cells(own.len(), places),
             rules: incident.len(),
@@ -239,7 +239,8 @@ mod tests {
                 let size = slice.size();
                 let bound = matrix.bound(&above, &blocks, &matrix.stands.classes_of(*node));
                 for (exact, bound) in [
-                    (size.blocks, bound.blocks),
+                    (size.room.blocks, bound.room.blocks),
+                    (size.room.paths, bound.room.paths),
                     (size.leaves, bound.leaves),
                     (size.cells, bound.cells),
                     (size.rules, bound.rules),

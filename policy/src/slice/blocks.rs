@@ -1,35 +1,67 @@
 //! Room in the table of a node that finds out what an address is: a tree of blocks, each of which reads one byte of the
-//! address. Bytes that tell no prefixes apart are skipped.
+//! address, and of paths, along which nothing branches.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::{Add, Mul};
 
 use ipnet::IpNet;
 
 use super::{Peer, Slice};
 use crate::prefix::longest_match;
 
-/// Trees that the table of a node may have, at most: 2 for IPv4, 8 for IPv6.
-const TREES: usize = 10;
+/// What an address table is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Room {
+    pub blocks: usize,
+    pub paths: usize,
+}
 
-/// What one more prefix costs at most: the block in which it ends, and one where it parts from the others.
-pub(crate) const BLOCKS_EACH: usize = 2;
+/// What every table may have besides: in each family a tree for the network's own root and one for the rest, either of
+/// which may repeat a block of the other, and the path that tells them apart.
+const TREES: Room = Room { blocks: 4, paths: 8 };
+
+/// What one more prefix costs at most: the block in which it parts from the others and a path ahead of it, and a path to
+/// its own end.
+pub(crate) const ROOM_EACH: Room = Room { blocks: 1, paths: 2 };
 /// What a node's own addresses cost, of which there is at most one of each family.
-pub(crate) const OWN_BLOCKS: usize = 2 * BLOCKS_EACH;
+pub(crate) const OWN_ROOM: Room = Room { blocks: 2, paths: 4 };
 
-/// An upper bound of the blocks that the table of a node has for these prefixes, or for any selection of them.
+/// An upper bound of what the table of a node has for these prefixes, or for any selection of them.
 ///
-/// In one tree there is a block wherever a prefix ends, and wherever prefixes part: where these blocks are sorted, between
-/// two neighbours. A table may be several trees instead, each of which may repeat one block of another, or consist of a
-/// block that is none of these.
-pub fn stride_blocks(prefixes: impl IntoIterator<Item = IpNet>) -> usize {
-    let mut blocks: Vec<Block> = prefixes.into_iter().map(Block::of).collect();
-    blocks.sort_unstable();
-    blocks.dedup();
-    let partings: Vec<Block> = blocks.windows(2).map(|pair| pair[0].parting(pair[1])).collect();
-    blocks.extend(partings);
-    blocks.sort_unstable();
-    blocks.dedup();
-    blocks.len() + TREES
+/// In one tree there is a block wherever prefixes part: where they are sorted, between two neighbours. A path leads to a
+/// block, or to the end of a prefix that no other one shares its last block with.
+pub fn stride_room(prefixes: impl IntoIterator<Item = IpNet>) -> Room {
+    let mut ends: Vec<(Block, IpNet)> = prefixes.into_iter().map(|net| (Block::of(net), net)).collect();
+    ends.sort_unstable();
+    ends.dedup();
+    let mut partings: Vec<Block> = ends.windows(2).map(|pair| pair[0].0.parting(pair[1].0)).collect();
+    partings.sort_unstable();
+    partings.dedup();
+    ends.dedup_by_key(|(block, _)| *block);
+    Room { blocks: partings.len(), paths: ends.len() + partings.len() } + TREES
+}
+
+impl Room {
+    /// The less of both, each by itself.
+    pub(crate) fn min(self, other: Self) -> Self {
+        Self { blocks: self.blocks.min(other.blocks), paths: self.paths.min(other.paths) }
+    }
+}
+
+impl Add for Room {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { blocks: self.blocks + other.blocks, paths: self.paths + other.paths }
+    }
+}
+
+impl Mul<usize> for Room {
+    type Output = Self;
+
+    fn mul(self, times: usize) -> Self {
+        Self { blocks: self.blocks * times, paths: self.paths * times }
+    }
 }
 
 /// The bytes that lead to a block.
@@ -68,13 +100,13 @@ impl Slice {
         self.peers.values().filter(|peer| !peer.allowed_ips.is_disjoint(&self.local.external_routes))
     }
 
-    /// An upper bound of the blocks that the table of the node has, which is made of all prefixes at which class, cidr or
+    /// An upper bound of what the address table of the node has, which is made of all prefixes at which class, cidr or
     /// holder may change. The same for every node that stands for the same classes.
-    pub fn blocks(&self) -> usize {
+    pub fn room(&self) -> Room {
         let local = &self.local;
         let routes = local.external_routes.iter().chain(&local.gateway_for);
         let gateways = self.gateways().flat_map(|peer| &peer.allowed_ips);
-        stride_blocks(self.prefixes.keys().chain(routes).chain(gateways).copied()) + OWN_BLOCKS
+        stride_room(self.prefixes.keys().chain(routes).chain(gateways).copied()) + OWN_ROOM
     }
 
     /// How many kinds of addresses the table tells apart because a gateway holds them.
@@ -101,24 +133,25 @@ impl Slice {
 mod tests {
     use super::*;
 
-    fn check(prefixes: &[&str], expected: usize) {
+    fn check(prefixes: &[&str], blocks: usize, paths: usize) {
         let prefixes = prefixes.iter().map(|text| text.parse::<IpNet>().unwrap());
-        assert_eq!(stride_blocks(prefixes), expected + TREES);
+        assert_eq!(stride_room(prefixes), Room { blocks, paths } + TREES);
     }
 
     #[test]
-    fn blocks_are_where_prefixes_end_or_part() {
-        check(&[], 0);
-        check(&["10.0.0.0/8"], 1);
-        check(&["::/0"], 1);
+    fn blocks_are_where_prefixes_part() {
+        check(&[], 0, 0);
+        check(&["10.0.0.0/8"], 0, 1);
+        check(&["::/0"], 0, 1);
+        check(&["10.0.0.1/32", "10.0.0.1/32"], 0, 1);
         // Both end in the last byte of one /24, and at two addresses of two.
-        check(&["10.0.0.1/32", "10.0.0.2/32"], 1);
-        check(&["10.0.0.1/32", "10.0.1.1/32"], 3);
-        check(&["10.0.0.0/16", "10.0.0.1/32", "10.0.1.1/32"], 4);
-        check(&["10.0.0.0/17", "10.0.128.0/17", "10.0.0.0/24"], 1);
+        check(&["10.0.0.1/32", "10.0.0.2/32"], 1, 2);
+        check(&["10.0.0.1/32", "10.0.1.1/32"], 1, 3);
+        check(&["10.0.0.0/16", "10.0.0.1/32", "10.0.1.1/32"], 2, 5);
+        check(&["10.0.0.0/17", "10.0.128.0/17", "10.0.0.0/24"], 1, 2);
         // However far apart, one more.
-        check(&["fd42::1/128", "fd42:0:0:1::1/128"], 3);
-        check(&["fd42::1/128", "10.0.0.1/32"], 3);
+        check(&["fd42::1/128", "fd42:0:0:1::1/128"], 1, 3);
+        check(&["fd42::1/128", "10.0.0.1/32"], 1, 3);
     }
 
     #[test]
@@ -126,9 +159,11 @@ mod tests {
         let texts =
             ["10.0.0.0/8", "10.1.0.0/20", "10.1.16.1/32", "10.2.0.0/15", "fd42::/48", "fd42:0:0:1::/64", "::/0"];
         let all: Vec<IpNet> = texts.iter().map(|text| text.parse().unwrap()).collect();
+        let room = stride_room(all.iter().copied());
         for chosen in 0..1_u32 << all.len() {
             let some = all.iter().enumerate().filter(|(index, _)| chosen >> index & 1 == 1).map(|(_, net)| *net);
-            assert!(stride_blocks(some) <= stride_blocks(all.iter().copied()), "{chosen:b}");
+            let some = stride_room(some);
+            assert!(some.blocks <= room.blocks && some.paths <= room.paths, "{chosen:b}");
         }
     }
 }

@@ -18,8 +18,8 @@ mod delta;
 mod size;
 mod validate;
 
-pub use blocks::stride_blocks;
-pub(crate) use blocks::{BLOCKS_EACH, OWN_BLOCKS};
+pub use blocks::{Room, stride_room};
+pub(crate) use blocks::{OWN_ROOM, ROOM_EACH};
 pub use delta::{Cells, SliceDelta};
 pub(crate) use size::Size;
 pub use validate::DeltaError;

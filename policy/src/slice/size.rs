@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::Slice;
+use super::{Room, Slice};
 use crate::id::ClassId;
 use crate::limit::{self, Bounded, LimitError};
 use crate::matrix::Cell;
@@ -11,7 +11,7 @@ use crate::service::protocol;
 /// Each in the unit of the limit that it is held against.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Size {
-    pub(crate) blocks: usize,
+    pub(crate) room: Room,
     pub(crate) leaves: usize,
     pub(crate) cells: usize,
     pub(crate) rules: usize,
@@ -33,7 +33,7 @@ impl Size {
         let distinct: BTreeSet<&Cell> = slice.cells.values().collect();
         let verdicts: BTreeSet<_> = distinct.iter().flat_map(|cell| cell.verdicts()).collect();
         Self {
-            blocks: slice.blocks(),
+            room: slice.room(),
             leaves: Self::leaves(leaves.len(), slice.held_leaves()),
             cells: Self::cells(own, classes.len()),
             rules: slice.rules.len(),
@@ -60,8 +60,9 @@ impl Size {
 
     /// Refuses what a node has no room for.
     pub(crate) fn check(&self) -> Result<(), LimitError> {
-        let Self { blocks, leaves, cells, rules, decisions, pages, ports } = *self;
-        Bounded::SliceBlocks.check(blocks, limit::MAX_SLICE_BLOCKS)?;
+        let Self { room, leaves, cells, rules, decisions, pages, ports } = *self;
+        Bounded::SliceBlocks.check(room.blocks, limit::MAX_SLICE_BLOCKS)?;
+        Bounded::SlicePaths.check(room.paths, limit::MAX_SLICE_PATHS)?;
         Bounded::SliceLeaves.check(leaves, limit::MAX_SLICE_LEAVES)?;
         Bounded::SliceCells.check(cells, limit::MAX_SLICE_CELLS)?;
         Bounded::SliceRules.check(rules, limit::MAX_SLICE_RULES)?;

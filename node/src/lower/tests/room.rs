@@ -12,9 +12,11 @@ use super::{by_node, join, lowered, network_and_flows, node, slice_of, small};
 /// The policy never counts less than there is, and of blocks not much more.
 fn check(slice: &Slice) -> Result<(), TestCaseError> {
     let tables = lowered(slice);
-    let (real, bound) = (tables.blocks.len(), slice.blocks());
-    // 10 trees, 2 of this node's addresses with 2 each, and what joins trees that have nothing in common.
-    prop_assert!(real <= bound && bound <= real + 40, "{} blocks, {} counted", real, bound);
+    let (real, bound) = (tables.blocks.len(), slice.room().blocks);
+    // What trees may repeat, this node's addresses, and what joins trees that have nothing in common.
+    prop_assert!(real <= bound && bound <= real + 20, "{} blocks, {} counted", real, bound);
+    let (real, bound) = (tables.paths.len(), slice.room().paths);
+    prop_assert!(real <= bound, "{} paths, {} counted", real, bound);
     let places: BTreeSet<_> = slice.prefixes.values().collect();
     let leaves = 2 * (places.len() + 1) + slice.held_leaves();
     prop_assert!(tables.leaves.len() <= leaves, "{} leaves, {} counted", tables.leaves.len(), leaves);
