@@ -215,6 +215,7 @@ impl Agent {
         tokio::spawn(control::serve(socket, Arc::clone(self) as Arc<dyn Answerer>));
         tokio::spawn(Arc::clone(self).pass_on());
         tokio::spawn(Arc::clone(self).report_events());
+        tokio::spawn(Arc::clone(self).report_events_of_guard());
         tokio::spawn(Arc::clone(self).verify_again_and_again());
         if let Some(listener) = scrapes {
             let agent = Arc::clone(self);
@@ -246,8 +247,23 @@ impl Agent {
                 .map_err(|error| chain(&error))
                 .and_then(|events| events.into_stream().map_err(|error| error.to_string()))
             {
-                Ok(stream) => events::run(stream, self.enforcer.names.clone(), self.drops.clone()).await,
+                Ok(stream) => {
+                    let (interface, names) = (self.settings.interface.as_str(), self.enforcer.names.clone());
+                    events::run(stream, interface, names, self.drops.clone()).await;
+                }
                 Err(error) => tracing::debug!(error, "events cannot be read yet"),
+            }
+            tokio::time::sleep(OPEN_AGAIN).await;
+        }
+    }
+
+    /// Its maps are there once it stands somewhere, which may be never.
+    async fn report_events_of_guard(self: Arc<Self>) {
+        while self.settings.guard.is_some() {
+            if let Ok(events) = Events::open_guard(self.settings.interface.as_str(), &self.settings.bpffs)
+                && let Ok(stream) = events.into_stream()
+            {
+                events::run_guard(stream, self.drops.clone()).await;
             }
             tokio::time::sleep(OPEN_AGAIN).await;
         }

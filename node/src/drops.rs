@@ -147,6 +147,7 @@ mod tests {
         Event {
             time: "2026-01-01T00:00:00Z".to_owned(),
             direction: Direction::Egress,
+            interface: "rampart0".to_owned(),
             source: IpAddr::from([10, 42, 1, 2]),
             destination: IpAddr::from([10, 42, 3, 2]),
             protocol: 6,
@@ -157,7 +158,7 @@ mod tests {
             destination_cidr: None,
             reason: reason.to_owned(),
             rule: None,
-            revision: 7,
+            revision: Some(7),
             length: 60,
         }
     }

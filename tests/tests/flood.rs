@@ -120,7 +120,30 @@ fn holds(mode: &str, expected: &str) -> Result<()> {
     ensure!(passed >= 1.0, "the new peer's own initiation was counted");
     let shown = mesh.nodectl_ok("app1", &["status"])?;
     ensure!(shown.contains("wrong-mac"), "{shown}");
-    Ok(())
+    events(&mesh)
+}
+
+/// The drops are told like the policy's denials: some of them, and how many more there were.
+fn events(mesh: &Mesh) -> Result<()> {
+    let address = mesh.node("app1")?.underlay_v4().to_string();
+    wait_for("what was suppressed to be told", START_LIMIT, || {
+        let drops = mesh.nodectl_ok("app1", &["drops", "--reason", "wrong-mac", "-o", "json"])?;
+        let drops: Value = serde_json::from_str(&drops)?;
+        let Some(drop) = drops["drops"].as_array().and_then(|drops| drops.last()) else { return Ok(false) };
+        for (field, expected) in [
+            ("direction", Value::from("ingress")),
+            ("interface", "eth0".into()),
+            ("destination", address.clone().into()),
+            ("service", format!("udp/{WIREGUARD}").into()),
+            ("length", 176.into()),
+            ("rule", Value::Null),
+            ("revision", Value::Null),
+        ] {
+            ensure!(drop[field] == expected, "{field} is not {expected}: {drop}");
+        }
+        ensure!(drop["source"].is_string() && drop["source-port"].is_u64() && drop["time"].is_string(), "{drop}");
+        Ok(drops["suppressed"][0]["events"].as_u64() > Some(1_000))
+    })
 }
 
 #[test]

@@ -14,6 +14,8 @@ pub struct Event {
     /// RFC 3339, UTC.
     pub time: String,
     pub direction: Direction,
+    /// The WireGuard interface; of what the guard dropped, the one by which it came.
+    pub interface: String,
     pub source: IpAddr,
     pub destination: IpAddr,
     /// Protocol number.
@@ -28,8 +30,8 @@ pub struct Event {
     pub destination_cidr: Option<String>,
     pub reason: String,
     pub rule: Option<String>,
-    /// Of the tables that judged it.
-    pub revision: u64,
+    /// Of the tables that judged it; absent: the guard did, which knows no policy.
+    pub revision: Option<u64>,
     /// Bytes from the IP header on.
     pub length: u32,
 }

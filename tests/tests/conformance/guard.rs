@@ -1,12 +1,17 @@
 //! The guard on the underlay: every type, length and bucket on the loaded programs. Needs root.
 
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use ebpf_common::underlay::Event;
 use ebpf_common::underlay::reason::{
     COOKIE_REPLY, DATA, FRAGMENTED, INITIATION, JOINED, LIMITED_CHECKS, LIMITED_ENDPOINT, LIMITED_SOURCE,
     LIMITED_TOTAL, RESPONSE, WRONG_LENGTH, WRONG_MAC, WRONG_TYPE,
 };
+use node::kernel::datapath::monotonic_ns;
 use node::kernel::guard::{Limit, Limits, Mode};
 use tests::conformance::in_lab;
-use tests::conformance::underlay::{Guarded, KEY, KINDS, ONCE, PORT, plenty, to_port, udp, wanted};
+use tests::conformance::underlay::{Guarded, KEY, KINDS, ONCE, OWN, PORT, plenty, to_port, udp, wanted};
 use tests::forge::{initiation, message, response, with_mac};
 
 /// A stranger of each family.
@@ -50,6 +55,48 @@ fn what_is_no_wireguard_is_dropped_and_data_is_not() {
                 guarded.expect(&to_port(stranger, message), Some(*expected), what);
             }
         }
+    });
+}
+
+#[test]
+fn drops_are_reported_as_far_as_the_limit_lets_them_and_the_rest_is_counted() {
+    const FLOOD: u64 = 200;
+    each(plenty(), &[], |guarded| {
+        let mut events = guarded.probe.events().expect("a ring buffer");
+        for (stranger, own) in STRANGERS.into_iter().zip(OWN) {
+            let from: SocketAddr = stranger.parse().expect("an address");
+            guarded.expect(&to_port(stranger, &message(4, 32, 1)), Some(DATA), "passes, and is no event");
+            let packet = to_port(stranger, &message(0, 148, 1));
+            guarded.expect(&packet, Some(WRONG_TYPE), "an event");
+            let event = events.poll().expect("an event");
+            let expected = Event {
+                time: event.time,
+                source: from.ip().into(),
+                destination: own.parse::<IpAddr>().expect("an address").into(),
+                interface: event.interface,
+                length: packet.len() as u32,
+                source_port: from.port(),
+                destination_port: PORT,
+                reason: WRONG_TYPE,
+                ..Event::default()
+            };
+            assert_eq!(event, expected);
+            let age = monotonic_ns() - event.time;
+            assert!(age < 60_000_000_000, "{age} ns old");
+        }
+        let mut reported = 0;
+        for n in 0..FLOOD {
+            guarded.expect(&to_port(STRANGERS[0], &initiation(n)), Some(WRONG_MAC), "a flood");
+        }
+        let mut said = 0;
+        while let Some(event) = events.poll() {
+            assert_eq!(event.reason, WRONG_MAC);
+            (reported, said) = (reported + 1, said + event.suppressed);
+        }
+        let left: BTreeMap<_, _> = events.suppressed().expect("counted").into_iter().collect();
+        assert_eq!(reported + said + left[&WRONG_MAC], FLOOD, "every one is reported or counted: {reported} {said}");
+        assert!((1..FLOOD / 2).contains(&reported), "{reported} of {FLOOD} reported");
+        assert_eq!(left[&WRONG_TYPE], 0, "a limit of its own for each reason");
     });
 }
 

@@ -72,7 +72,7 @@ fn frame() -> Vec<u8> {
 }
 
 fn pins(lab: &Lab) -> PathBuf {
-    lab.pin("guard-v1")
+    lab.pin(&format!("guard-v{}", ebpf_common::underlay::VERSION))
 }
 
 #[test]

@@ -94,6 +94,7 @@ fn a_denied_packet_is_told_with_all_that_is_known_of_it() -> Result<()> {
     {
         for (field, expected) in [
             ("direction", Value::from("egress")),
+            ("interface", "rampart0".into()),
             ("source", source.into()),
             ("destination", destination.into()),
             ("protocol", 6.into()),

@@ -15,12 +15,14 @@
 //! WireGuard's first MAC is keyed with the receiver's public key, so whoever floods without knowing it gets no further than
 //! `mac1`, and takes nothing from any bucket that somebody who does know it needs.
 
+mod event;
 mod frame;
 mod message;
 pub mod reason;
 
 use crate::table::Address;
 
+pub use event::{EVENT_BYTES, EVENT_RATE, Event};
 pub use frame::{Datagram, Frame, Transport, walk_ipv6};
 pub use message::{
     COOKIE_REPLY_LENGTH, DATA_LENGTH_MIN, INITIATION_LENGTH, MAC_LENGTH, Message, RESPONSE_LENGTH, classify, mac1,
@@ -28,7 +30,7 @@ pub use message::{
 };
 
 /// Version of the maps below; part of their pin path, beside that of the policy's.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Names of the maps in the object, which are also the names of their pins.
 pub mod map {
@@ -47,8 +49,16 @@ pub mod map {
     /// `PerCpuArray<Counter>`, [`super::reason::COUNT`] entries; of one interface.
     pub const COUNTERS: &str = "GUARD_COUNTERS";
 
+    /// Ring buffer of [`super::Event`].
+    pub const EVENTS: &str = "GUARD_EVENTS";
+    /// `Array<u64>`, [`super::reason::COUNT`] buckets: the rate limit of events.
+    pub const EVENT_BUCKETS: &str = "GUARD_EVENT_BUCKETS";
+    /// `PerCpuArray<u64>`, [`super::reason::COUNT`] entries: frames dropped since this CPU last reported one, and not reported.
+    pub const UNREPORTED: &str = "GUARD_UNREPORTED";
+
     /// What all interfaces of a node have in common.
-    pub const SHARED: [&str; 6] = [CONFIG, ADDRESSES, ENDPOINTS, SOURCES, TOTALS, CHECKS];
+    pub const SHARED: [&str; 9] =
+        [CONFIG, ADDRESSES, ENDPOINTS, SOURCES, TOTALS, CHECKS, EVENTS, EVENT_BUCKETS, UNREPORTED];
 }
 
 /// Names of the programs in the object.

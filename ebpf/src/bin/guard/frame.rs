@@ -17,6 +17,9 @@ pub(crate) trait Hook: Frame {
     /// Datagrams in it.
     fn segments(&self) -> u32;
 
+    /// Index of the interface that it came by.
+    fn interface(&self) -> u32;
+
     /// `N` bytes at an offset, at most 64, as words of little-endian order, ahead of zeros.
     fn fill<const N: u32>(&self, offset: u32, words: &mut [u32; 16]) -> bool;
 }
@@ -64,6 +67,12 @@ impl Hook for Skb<'_> {
     }
 
     #[inline(always)]
+    fn interface(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.0.skb.skb).ifindex }
+    }
+
+    #[inline(always)]
     fn fill<const N: u32>(&self, offset: u32, words: &mut [u32; 16]) -> bool {
         fill::<N>(words, |to| {
             // SAFETY: there is room for the `N` bytes.
@@ -104,6 +113,12 @@ impl Hook for Buffer<'_> {
     #[inline(always)]
     fn segments(&self) -> u32 {
         1
+    }
+
+    #[inline(always)]
+    fn interface(&self) -> u32 {
+        // SAFETY: the kernel calls the program with a valid context.
+        unsafe { (*self.0.ctx).ingress_ifindex }
     }
 
     #[inline(always)]

@@ -5,6 +5,7 @@
 //! not understand, or has no map for, passes.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
+mod event;
 mod frame;
 mod maps;
 mod verdict;

@@ -3,7 +3,7 @@
 
 use aya_ebpf::Global;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
+use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
 use ebpf_common::counter::Counter;
 use ebpf_common::table::Address;
 use ebpf_common::underlay::{self, BINS, Config, Endpoint, EndpointBuckets, HANDSHAKES, ROWS, reason};
@@ -26,6 +26,12 @@ pub(crate) static GUARD_TOTALS: Array<u64> = Array::with_max_entries(HANDSHAKES,
 pub(crate) static GUARD_CHECKS: PerCpuArray<u64> = PerCpuArray::with_max_entries(HANDSHAKES, 0);
 #[map]
 pub(crate) static GUARD_COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(reason::COUNT, 0);
+#[map]
+pub(crate) static GUARD_EVENTS: RingBuf = RingBuf::with_byte_size(underlay::EVENT_BYTES, 0);
+#[map]
+pub(crate) static GUARD_EVENT_BUCKETS: Array<u64> = Array::with_max_entries(reason::COUNT, 0);
+#[map]
+pub(crate) static GUARD_UNREPORTED: PerCpuArray<u64> = PerCpuArray::with_max_entries(reason::COUNT, 0);
 
 /// A hash in the making: what does not fit beside the rest on the stack.
 #[map]

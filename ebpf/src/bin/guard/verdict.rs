@@ -8,6 +8,7 @@ use ebpf_common::underlay::{
     reason,
 };
 
+use crate::event::{self, Arrival};
 use crate::frame::Hook;
 use crate::maps::{
     GUARD_ADDRESSES, GUARD_CHECKS, GUARD_CONFIG, GUARD_ENDPOINTS, GUARD_HASH, GUARD_LINK_HEADER, GUARD_SOURCES,
@@ -27,7 +28,13 @@ pub(crate) fn pass<F: Hook>(frame: &F) -> bool {
     }
     let reason = judge(frame, &datagram, config);
     count(reason, datagram.length, frame.segments());
-    reason::passes(reason)
+    let passes = reason::passes(reason);
+    if !passes {
+        let length = frame.length().saturating_sub(GUARD_LINK_HEADER.load());
+        let arrival = Arrival { interface: frame.interface(), length, port: config.port };
+        event::report(&datagram, &arrival, reason);
+    }
+    passes
 }
 
 /// A function of its own: what it needs of the stack is free again when a MAC is computed.
@@ -141,7 +148,7 @@ fn judge_handshake<F: Hook>(frame: &F, datagram: &Datagram, config: &Config, at:
 
 /// Whether there was a token. Two CPUs may take the same one.
 #[inline(always)]
-fn take(full: *mut u64, rate: &Rate, now: u64) -> bool {
+pub(crate) fn take(full: *mut u64, rate: &Rate, now: u64) -> bool {
     // SAFETY: a map's value, checked by the callers not to be null, aligned to 8 bytes.
     let Some(taken) = rate.take(unsafe { full.read_volatile() }, now) else { return false };
     // SAFETY: as above.

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
-use ebpf_common::reason;
+use ebpf_common::{reason, underlay};
 use ipnet::IpNet;
 use tokio::time::interval;
 
@@ -26,7 +26,7 @@ pub(super) struct DropsArguments {
     /// Go on with each as it comes, until interrupted; with `-o json` one object a line
     #[arg(long, short)]
     follow: bool,
-    /// Only those denied for this reason, such as no-rule
+    /// Only those denied for this reason, such as no-rule, or wrong-mac of the guard's
     #[arg(long, value_name = "REASON", value_parser = parse_reason)]
     reason: Option<String>,
     /// Only those from this address or prefix
@@ -50,7 +50,8 @@ pub(super) struct FlowsArguments {
 fn parse_reason(text: &str) -> Result<String, String> {
     // Packets of `scope` are never reported.
     let reported = reason::ALL.iter().filter(|(number, _, passes)| !passes && *number != reason::SCOPE);
-    let names: Vec<_> = reported.map(|(_, name, _)| *name).collect();
+    let guards = underlay::reason::ALL.iter().filter(|(_, _, passes)| !passes);
+    let names: Vec<_> = reported.chain(guards).map(|(_, name, _)| *name).collect();
     if names.contains(&text) {
         return Ok(text.to_owned());
     }
@@ -89,12 +90,12 @@ fn suppressed_line<'a>(suppressed: impl IntoIterator<Item = &'a Suppressed>) -> 
     format!("denied but not reported, too many at a time: {}", counts.join(", "))
 }
 
-const HEAD: [&str; 9] =
-    ["TIME", "DIRECTION", "SOURCE", "DESTINATION", "SERVICE", "CIDRS", "REASON", "RULE", "REVISION"];
+const HEAD: [&str; 10] =
+    ["TIME", "DIRECTION", "INTERFACE", "SOURCE", "DESTINATION", "SERVICE", "CIDRS", "REASON", "RULE", "REVISION"];
 /// Least widths of the columns of lines that come one by one: enough for IPv4; longer ones push the rest to the right.
-const WIDTHS: [usize; 9] = [27, 9, 21, 15, 11, 23, 16, 16, 8];
+const WIDTHS: [usize; 10] = [27, 9, 9, 21, 15, 11, 23, 16, 16, 8];
 
-fn cells(event: &Event) -> [String; 9] {
+fn cells(event: &Event) -> [String; 10] {
     let source = match event.source_port {
         Some(port) => SocketAddr::new(event.source, port).to_string(),
         None => event.source.to_string(),
@@ -102,13 +103,14 @@ fn cells(event: &Event) -> [String; 9] {
     [
         event.time.clone(),
         event.direction.to_string(),
+        event.interface.clone(),
         source,
         event.destination.to_string(),
         event.service.clone(),
         cidrs(event.source_cidr.as_deref(), event.destination_cidr.as_deref()),
         event.reason.clone(),
         event.rule.clone().unwrap_or_else(|| "-".to_owned()),
-        event.revision.to_string(),
+        event.revision.map_or_else(|| "-".to_owned(), |revision| revision.to_string()),
     ]
 }
 
@@ -116,7 +118,7 @@ fn cidrs(source: Option<&str>, destination: Option<&str>) -> String {
     format!("{}>{}", source.unwrap_or("-"), destination.unwrap_or("-"))
 }
 
-fn padded(cells: &[String; 9]) -> String {
+fn padded(cells: &[String; 10]) -> String {
     let line: Vec<_> = cells.iter().zip(WIDTHS).map(|(cell, width)| format!("{cell:<width$}")).collect();
     line.join("  ").trim_end().to_owned()
 }
@@ -301,6 +303,7 @@ mod tests {
         Event {
             time: "2026-01-01T00:00:00.000000Z".to_owned(),
             direction: Direction::Egress,
+            interface: "rampart0".to_owned(),
             source: [10, 42, 1, 2].into(),
             destination: [10, 42, 3, 2].into(),
             protocol: 6,
@@ -311,7 +314,7 @@ mod tests {
             destination_cidr: None,
             reason: "no-rule".to_owned(),
             rule: None,
-            revision: 7,
+            revision: Some(7),
             length: 60,
         }
     }
@@ -324,7 +327,7 @@ mod tests {
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(
             lines[1].split_whitespace().collect::<Vec<_>>().join(" "),
-            "2026-01-01T00:00:00.000000Z egress 10.42.1.2:40000 10.42.3.2 tcp/5432 web>- no-rule - 7"
+            "2026-01-01T00:00:00.000000Z egress rampart0 10.42.1.2:40000 10.42.3.2 tcp/5432 web>- no-rule - 7"
         );
         assert_eq!(lines[2], "3 older ones are no longer remembered");
         assert_eq!(lines[3], "denied but not reported, too many at a time: 1204 no-rule");

@@ -169,7 +169,8 @@ impl Held {
     }
 }
 
-fn is_map(path: &Path, id: u32) -> bool {
+/// Whether what is pinned there is the map with this id.
+pub(super) fn is_map(path: &Path, id: u32) -> bool {
     let Ok(Some(fd)) = sys::object(path) else { return false };
     MapData::from_fd(fd).and_then(|map| map.info()).is_ok_and(|info| info.id() == id)
 }

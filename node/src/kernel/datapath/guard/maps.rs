@@ -22,7 +22,7 @@ use crate::kernel::guard::{Limit, Wanted};
 const HASH: MapType = MapType::Hash;
 
 /// What the maps in `maps/` must be.
-const LAYOUTS: [Layout; 6] = [
+const LAYOUTS: [Layout; 9] = [
     array(map::CONFIG, size_of::<Config>(), 1),
     Layout { name: map::ADDRESSES, kind: HASH, key: size_of::<Address>(), value: 4, entries: underlay::ADDRESSES },
     Layout {
@@ -35,6 +35,9 @@ const LAYOUTS: [Layout; 6] = [
     array(map::SOURCES, size_of::<u64>(), ROWS * BINS),
     array(map::TOTALS, size_of::<u64>(), HANDSHAKES),
     per_cpu(map::CHECKS, size_of::<u64>(), HANDSHAKES),
+    Layout { name: map::EVENTS, kind: MapType::RingBuf, key: 0, value: 0, entries: underlay::EVENT_BYTES },
+    array(map::EVENT_BUCKETS, size_of::<u64>(), reason::COUNT),
+    per_cpu(map::UNREPORTED, size_of::<u64>(), reason::COUNT),
 ];
 const COUNTERS: Layout = per_cpu(map::COUNTERS, size_of::<Counter>(), reason::COUNT);
 

@@ -294,6 +294,11 @@ impl Guard for EbpfGuard {
     }
 }
 
+/// Where the maps are that all places share.
+pub(super) fn maps_folder(interface: &str, pin_root: &Path) -> Result<PathBuf, KernelError> {
+    Ok(Folders::new(Pins::new(pin_root, interface)?).maps)
+}
+
 /// The folders of the guard's pins.
 #[derive(Debug)]
 struct Folders {

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use aya::Ebpf;
 use aya::programs::{TestRun, TestRunOptions, TestRunResult};
-use ebpf_common::underlay::{ETHERNET, reason};
+use ebpf_common::underlay::{ETHERNET, Event, reason};
 
+use super::super::events::Events;
 use super::load::{self, Program};
 use super::maps::{Counters, Shared};
 use crate::kernel::KernelError;
@@ -80,6 +81,11 @@ impl GuardProbe {
         let result = self.run(frame, 0, repeat)?;
         self.moved()?;
         Ok(result.duration)
+    }
+
+    /// The one reader of what it reports.
+    pub fn events(&self) -> Result<Events<Event>, KernelError> {
+        Events::open_guard_in(&self.folder)
     }
 
     fn run(&mut self, frame: &[u8], size: u32, repeat: u32) -> Result<TestRunResult, KernelError> {
