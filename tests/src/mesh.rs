@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -150,13 +150,25 @@ impl Mesh {
 
     /// Likewise, with other arguments.
     pub fn start_node_with(&mut self, name: &str, args: &[&str]) -> Result<()> {
+        let run = self.run(name, args)?;
+        let node = self.nodes.get_mut(name).with_context(|| format!("no node `{name}`"))?;
+        node.host.start(run, NODE_LOG)
+    }
+
+    /// Runs `noded` to its end, as a child of the calling thread, which tells `started` its id.
+    pub fn run_node(&self, name: &str, started: impl FnOnce(u32)) -> Result<ExitStatus> {
+        let mut child = self.node(name)?.host.spawn(self.run(name, &["--state-dir", NODE_STATE])?, NODE_LOG)?;
+        started(child.id());
+        Ok(child.wait()?)
+    }
+
+    fn run(&self, name: &str, args: &[&str]) -> Result<Command> {
         let mut run = self.program("noded");
         run.arg("run").args(args);
         if self.node(name)?.host.namespace.enter(|| Ok(std::path::Path::new(NODE_CONFIG).exists()))? {
             run.args(["--config", NODE_CONFIG]);
         }
-        let node = self.nodes.get_mut(name).with_context(|| format!("no node `{name}`"))?;
-        node.host.start(run, NODE_LOG)
+        Ok(run)
     }
 
     /// Waits until a node enforces a policy and has its addresses.
@@ -270,15 +282,18 @@ impl Mesh {
 }
 
 impl Host {
-    fn start(&mut self, mut command: Command, log: &'static str) -> Result<()> {
+    fn start(&mut self, command: Command, log: &'static str) -> Result<()> {
         ensure!(self.daemon.is_none(), "the daemon of `{}` runs already", self.namespace.name());
-        let child = self.namespace.enter(|| {
+        self.daemon = Some(self.spawn(command, log)?);
+        Ok(())
+    }
+
+    fn spawn(&self, mut command: Command, log: &'static str) -> Result<Child> {
+        self.namespace.enter(|| {
             let output = File::options().create(true).append(true).open(log)?;
             command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
             command.spawn().with_context(|| format!("failed to start {command:?}"))
-        })?;
-        self.daemon = Some(child);
-        Ok(())
+        })
     }
 
     fn stop(&mut self, signal: Signal) -> Result<()> {

@@ -17,6 +17,8 @@ use tests::namespace::Lifetime;
 use tests::probe::{self, RunningFlow, Seen, Traffic};
 use tests::scenario::{self, Expected, Line};
 
+#[path = "netns/killed.rs"]
+mod killed;
 #[path = "netns/operator.rs"]
 mod operator;
 
