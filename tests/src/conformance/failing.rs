@@ -20,6 +20,8 @@ use super::network::{ENDS, allowing, node, small};
 use super::{DIRECTIONS, INTERFACE, Lab, attachments, foreign, is_emulated, name, share, wait_until};
 
 const ERRORS: [i32; 4] = [libc::EPERM, libc::ENOMEM, libc::ENOSPC, libc::EINVAL];
+/// Of what changes names of files.
+const ERRORS_OF_A_TREE: [i32; 3] = [libc::EPERM, libc::ENOSPC, libc::EIO];
 
 /// Ports of `web1` that the first policy, the second, and neither allow.
 const FIRST: u16 = 1_001;
@@ -47,6 +49,7 @@ struct Operation {
     /// The ports that are open once it succeeded.
     after: &'static [u16],
     errors: &'static [i32],
+    errors_of_a_tree: &'static [i32],
 }
 
 const OPERATIONS: [Operation; 5] = [
@@ -62,6 +65,7 @@ const OPERATIONS: [Operation; 5] = [
         before: &[FIRST, SECOND, NEITHER],
         after: &[],
         errors: &ERRORS,
+        errors_of_a_tree: &ERRORS_OF_A_TREE,
     },
     Operation {
         name: "taking over from a killed agent",
@@ -73,6 +77,7 @@ const OPERATIONS: [Operation; 5] = [
         before: &[FIRST],
         after: &[FIRST],
         errors: &ERRORS,
+        errors_of_a_tree: &ERRORS_OF_A_TREE,
     },
     Operation {
         name: "putting a program back",
@@ -84,6 +89,7 @@ const OPERATIONS: [Operation; 5] = [
         before: &[FIRST],
         after: &[FIRST],
         errors: &[libc::ENOSPC, libc::EPERM],
+        errors_of_a_tree: &[libc::EIO],
     },
     Operation {
         name: "pinning again what somebody unpinned",
@@ -95,6 +101,7 @@ const OPERATIONS: [Operation; 5] = [
         before: &[FIRST],
         after: &[FIRST],
         errors: &[libc::EINVAL, libc::ENOMEM],
+        errors_of_a_tree: &[libc::ENOSPC],
     },
     Operation {
         name: "a switch",
@@ -106,6 +113,7 @@ const OPERATIONS: [Operation; 5] = [
         before: &[FIRST],
         after: &[SECOND],
         errors: &ERRORS,
+        errors_of_a_tree: &ERRORS_OF_A_TREE,
     },
 ];
 
@@ -143,7 +151,8 @@ impl Bench<'_> {
         for call in calls.iter().copied().collect::<BTreeSet<_>>() {
             let of_kind = calls.iter().filter(|other| **other == call).count();
             // Each error once, the first and the last call among them.
-            let errors = &operation.errors[..share(operation.errors.len() as u64) as usize];
+            let errors = if call.is_of_a_tree() { operation.errors_of_a_tree } else { operation.errors };
+            let errors = &errors[..share(errors.len() as u64) as usize];
             for (at, error) in errors.iter().enumerate() {
                 let after = (of_kind - 1) * at / (errors.len() - 1).max(1);
                 self.fail(operation, Fault { call, after, error: *error }, &pins);
@@ -160,8 +169,7 @@ impl Bench<'_> {
         // The other way of attaching differs in its messages to netlink only.
         let in_full = self.lab.attachment() == attachments()[0];
         let decide = |call: Call| {
-            // No library makes files of pins fail; that they are there or not is another test's.
-            if call.changes() && call != Call::Tree && (in_full || call == Call::Send) {
+            if call.changes() && (in_full || call == Call::Send) {
                 calls.lock().expect("no panic").push(call);
             }
             Fate::Happens

@@ -30,8 +30,12 @@ pub enum Call {
     Bpf(u32),
     /// A message to netlink, which is how clsact filters come and go.
     Send,
-    /// A name of a pin is given, taken or changed, or a folder is.
-    Tree,
+    /// A pin or another file gets another name.
+    Rename,
+    /// A name of a pin, of another file or of a folder goes.
+    Unlink,
+    /// A folder is made.
+    MakeFolder,
     /// [`mark`].
     Mark,
 }
@@ -66,7 +70,7 @@ impl Call {
                     | LINK_CREATE
                     | LINK_UPDATE
             ),
-            Self::Send | Self::Tree => true,
+            Self::Send | Self::Rename | Self::Unlink | Self::MakeFolder => true,
             Self::Mark => false,
         }
     }
@@ -81,9 +85,31 @@ impl Call {
         match libc::c_long::from(data.nr) {
             libc::SYS_bpf => Self::Bpf(data.args[0] as u32),
             libc::SYS_sendto | libc::SYS_sendmsg => Self::Send,
+            libc::SYS_renameat2 | libc::SYS_renameat => Self::Rename,
+            libc::SYS_unlinkat => Self::Unlink,
+            libc::SYS_mkdirat => Self::MakeFolder,
             MARK => Self::Mark,
-            _ => Self::Tree,
+            number => Self::of_older(number),
         }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn of_older(number: libc::c_long) -> Self {
+        match number {
+            libc::SYS_rename => Self::Rename,
+            libc::SYS_mkdir => Self::MakeFolder,
+            _ => Self::Unlink,
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn of_older(number: libc::c_long) -> Self {
+        unreachable!("call {number} is not watched")
+    }
+
+    /// Whether it is about names of files.
+    pub fn is_of_a_tree(self) -> bool {
+        matches!(self, Self::Rename | Self::Unlink | Self::MakeFolder)
     }
 }
 
@@ -251,8 +277,8 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let mut calls = 0;
         let decide = |call| {
-            calls += u32::from(call == Call::Tree);
-            if call == Call::Tree && calls == 2 { Fate::Fails(libc::ENOSPC) } else { Fate::Happens }
+            calls += u32::from(call == Call::MakeFolder);
+            if call == Call::MakeFolder && calls == 2 { Fate::Fails(libc::ENOSPC) } else { Fate::Happens }
         };
         let made = supervised(decide, || ["a", "b", "c"].map(|name| fs::create_dir(folder.path().join(name))));
         let errors = made.map(|result| result.err().and_then(|error| error.raw_os_error()));

@@ -1,13 +1,15 @@
-//! `noded` itself, killed at each call with which it puts a policy of the controller's in force.
+//! `noded` itself, killed at each call with which it puts a policy of the controller's in force, and refused by the disk.
 
+use std::io;
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Mutex, mpsc};
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 use tests::conformance::fault::{Call, Fate, supervised};
 use tests::mesh::{Mesh, START_LIMIT, wait_for};
 use tests::namespace::Lifetime;
@@ -94,12 +96,19 @@ fn allow(mesh: &Mesh, name: &str, from: &str, services: &[&str]) -> Result<Strin
     mesh.meshctl_ok(&words.collect::<Vec<_>>())
 }
 
-/// Whether `app1` says that it enforces the newest policy.
-fn is_in_force(mesh: &Mesh) -> Result<bool> {
+/// What the controller knows of `app1`, and its newest revision.
+fn app1(mesh: &Mesh) -> Result<Value> {
     let status = mesh.status()?;
     let nodes = status["nodes"].as_array().context("`meshctl status -o json` has no `nodes`")?;
-    let node = nodes.iter().find(|node| node["node"] == "app1").context("no `app1`")?;
-    Ok(node["connected"] == true && node["enforced"] == node["sent"] && node["sent"] == status["revision"])
+    let mut node = nodes.iter().find(|node| node["node"] == "app1").context("no `app1`")?.clone();
+    node["newest"] = status["revision"].clone();
+    Ok(node)
+}
+
+/// Whether `app1` says that it enforces the newest policy.
+fn is_in_force(mesh: &Mesh) -> Result<bool> {
+    let node = app1(mesh)?;
+    Ok(node["connected"] == true && node["enforced"] == node["sent"] && node["sent"] == node["newest"])
 }
 
 fn in_force(mesh: &Mesh) -> Result<()> {
@@ -139,32 +148,35 @@ fn kill_at(mesh: &Mesh, number: usize, change: &[&str]) -> Result<Ended> {
         (watch.counts, watch.killed_at) = (false, Some(call));
         Fate::Kills
     };
+    let is_killed = || watch.lock().expect("no panic").killed_at.is_some();
+    watched(mesh, decide, || {
+        watch.lock().expect("no panic").counts = true;
+        mesh.meshctl_ok(change)?;
+        wait_for("the change, or the end", START_LIMIT, || Ok(is_killed() || is_in_force(mesh)?))?;
+        // Answered when all that follows from the change is done, or not at all.
+        mesh.nodectl("app1", &["status"])?;
+        watch.lock().expect("no panic").counts = false;
+        Ok(is_killed())
+    })?;
+    Ok(watch.into_inner().expect("no panic").killed_at.map_or(Ended::Finished, Ended::Killed))
+}
+
+/// Does `work` beside the `noded` of `app1`, whose calls `decide` is asked about, once that enforces what there is; then ends
+/// it, unless `work` says that this was done.
+fn watched(mesh: &Mesh, decide: impl FnMut(Call) -> Fate + Send, work: impl FnOnce() -> Result<bool>) -> Result<()> {
     thread::scope(|scope| {
         let (sender, started) = mpsc::channel();
         let noded =
             scope.spawn(|| supervised(decide, || mesh.run_node("app1", move |id| sender.send(id).expect("heard"))));
         let id = started.recv().context("`noded` did not start")?;
-        let done = in_force(mesh).and_then(|()| {
-            // Answered when all that follows from the start is done.
-            mesh.nodectl_ok("app1", &["status"])?;
-            watch.lock().expect("no panic").counts = true;
-            mesh.meshctl_ok(change)?;
-            let is_killed = || watch.lock().expect("no panic").killed_at.is_some();
-            wait_for("the change, or the end", START_LIMIT, || Ok(is_killed() || is_in_force(mesh)?))?;
-            // Likewise; or not answered at all.
-            mesh.nodectl("app1", &["status"])
-        });
-        let killed_at = {
-            let mut watch = watch.lock().expect("no panic");
-            watch.counts = false;
-            watch.killed_at
-        };
-        if killed_at.is_none() {
+        // The question is answered when all that follows from the start is done.
+        let up = in_force(mesh).and_then(|()| mesh.nodectl_ok("app1", &["status"]));
+        let done = up.and_then(|_| work());
+        if !matches!(done, Ok(true)) {
             kill(Pid::from_raw(id.cast_signed()), Signal::SIGKILL)?;
         }
         noded.join().expect("no panic")?;
-        done?;
-        Ok(killed_at.map_or(Ended::Finished, Ended::Killed))
+        done.map(drop)
     })
 }
 
@@ -189,12 +201,37 @@ fn kill_at_each(mesh: &Mesh, ears: &Ears) -> Result<()> {
     println!("killed {} times, {news} of them with the new policy in force: {killed:?}", killed.len());
     let ends = (killed.first().map(|(_, new)| *new), killed.last().map(|(_, new)| *new));
     ensure!(ends == (Some(false), Some(true)), "{killed:?}");
-    ensure!(killed.iter().any(|(call, _)| *call == Call::Tree), "the state is put on disk: {killed:?}");
+    ensure!(killed.iter().any(|(call, _)| *call == Call::Rename), "the state is put on disk: {killed:?}");
     Ok(())
 }
 
+/// The disk refuses the state once, with each error that it has for that: the policy is in force all the same, the controller
+/// hears of it, and the state is kept when that is possible again.
+fn refuse_at_each(mesh: &Mesh, ears: &Ears) -> Result<()> {
+    let refused = AtomicI32::new(0);
+    let decide = |call| match refused.load(Ordering::Acquire) {
+        error @ 1.. if call == Call::Rename => Fate::Fails(error),
+        _ => Fate::Happens,
+    };
+    watched(mesh, decide, || {
+        for (at, error) in [libc::ENOSPC, libc::EIO, libc::EPERM].into_iter().enumerate() {
+            refused.store(error, Ordering::Release);
+            let (verb, open) = [("remove", [BOTH, FIRST]), ("add", [BOTH, SECOND])][at % 2];
+            mesh.meshctl_ok(&["group", "member", verb, "moved", "node:web1"])?;
+            let said = io::Error::from_raw_os_error(error).to_string();
+            wait_for(&format!("the controller to hear of `{said}`"), START_LIMIT, || {
+                Ok(app1(mesh)?["error"].as_str().is_some_and(|error| error.contains("kept") && error.contains(&said)))
+            })?;
+            ensure!(ears.open()? == open, "{:?} are open without a disk", ears.open()?);
+            refused.store(0, Ordering::Release);
+            wait_for("the state to be kept", START_LIMIT, || Ok(app1(mesh)?["error"].is_null() && is_in_force(mesh)?))?;
+        }
+        Ok(false)
+    })
+}
+
 #[test]
-fn a_node_killed_at_each_call_of_a_change_leaves_the_old_policy_or_the_new() -> Result<()> {
+fn a_node_killed_or_refused_at_a_call_of_a_change_has_the_old_policy_or_the_new() -> Result<()> {
     let mut mesh = two()?;
     let _server = EchoServer::start(mesh.node("app1")?.namespace(), &[ECHO])?;
     let echo = SocketAddr::new(mesh.node("app1")?.v4.into(), ECHO);
@@ -213,19 +250,23 @@ fn a_node_killed_at_each_call_of_a_change_leaves_the_old_policy_or_the_new() -> 
             }
             Ok(rounds)
         });
-        let done = kill_at_each(&mesh, &ears);
+        let done = kill_at_each(&mesh, &ears).and_then(|()| refuse_at_each(&mesh, &ears));
         over.store(true, Ordering::Release);
         let rounds = traffic.join().expect("no panic");
         done?;
         println!("{} rounds of traffic meanwhile", rounds?);
         Ok::<_, anyhow::Error>(())
     })?;
-    // The next one finds everything in place.
+    let revision = app1(&mesh)?["newest"].clone();
+    // The next one finds everything in place, and its state on disk while there is nobody to ask.
+    mesh.stop_controller(Signal::SIGKILL)?;
     mesh.start_node("app1")?;
-    in_force(&mesh)?;
+    mesh.wait_until_up("app1")?;
+    let shown: Value = serde_json::from_str(&mesh.nodectl_ok("app1", &["status", "-o", "json"])?)?;
+    ensure!(shown["revision"] == revision, "not revision {revision}: {shown}");
     let drift = mesh.scrape_node("app1")?.sum("rampart_drift_repairs_total", &[]);
     ensure!(drift == 0.0, "{drift} repairs: {}", mesh.log("app1"));
-    ensure!(ears.open()? == [BOTH, SECOND], "{:?} are open", ears.open()?);
+    ensure!(ears.open()? == [BOTH, FIRST], "{:?} are open", ears.open()?);
     let verified = mesh.nodectl_ok("app1", &["policy", "verify"])?;
     ensure!(verified.contains("all as the policy says"), "{verified}");
     Ok(())

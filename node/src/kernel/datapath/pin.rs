@@ -149,7 +149,11 @@ pub(super) fn replace<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
     };
     remove_file(&new)?;
     pin(&new).map_err(|error| failed(error.into()))?;
-    fs::rename(&new, path).map_err(|error| failed(error.into()))
+    fs::rename(&new, path).map_err(|error| {
+        // What cannot be done now is begun anew by the next call.
+        let _ = fs::remove_file(&new);
+        failed(error.into())
+    })
 }
 
 /// Removes a pin that may not be there.
