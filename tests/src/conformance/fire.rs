@@ -1,4 +1,5 @@
-//! Packets in both directions on two processors, one by one, while the policy is switched to and fro.
+//! Packets in both directions on two processors, one by one, while policies are switched to and fro in several labs at once:
+//! what a switch waits for, an RCU grace period, is the same for all of them.
 //!
 //! Each packet's fate is known at once, and whether a switch was under way meanwhile. Where none was, the verdict must be
 //! that of the policy in force; where one was, that of either; and what both policies allow or deny has no moment at all.
@@ -6,6 +7,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
@@ -18,12 +20,16 @@ use policy::Network;
 
 use super::ear::{Ear, Mouth};
 use super::network::{ENDS, allowing, flow, node, small};
-use super::{DIRECTIONS, Lab, foreign, name, on_processor, share, wait_until};
+use super::{DIRECTIONS, Lab, foreign, in_labs, is_emulated, name, on_processor, share, wait_until};
 
+/// Labs at once.
+const LABS: u64 = 8;
 /// Switches in each lab before which senders rest, so that processors that idle end the grace period soon; and switches under
 /// packets that never cease.
-const RESTED: u64 = 500;
-const CEASELESS: u64 = 60;
+const RESTED: u64 = 250;
+const CEASELESS: u64 = 20;
+/// Switches in all.
+const THOUSANDS: u64 = 2_000;
 /// Processors that send.
 const SENDERS: usize = 2;
 /// Packets of one flow that are not read from the TUN yet: of all 24 that leave it, fewer than the 500 that it holds.
@@ -81,6 +87,7 @@ fn network(policy: u64) -> Network {
 
 /// One flow, and what became of its packets.
 struct Stream {
+    place: Arc<Place>,
     way: Way,
     allowed: Allowed,
     tally: Tally,
@@ -107,21 +114,35 @@ impl Tally {
     }
 }
 
-/// What senders, switcher and reader share.
-struct Fire {
+/// What senders, switcher and reader know of one lab.
+struct Place {
     /// Even: twice the number of switches that are over. Odd: one is under way.
     epoch: AtomicU64,
+    /// Packets that were read from the TUN, by their destination port.
+    left: Vec<AtomicU64>,
+}
+
+/// Of one lab, what is made on its own thread.
+struct Prepared {
+    place: Arc<Place>,
+    tun: File,
+    /// For each sender.
+    streams: [Vec<Stream>; SENDERS],
+    /// Of both policies.
+    tables: [Tables; 2],
+}
+
+/// What senders, switcher and readers share.
+struct Fire {
     sending: AtomicBool,
     /// Senders rest after each round of their flows while this is not set.
     hot: AtomicBool,
     /// Rounds of each sender.
     rounds: [AtomicU64; SENDERS],
     reading: AtomicBool,
-    /// Packets that were read from the TUN, by their destination port.
-    left: Vec<AtomicU64>,
 }
 
-impl Fire {
+impl Place {
     fn left(&self, port: u16) -> u64 {
         self.left[usize::from(port)].load(Ordering::Acquire)
     }
@@ -137,46 +158,67 @@ impl Drop for Extinguish<'_> {
     }
 }
 
-pub fn is_atomic(lab: &mut Lab) {
+pub fn is_atomic() {
+    in_labs(share(LABS) as usize, prepare, |labs| {
+        let (mut labs, prepared): (Vec<_>, Vec<_>) = labs.into_iter().unzip();
+        let fire = &Fire {
+            sending: AtomicBool::new(true),
+            hot: AtomicBool::new(true),
+            rounds: Default::default(),
+            reading: AtomicBool::new(true),
+        };
+        let (mut magazines, mut tables, mut places) = ([const { Vec::new() }; SENDERS], Vec::new(), Vec::new());
+        let mut tuns = Vec::new();
+        for Prepared { place, tun, streams, tables: both } in prepared {
+            magazines.iter_mut().zip(streams).for_each(|(magazine, streams)| magazine.extend(streams));
+            tables.push(both);
+            places.push(Arc::clone(&place));
+            tuns.push((tun, place));
+        }
+        let streams: Vec<Stream> = thread::scope(|scope| {
+            let _end = Extinguish(fire);
+            for (tun, place) in &tuns {
+                scope.spawn(|| read(tun, place, fire));
+            }
+            let senders: Vec<_> =
+                (0..).zip(magazines).map(|(cpu, streams)| scope.spawn(move || send(streams, cpu, fire))).collect();
+            switch(&mut labs, &tables, &places, fire, &senders);
+            fire.sending.store(false, Ordering::Release);
+            let streams: Vec<_> = senders.into_iter().flat_map(|sender| sender.join().expect("a sender")).collect();
+            streams.iter().for_each(Stream::assert_left);
+            streams
+        });
+        for (lab, place) in labs.iter_mut().zip(&places) {
+            let streams = streams.iter().filter(|stream| Arc::ptr_eq(&stream.place, place));
+            assert_counted(lab, &streams.collect::<Vec<_>>());
+        }
+    });
+}
+
+fn prepare(lab: &mut Lab) -> Prepared {
     lab.give_addresses();
-    let [first, second] = [0, 1].map(|policy| {
+    let tables = [0, 1].map(|policy| {
         let network = network(policy);
         lab.lower(&network, node(&network, "web1")).1
     });
     lab.datapath.attach().expect("attached");
-    lab.datapath.switch(&first).expect("switched");
-    let fire = &Fire {
-        epoch: AtomicU64::new(0),
-        sending: AtomicBool::new(true),
-        hot: AtomicBool::new(true),
-        rounds: Default::default(),
-        reading: AtomicBool::new(true),
-        left: std::iter::repeat_with(AtomicU64::default).take(1 << 16).collect(),
-    };
-    let tun = &lab.tun.try_clone().expect("a descriptor");
-    let streams: Vec<Stream> = thread::scope(|scope| {
-        let _end = Extinguish(fire);
-        scope.spawn(|| read(tun, fire));
-        let senders: Vec<_> = (0..SENDERS).map(|cpu| scope.spawn(move || send(tun, cpu, fire))).collect();
-        switch(lab, [&first, &second], fire, &senders);
-        fire.sending.store(false, Ordering::Release);
-        let streams: Vec<_> = senders.into_iter().flat_map(|sender| sender.join().expect("a sender")).collect();
-        for stream in &streams {
-            let Some(port) = stream.port_beyond() else { continue };
-            let passed = stream.tally.passed[EGRESS as usize];
-            wait_until(|| fire.left(port) >= passed, "everything that passed egress left the interface");
-            assert_eq!(fire.left(port), passed, "left for port {port}, and was let pass");
-        }
-        streams
-    });
+    lab.datapath.switch(&tables[0]).expect("switched");
+    let left = std::iter::repeat_with(AtomicU64::default).take(1 << 16).collect();
+    let place = Arc::new(Place { epoch: AtomicU64::new(0), left });
+    let streams = std::array::from_fn(|sender| streams(&lab.tun, &place, sender as u16));
+    Prepared { place, tun: lab.tun.try_clone().expect("a descriptor"), streams, tables }
+}
+
+/// What the programs of a lab counted is what its senders saw, and each policy was met.
+fn assert_counted(lab: &mut Lab, streams: &[&Stream]) {
     let mut sent = Tally::default();
-    for Stream { tally, .. } in &streams {
+    for Stream { tally, .. } in streams {
         for direction in DIRECTIONS {
             sent.add(direction, true, tally.passed[direction as usize]);
             sent.add(direction, false, tally.dropped[direction as usize]);
         }
     }
-    println!("{sent:?}");
+    println!("{:?}: {sent:?}", lab.attachment());
     assert_eq!(counted(lab), sent, "what the programs counted, and what was sent");
     for stream in streams.iter().filter(|stream| matches!(stream.allowed, Allowed::First | Allowed::Second)) {
         let Tally { passed, dropped } = stream.tally;
@@ -195,26 +237,46 @@ fn counted(lab: &mut Lab) -> Tally {
     tally
 }
 
-fn switch(lab: &mut Lab, tables: [&Tables; 2], fire: &Fire, senders: &[ScopedJoinHandle<'_, Vec<Stream>>]) {
+fn switch(
+    labs: &mut [&mut Lab],
+    tables: &[[Tables; 2]],
+    places: &[Arc<Place>],
+    fire: &Fire,
+    senders: &[ScopedJoinHandle<'_, Vec<Stream>>],
+) {
     let (rested, started) = (share(RESTED), Instant::now());
     let switches = rested + share(CEASELESS);
     for number in 1..=switches {
         if number <= rested {
             fire.hot.store(false, Ordering::SeqCst);
-            lab.datapath.settle().expect("settled");
+            at_once(labs, |_, lab| lab.datapath.settle().expect("settled"));
             fire.hot.store(true, Ordering::SeqCst);
             senders.iter().for_each(|sender| sender.thread().unpark());
             await_round(fire, senders);
         }
-        fire.epoch.store(2 * number - 1, Ordering::SeqCst);
-        lab.datapath.switch(tables[(number % 2) as usize]).expect("switched");
-        fire.epoch.store(2 * number, Ordering::SeqCst);
+        at_once(labs, |at, lab| {
+            places[at].epoch.store(2 * number - 1, Ordering::SeqCst);
+            lab.datapath.switch(&tables[at][(number % 2) as usize]).expect("switched");
+            places[at].epoch.store(2 * number, Ordering::SeqCst);
+        });
         await_round(fire, senders);
         if senders.iter().any(ScopedJoinHandle::is_finished) {
             return;
         }
     }
-    println!("{switches} switches in {:?}", started.elapsed());
+    let all = switches * labs.len() as u64;
+    println!("{all} switches in {} labs in {:?}", labs.len(), started.elapsed());
+    assert!(is_emulated() || all > THOUSANDS, "{all} switches");
+}
+
+/// Does this in all labs, waiting at the same time.
+fn at_once(labs: &mut [&mut Lab], work: impl Fn(usize, &mut Lab) + Sync) {
+    thread::scope(|scope| {
+        for (at, lab) in labs.iter_mut().enumerate() {
+            let work = &work;
+            scope.spawn(move || work(at, lab));
+        }
+    });
 }
 
 /// Until every sender is done with a round that it may have begun before.
@@ -227,12 +289,11 @@ fn await_round(fire: &Fire, senders: &[ScopedJoinHandle<'_, Vec<Stream>>]) {
 }
 
 /// Sends on one processor until it is over.
-fn send(tun: &File, cpu: usize, fire: &Fire) -> Vec<Stream> {
+fn send(mut streams: Vec<Stream>, cpu: usize, fire: &Fire) -> Vec<Stream> {
     on_processor(cpu);
-    let mut streams = streams(tun, cpu as u16);
     while fire.sending.load(Ordering::Acquire) {
         for stream in &mut streams {
-            stream.send(fire);
+            stream.send();
         }
         fire.rounds[cpu].fetch_add(1, Ordering::SeqCst);
         while !fire.hot.load(Ordering::SeqCst) && fire.sending.load(Ordering::Acquire) {
@@ -242,11 +303,12 @@ fn send(tun: &File, cpu: usize, fire: &Fire) -> Vec<Stream> {
     streams
 }
 
-fn streams(tun: &File, cpu: u16) -> Vec<Stream> {
+fn streams(tun: &File, place: &Arc<Place>, sender: u16) -> Vec<Stream> {
     let mut streams = Vec::new();
-    let mut add = |way, allowed| streams.push(Stream { way, allowed, tally: Tally::default() });
+    let mut add =
+        |way, allowed| streams.push(Stream { place: Arc::clone(place), way, allowed, tally: Tally::default() });
     for (family, [web, db, ..]) in ENDS.into_iter().enumerate() {
-        let number = 2 * cpu + family as u16;
+        let number = 2 * sender + family as u16;
         for allowed in ALLOWED {
             add(Way::In(Ear::new(tun, db, web, allowed.ports(INWARD) + number)), allowed);
             add(Way::Out(Mouth::new(web, db, allowed.ports(OUTWARD) + number)), allowed);
@@ -271,12 +333,20 @@ impl Stream {
         }
     }
 
-    fn send(&mut self, fire: &Fire) {
+    /// Everything that passed egress leaves the interface, and nothing else.
+    fn assert_left(&self) {
+        let Some(port) = self.port_beyond() else { return };
+        let passed = self.tally.passed[EGRESS as usize];
+        wait_until(|| self.place.left(port) >= passed, "everything that passed egress left the interface");
+        assert_eq!(self.place.left(port), passed, "left for port {port}, and was let pass");
+    }
+
+    fn send(&mut self) {
         if let Some(port) = self.port_beyond() {
             let passed = self.tally.passed[EGRESS as usize];
-            wait_until(|| passed - fire.left(port) < UNREAD, "what passed egress leaves the interface");
+            wait_until(|| passed - self.place.left(port) < UNREAD, "what passed egress leaves the interface");
         }
-        let before = fire.epoch.load(Ordering::SeqCst);
+        let before = self.place.epoch.load(Ordering::SeqCst);
         let outward = match &self.way {
             Way::In(_) => None,
             Way::Out(mouth) => Some(mouth.says()),
@@ -286,7 +356,7 @@ impl Stream {
             Way::In(ear) | Way::Answer(ear, _) => Some(ear.hears()),
             Way::Out(_) => None,
         };
-        let undisturbed = before.is_multiple_of(2) && before == fire.epoch.load(Ordering::SeqCst);
+        let undisturbed = before.is_multiple_of(2) && before == self.place.epoch.load(Ordering::SeqCst);
         for (direction, passed) in [(EGRESS, outward), (INGRESS, inward)] {
             let Some(passed) = passed else { continue };
             self.tally.add(direction, passed, 1);
@@ -309,7 +379,7 @@ impl Stream {
 }
 
 /// Empties the TUN of what passed egress.
-fn read(tun: &File, fire: &Fire) {
+fn read(tun: &File, place: &Place, fire: &Fire) {
     let mut buffer = [0; 2_048];
     let mut tun = tun;
     while fire.reading.load(Ordering::Acquire) {
@@ -320,6 +390,6 @@ fn read(tun: &File, fire: &Fire) {
         let at = if buffer[0] >> 4 == 4 { 22 } else { 42 };
         assert!(length > at + 1, "a packet of {length} bytes");
         let port = u16::from_be_bytes([buffer[at], buffer[at + 1]]);
-        fire.left[usize::from(port)].fetch_add(1, Ordering::AcqRel);
+        place.left[usize::from(port)].fetch_add(1, Ordering::AcqRel);
     }
 }

@@ -83,6 +83,35 @@ fn in_lab_with(attachment: Option<Attachment>, test: impl FnOnce(&mut Lab) + Sen
     }
 }
 
+/// Runs a test in several labs at once, which attach in each way that this kernel has by turns. `prepare` does what must be
+/// done on the thread whose namespaces a lab has.
+pub fn in_labs<T: Send>(
+    count: usize,
+    prepare: impl Fn(&mut Lab) -> T + Sync,
+    test: impl FnOnce(Vec<(&mut Lab, T)>) + Send,
+) {
+    in_more_labs(count, &prepare, Vec::new(), test);
+}
+
+fn in_more_labs<T: Send>(
+    count: usize,
+    prepare: &(impl Fn(&mut Lab) -> T + Sync),
+    labs: Vec<(&mut Lab, T)>,
+    test: impl FnOnce(Vec<(&mut Lab, T)>) + Send,
+) {
+    if labs.len() == count {
+        return test(labs);
+    }
+    let attachment = attachments()[labs.len() % attachments().len()];
+    // Boxed, or each depth would be a type of its own.
+    let test: Box<dyn FnOnce(Vec<(&mut Lab, T)>) + Send> = Box::new(test);
+    in_lab_with(Some(attachment), move |lab| {
+        let prepared = prepare(lab);
+        let labs = labs.into_iter().chain([(lab, prepared)]).collect();
+        in_more_labs(count, prepare, labs, test);
+    });
+}
+
 /// The ways of attaching that this kernel has by its version, the preferred one first: TCX came with 6.6.
 pub fn attachments() -> &'static [Attachment] {
     let name = nix::sys::utsname::uname().expect("a kernel");
