@@ -4,7 +4,10 @@
 //! A verdict here is one packet that a loaded program judged at one hook, held against the tables walked in userspace
 //! (reason, rule and whether it passes); and where the policy speaks of it, these against the interpreter, the matrix and
 //! the slice. XDP sees every packet that TC ingress sees, before it: what it drops must be dropped there for the same reason,
-//! and of the first packet of a flow it must drop all that the tables deny. What only userspace compares is not counted.
+//! and it must drop all that the tables deny of the first packet of a flow and of the answer to one that was denied. Some flows
+//! come in fragments too, and of some come ICMP errors ([`deviant`]). What only userspace compares is not counted.
+
+mod deviant;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -24,6 +27,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use self::deviant::{Deviant, Deviation, deviants};
 use super::shrink::{InWords, shrink};
 use super::{Lab, name};
 
@@ -125,7 +129,7 @@ impl fmt::Display for Found {
 pub fn agree(lab: &mut Lab, until: Until, sides: Sides<'_>) -> Result<Agreement, Box<Found>> {
     lab.datapath.attach().expect("attached");
     let probe = lab.datapath.new_reporting_probe().expect("a probe");
-    let mut bench = Bench { lab, probe, sides, agreement: Agreement::default() };
+    let mut bench = Bench { lab, probe, sides, agreement: Agreement::default(), id: rand::random() };
     let started = Instant::now();
     let first = if let Until::Seed(seed) = until { seed } else { rand::random() };
     let goes_on = |agreement: &Agreement| match until {
@@ -146,6 +150,16 @@ struct Bench<'a> {
     probe: Probe,
     sides: Sides<'a>,
     agreement: Agreement,
+    /// Of the last datagram in fragments.
+    id: u32,
+}
+
+/// One flow at one hook.
+#[derive(Clone, Copy)]
+struct Asked {
+    flow: Flow,
+    hook: Hook,
+    deviation: Deviation,
 }
 
 /// A node's policy, in every form but the network's own.
@@ -170,14 +184,14 @@ impl Bench<'_> {
         let active = network.nodes().values().filter(|node| node.state == NodeState::Active).take(NODES);
         for node in active.map(|node| node.id).collect::<Vec<_>>() {
             let flows = random_flows(&network, node, &mut random);
-            if let Err((flow, hook, what)) = self.node(&network, node, &flows) {
-                return Err(Box::new(self.least(network, node, flow, hook, what, seed)));
+            if let Err((asked, what)) = self.node(&network, node, &flows) {
+                return Err(Box::new(self.least(network, node, asked, what, seed)));
             }
         }
         Ok(())
     }
 
-    fn node(&mut self, network: &Network, node: NodeId, flows: &[Flow]) -> Result<(), (Flow, Hook, String)> {
+    fn node(&mut self, network: &Network, node: NodeId, flows: &[Flow]) -> Result<(), (Asked, String)> {
         let enforced = self.enforce(network, node);
         let slots: Vec<u32> = enforced.tables.rule_slots.values().copied().collect();
         let before = self.probe.counters(slots.iter().copied()).expect("readable");
@@ -188,7 +202,8 @@ impl Bench<'_> {
             }
             for hook in HOOKS {
                 let port = ports.next().expect("there are more ports than packets");
-                self.flow(network, &enforced, flow, port, hook, &mut model).map_err(|what| (*flow, hook, what))?;
+                let asked = Asked { flow: *flow, hook, deviation: Deviation::of(number) };
+                self.flow(network, &enforced, &asked, port, &mut model).map_err(|what| (asked, what))?;
             }
         }
         self.agreement.flows += flows.len() as u64;
@@ -211,17 +226,17 @@ impl Bench<'_> {
         Enforced { matrix, slice, tables }
     }
 
-    /// One flow at one hook: its first packet, and the answer at the opposite one.
+    /// One flow at one hook: its first packet, and the answer at the opposite one; then what is no packet of it.
     fn flow(
         &mut self,
         network: &Network,
         enforced: &Enforced,
-        flow: &Flow,
+        asked: &Asked,
         port: u16,
-        hook: Hook,
         model: &mut Model,
     ) -> Result<(), String> {
         let Enforced { matrix, slice, tables } = enforced;
+        let Asked { flow, hook, deviation } = asked;
         let lowered = tables.verdict(flow, hook.direction);
         let own = if hook.direction == EGRESS { flow.source } else { flow.destination };
         if lowered.reason != reason::SCOPE {
@@ -251,7 +266,7 @@ impl Bench<'_> {
             // Another flow of these addresses would have this one's record.
             self.probe.forget().expect("no records");
         }
-        let (seen, early) = self.judge(&opening, hook.direction, slice, model)?;
+        let (seen, early) = self.judge(&opening.to_bytes(), hook.direction, slice, model)?;
         if !is(&seen, &lowered) {
             return Err(format!("the program says {}, the tables {}", probed(&seen), said(&lowered)));
         }
@@ -285,7 +300,7 @@ impl Bench<'_> {
         } else {
             by_rules
         };
-        let (answered, _) = self.judge(&reply, back, slice, model)?;
+        let (answered, early) = self.judge(&reply.to_bytes(), back, slice, model)?;
         if !is(&answered, &expected) {
             let at = name(back);
             return Err(format!(
@@ -294,25 +309,54 @@ impl Bench<'_> {
                 said(&expected)
             ));
         }
+        if back == INGRESS && early.is_none() && !expected.passes && !seen.passes {
+            return Err(format!(
+                "xdp lets the answer pass, of which nothing is recorded; it is to {}",
+                said(&expected)
+            ));
+        }
+        if *deviation != Deviation::None {
+            self.id = self.id.wrapping_add(1);
+            let deviants = deviants(*deviation, network, flow, &lowered, (hook.direction, self.id));
+            self.deviate(deviants, slice, model)?;
+        }
+        Ok(())
+    }
+
+    fn deviate(&mut self, deviants: Vec<Deviant>, slice: &Slice, model: &mut Model) -> Result<(), String> {
+        self.probe.forget().expect("no records");
+        for Deviant { what, direction, bytes, expected } in deviants {
+            let (seen, early) = self.judge(&bytes, direction, slice, model)?;
+            if !is(&seen, &expected) {
+                let at = name(direction);
+                return Err(format!(
+                    "the program says {} of {what} at {at}, and should {}",
+                    probed(&seen),
+                    said(&expected)
+                ));
+            }
+            if let Some(early) = early {
+                return Err(format!("xdp says {} of {what}, which is the classifier's to judge", probed(&early)));
+            }
+        }
         Ok(())
     }
 
     /// What the program says, and at ingress what XDP said before it: a drop there must be the program's own verdict.
     fn judge(
         &mut self,
-        packet: &Packet,
+        bytes: &[u8],
         direction: u32,
         slice: &Slice,
         model: &mut Model,
     ) -> Result<(Probed, Option<Probed>), String> {
         let failed = |error: KernelError| format!("{error}: {:?}", std::error::Error::source(&error));
-        let bytes = packet.to_bytes();
         let mut early = None;
         if direction == INGRESS {
-            early = self.probe.report_early(&bytes).map_err(failed)?;
+            early = self.probe.report_early(bytes).map_err(failed)?;
             self.agreement.verdicts += 1;
         }
-        let (seen, event) = self.probe.report(direction, &bytes).map_err(failed)?;
+        let (seen, event) = self.probe.report(direction, bytes).map_err(failed)?;
         self.agreement.verdicts += 1;
         if event.revision != slice.revision.0 {
             return Err(format!("the program judged by revision {}, not {}", event.revision, slice.revision));
@@ -332,7 +376,8 @@ impl Bench<'_> {
     }
 
     /// The least network in which this packet divides the sides.
-    fn least(&mut self, network: Network, node: NodeId, flow: Flow, hook: Hook, what: String, seed: u64) -> Found {
+    fn least(&mut self, network: Network, node: NodeId, asked: Asked, what: String, seed: u64) -> Found {
+        let Asked { flow, hook, .. } = asked;
         let mut last = what;
         let mut fails = |network: &Network| {
             if network.nodes().get(&node).is_none_or(|node| node.state != NodeState::Active) {
@@ -341,7 +386,7 @@ impl Bench<'_> {
             let enforced = self.enforce(network, node);
             self.probe.forget().expect("no records");
             let port = ports(network).next().expect("a port");
-            self.flow(network, &enforced, &flow, port, hook, &mut Model::default()).err()
+            self.flow(network, &enforced, &asked, port, &mut Model::default()).err()
         };
         if fails(&network).is_none() {
             last.push_str("; only after the flows before it, so that the policy could not be shrunk");
