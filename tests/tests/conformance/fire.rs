@@ -47,6 +47,11 @@ fn a_packet_whose_headers_alone_are_in_one_piece_is_judged_and_counted_at_egress
 }
 
 #[test]
+fn udp_that_its_sender_has_cut_is_judged_and_counted_at_egress() {
+    in_each_lab(large::is_counted_by_segments_where_udp_is_cut);
+}
+
+#[test]
 fn packets_without_a_length_are_refused() {
     in_lab(large::is_refused_without_a_length);
 }
