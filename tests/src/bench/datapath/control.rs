@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use aya::maps::MapData;
 use ebpf_common::map;
 use node::kernel::Datapath;
@@ -51,6 +51,11 @@ pub(super) fn measure(lab: &mut Lab, effort: Effort, report: &mut Report) -> Res
     let (settled, took) = timed(|| lab.datapath.settle());
     settled?;
     report.push(Row::new(format!("the other copy follows, {of}"), took, "ms"));
+    let held = slice.as_ref().map_err(|error| anyhow::anyhow!("{error}"))?;
+    let (verified, took) = timed(|| verify_in_kernel(lab, held, &tables));
+    verified?;
+    let sizes = format!("{} cidrs, {} rules", thousands(cidrs), thousands(cidrs * 10));
+    report.push(Row::new(format!("policy verify, {sizes}"), took, "ms"));
     report.push(Row::new("one copy of the tables in the kernel", copy_megabytes(lab)?, "MB").at_most(Some(TABLES)));
     let slice = slice.as_mut().map_err(|error| anyhow::anyhow!("{error}"))?;
 
@@ -82,6 +87,15 @@ pub(super) fn measure(lab: &mut Lab, effort: Effort, report: &mut Report) -> Res
     for (what, part) in ["the slice", "lowering", "the switch"].iter().zip(&parts) {
         report.push(Row::new(format!("{name}: {what}"), median(part), "ms").also("p99", quantile(part, 0.99)));
     }
+    Ok(())
+}
+
+/// As `nodectl policy verify` does: every table is read back and compared with the intent.
+fn verify_in_kernel(lab: &Lab, slice: &policy::Slice, tables: &node::lower::Tables) -> Result<()> {
+    let reader = node::kernel::datapath::TableReader::open(crate::conformance::INTERFACE, &lab.bpffs)?;
+    let (_, read) = reader.read()?.context("the tables were switched meanwhile")?;
+    let verification = node::verify::verify(slice, &read, &tables.rule_slots);
+    ensure!(verification.is_equal(), "the kernel's tables are not the policy: {verification:?}");
     Ok(())
 }
 
