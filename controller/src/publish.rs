@@ -176,7 +176,7 @@ impl Follow {
     /// back it begins anew.
     pub fn dismiss(&mut self, state: &State) -> Step {
         let last = self.slice.take().map(|slice| {
-            let local = Some(slice.local.clone());
+            let local = Some((*slice.local).clone());
             Box::new(SliceDelta { revision: state.revision, local, ..SliceDelta::default() })
         });
         // A node that was deleted may be forgotten already.

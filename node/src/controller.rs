@@ -312,7 +312,7 @@ pub fn receive(held: Option<&Slice>, update: v1::Update, node: NodeId) -> Result
 /// The slice of a node that has no part in the network (any more). It is newer than what the node held, and no newer than
 /// the revision that dismissed it.
 fn dismissed(held: &Slice) -> Result<Slice, DeltaError> {
-    let (revision, local) = (Revision(held.revision.0.saturating_add(1)), Some(held.local.clone()));
+    let (revision, local) = (Revision(held.revision.0.saturating_add(1)), Some((*held.local).clone()));
     Slice::from_snapshot(SliceDelta { revision, local, ..SliceDelta::default() })
 }
 
@@ -452,7 +452,7 @@ mod tests {
         assert!(empty.peers.is_empty() && empty.prefixes.is_empty() && empty.cells.is_empty());
         assert_eq!((known_revision(&before), known_revision(&empty)), (Revision(3), Revision(0)));
         // What the controller says at the end says the same.
-        let last = SliceDelta { revision: Revision(4), local: Some(before.local.clone()), ..SliceDelta::default() };
+        let last = SliceDelta { revision: Revision(4), local: Some((*before.local).clone()), ..SliceDelta::default() };
         assert_eq!(receive(Some(&before), v1::Update::from(&last), before.local.node).unwrap(), empty);
         // A node that nothing is allowed to still knows where it is.
         for rule in ["web-to-app", "app-to-db"] {

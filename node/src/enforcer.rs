@@ -44,7 +44,7 @@ pub struct Setup {
 /// What numbers in events mean.
 #[derive(Clone, Debug, Default)]
 pub struct Names {
-    pub cidrs: BTreeMap<CidrId, CidrName>,
+    pub cidrs: policy::Map<CidrId, CidrName>,
     /// By counter slot.
     pub rules: BTreeMap<u32, RuleName>,
 }

@@ -206,7 +206,7 @@ mod tests {
 
     fn names() -> Names {
         Names {
-            cidrs: [(CidrId(3), "web".parse().unwrap()), (CidrId(4), "db".parse().unwrap())].into(),
+            cidrs: [(CidrId(3), "web".parse().unwrap()), (CidrId(4), "db".parse().unwrap())].into_iter().collect(),
             rules: [(2, "no-db".parse().unwrap())].into(),
         }
     }

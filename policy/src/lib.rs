@@ -44,5 +44,5 @@ pub use prefix::{AddressError, Addresses, PrefixError, Prefixes, check_prefix, p
 pub use rule::{Action, Mode, Rule, RuleSpec};
 pub use selector::{Hint, MemberSpec, Selector, SelectorError, SelectorSpec};
 pub use service::{NamedService, Service, ServiceError, ServiceRange, ServiceRef, ServiceSpec, protocol};
-pub use slice::{Cells, DeltaError, Local, Peer, Room, Slice, SliceDelta, SliceRule, stride_room};
+pub use slice::{Cells, DeltaError, Local, Map, Peer, Room, Slice, SliceDelta, SliceRule, Touched, stride_room};
 pub use verdict::{Flow, Reason, Verdict, parse_flow_service};

@@ -222,14 +222,32 @@ fn write_spaced<T: fmt::Display>(f: &mut fmt::Formatter<'_>, items: impl Iterato
 ///
 /// Canonical prefixes order by address, then by length, so the longest match is the greatest key that is not above the
 /// prefix, unless that key lies beside it; then only what contains both can still match.
-pub(crate) fn longest_match<V>(map: &BTreeMap<IpNet, V>, prefix: IpNet) -> Option<(IpNet, &V)> {
+pub(crate) fn longest_match<V>(map: &impl Sorted<V>, prefix: IpNet) -> Option<(IpNet, &V)> {
     let mut bound = prefix;
     loop {
-        let (&candidate, value) = map.range(..=bound).next_back()?;
+        let (candidate, value) = map.up_to(bound)?;
         if candidate.contains(&bound) {
             return Some((candidate, value));
         }
         bound = common_supernet(candidate, bound)?;
+    }
+}
+
+/// A map in the order of its prefixes.
+pub(crate) trait Sorted<V> {
+    /// The greatest prefix that is not above `bound`.
+    fn up_to(&self, bound: IpNet) -> Option<(IpNet, &V)>;
+}
+
+impl<V> Sorted<V> for BTreeMap<IpNet, V> {
+    fn up_to(&self, bound: IpNet) -> Option<(IpNet, &V)> {
+        self.range(..=bound).next_back().map(|(net, value)| (*net, value))
+    }
+}
+
+impl<V> Sorted<V> for imbl::OrdMap<IpNet, V> {
+    fn up_to(&self, bound: IpNet) -> Option<(IpNet, &V)> {
+        self.get_prev(&bound).map(|(net, value)| (*net, value))
     }
 }
 

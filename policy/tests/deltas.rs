@@ -1,8 +1,8 @@
 //! Deltas: `old.apply(old.diff(new)) == new`, through any sequence of changes.
 
 use policy::{
-    Cell, Change, ClassId, DefaultPolicy, DeltaError, Matrix, Network, NodeId, Prefixes, PublicKey, Revision, RuleId,
-    RuleSpec, Slice, SliceDelta, arbitrary, interpret,
+    Action, Cell, Cells, Change, ClassId, DefaultPolicy, DeltaError, Matrix, Network, NodeId, Peer, Prefixes,
+    PublicKey, Revision, RuleId, RuleSpec, Slice, SliceDelta, SliceRule, arbitrary, interpret,
 };
 use proptest::prelude::*;
 
@@ -49,6 +49,38 @@ proptest! {
         }
     }
 
+    /// Breaks if a delta that is checked by what it touches is judged otherwise than the whole slice would be.
+    #[test]
+    fn what_a_delta_touches_is_judged_as_the_whole_slice_is(
+        (network, changes) in arbitrary::history(12),
+        spoils in prop::collection::vec((0..SPOILS, any::<prop::sample::Index>(), any::<prop::sample::Index>()), 12),
+    ) {
+        let mut network = network;
+        let mut held: std::collections::BTreeMap<NodeId, (Slice, Slice)> = Default::default();
+        for (number, change) in changes.iter().enumerate() {
+            let _refused = network.apply(change);
+            let matrix = Matrix::compile(&network).unwrap();
+            for &node in network.nodes().keys() {
+                let old = held.remove(&node);
+                let built = old.as_ref().map(|(built, _)| built);
+                let Some(new) = matrix.slice(&network, Revision(number as u64 + 1), node, built) else { continue };
+                let mut followed = counted(&new);
+                if let Some((built, counted)) = old {
+                    let good = built.diff(&new);
+                    for (kind, a, b) in &spoils {
+                        let bad = spoiled(&built, good.clone(), *kind, a, b);
+                        let (mut whole, mut touched) = (built.clone(), counted.clone());
+                        prop_assert_eq!(touched.apply(bad.clone()), whole.apply(bad), "kind {}", kind);
+                        prop_assert_eq!(touched, whole);
+                    }
+                    followed = counted;
+                    followed.apply(good).unwrap();
+                }
+                held.insert(node, (new, followed));
+            }
+        }
+    }
+
     /// Breaks if a change that does not concern a node gives it something to hear: the same slice again is no delta.
     #[test]
     fn an_unchanged_slice_has_an_empty_delta(network in arbitrary::network()) {
@@ -59,6 +91,86 @@ proptest! {
             prop_assert!(old.diff(&new).is_empty());
         }
     }
+}
+
+/// The slice as a node has it that follows: what is counted of it is at hand.
+fn counted(slice: &Slice) -> Slice {
+    let mut counted = Slice::from_snapshot(slice.to_delta()).unwrap();
+    let nothing = SliceDelta { from: slice.revision, revision: slice.revision, ..SliceDelta::default() };
+    counted.apply(nothing).unwrap();
+    counted
+}
+
+const SPOILS: usize = 19;
+
+/// A delta with something more in it, which is wrong more often than not.
+fn spoiled(
+    old: &Slice,
+    mut delta: SliceDelta,
+    kind: usize,
+    a: &prop::sample::Index,
+    b: &prop::sample::Index,
+) -> SliceDelta {
+    fn pick<T: Clone>(all: impl IntoIterator<Item = T>, index: &prop::sample::Index) -> Option<T> {
+        let all: Vec<T> = all.into_iter().collect();
+        (!all.is_empty()).then(|| index.get(&all).clone())
+    }
+    let rule = pick(&old.rules, a).map(|(id, rule)| (*id, rule.clone()));
+    let peer = pick(&old.peers, a).map(|(id, peer)| (*id, peer.clone()));
+    let class = |index| pick(old.prefixes.values(), index).map_or(ClassId(1), |(class, _)| *class);
+    let cell = pick(old.cells.values(), b).unwrap_or(&Cell::CLOSED).clone();
+    let of_rule = |action, rule| Cell::uniform(policy::Verdict::of_rule(action, RuleId(rule)));
+    let set = |sources, destinations, cell| Cells { sources: vec![sources], destinations: vec![destinations], cell };
+    let other_key = PublicKey::try_from([99; 32]).unwrap();
+    match (kind, rule, peer) {
+        (0, Some((id, _)), _) => delta.removed_rules.extend([id]),
+        (1, Some((id, rule)), _) => {
+            let action = if rule.action == Action::Allow { Action::Deny } else { Action::Allow };
+            delta.rules.extend([(id, SliceRule { action, ..rule })]);
+        }
+        (2, _, _) => delta.rules.clear(),
+        (3, Some((_, rule)), _) => delta.rules.extend([(RuleId(0), rule)]),
+        (4, _, _) => delta.removed_cidrs.extend(pick(old.cidrs.keys().copied(), a)),
+        (5, _, _) => delta.cidrs.extend([(policy::CidrId(0), "other".parse().unwrap())]),
+        (6, _, Some((_, peer))) => delta.peers.extend([(NodeId(9_999), peer)]),
+        (7, _, Some((_, peer))) => delta.peers.extend([(NodeId(9_999), Peer { public_key: other_key, ..peer })]),
+        (8, _, Some((id, peer))) => {
+            delta.removed_peers.extend([id]);
+            delta.peers.remove(&id);
+            delta.peers.extend([(old.local.node, peer)]);
+        }
+        (9, _, Some((id, _))) => delta.removed_peers.extend([id]),
+        (10, _, _) => delta.cells.push(set(class(a), class(b), cell)),
+        (11, _, _) => delta.cells.push(set(class(a), class(b), of_rule(Action::Allow, 9_999))),
+        (12, _, _) => delta.removed_classes.push(class(a)),
+        (13, _, Some((id, mut peer))) => {
+            peer.allowed_ips.extend(["10.42.9.1/24".parse::<ipnet::IpNet>().unwrap()]);
+            delta.peers.extend([(id, peer)]);
+        }
+        // Nothing is wrong with these.
+        (14, _, Some((id, peer))) => delta.peers.extend([(id, Peer { endpoint: None, public_key: other_key, ..peer })]),
+        (15, Some((id, _)), Some(_)) => {
+            let mut free = old.rules[&id].clone();
+            free.log = !free.log;
+            delta.rules.extend([(id, free)]);
+        }
+        (16, _, Some((_, peer))) => {
+            let mut local = (*old.local).clone();
+            local.gateway_for.extend(peer.allowed_ips);
+            delta.local = Some(local);
+        }
+        (17, _, _) => {
+            let net: ipnet::IpNet = "10.42.9.0/24".parse().unwrap();
+            delta.prefixes.extend([(net, (class(a), policy::CidrId(9_999)))]);
+        }
+        // A rule of the other action, in a cell of its own, or in the place of one.
+        (18, Some((id, rule)), _) => {
+            let action = if rule.action == Action::Allow { Action::Deny } else { Action::Allow };
+            delta.cells.push(set(class(a), class(b), of_rule(action, id.0)));
+        }
+        _ => {}
+    }
+    delta
 }
 
 /// Three cidrs with a node each, and nothing allowed.
@@ -86,7 +198,7 @@ fn triangle() -> Network {
 fn allow(network: &mut Network, name: &str, from: &str, to: &str, service: &str) -> RuleId {
     let rule = RuleSpec {
         name: name.parse().unwrap(),
-        action: policy::Action::Allow,
+        action: Action::Allow,
         from: vec![from.parse().unwrap()],
         to: vec![to.parse().unwrap()],
         services: vec![service.parse().unwrap()],
@@ -160,10 +272,11 @@ fn a_bad_delta_is_refused_whole() {
     let check = |what: &str, spoil: &dyn Fn(&mut SliceDelta)| {
         let mut delta = good.clone();
         spoil(&mut delta);
-        let mut held = old.clone();
-        let error = held.apply(delta).expect_err(what);
-        assert!(!error.to_string().is_empty());
-        assert_eq!(held, old, "{what}: half-applied");
+        for mut held in [old.clone(), counted(&old)] {
+            let error = held.apply(delta.clone()).expect_err(what);
+            assert!(!error.to_string().is_empty());
+            assert_eq!(held, old, "{what}: half-applied");
+        }
     };
     let unknown = ClassId(99);
     check("from another revision", &|delta| delta.from = Revision(6));
@@ -190,7 +303,7 @@ fn a_bad_delta_is_refused_whole() {
         delta.cells[0].cell.entries.push(entry);
     });
     check("a cell of others", &|delta| {
-        let other = old.prefixes[&"10.42.2.0/24".parse().unwrap()].0;
+        let other = old.prefixes[&"10.42.2.0/24".parse::<ipnet::IpNet>().unwrap()].0;
         delta.cells[0].sources = vec![other];
         delta.cells[0].destinations = vec![other];
     });

@@ -39,7 +39,7 @@ impl Matrix {
                 continue;
             }
             let Some(slice) = self.slice(network, Revision::default(), id, None) else { continue };
-            slice.size().check().map_err(|limit| NodeLimitError { node: slice.local.name, limit })?;
+            slice.size().check().map_err(|limit| NodeLimitError { node: slice.local.name.clone(), limit })?;
         }
         Ok(())
     }

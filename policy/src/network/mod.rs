@@ -158,7 +158,7 @@ impl Network {
 
     /// The deepest cidr that contains the address.
     pub fn cidr_of(&self, address: IpAddr) -> Option<&Cidr> {
-        let (_, id) = longest_match(&self.index.prefixes, IpNet::from(address))?;
+        let (_, id) = longest_match(&*self.index.prefixes, IpNet::from(address))?;
         self.cidrs.get(id)
     }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use ipnet::IpNet;
 
-use super::{Local, Peer, Slice, SliceRule};
+use super::{Local, Map, Peer, Slice, SliceRule};
 use crate::id::{CidrId, ClassId, NodeId, Revision, RuleId};
 use crate::matrix::{Cell, Cross, Matrix, Place};
 use crate::network::Network;
@@ -35,12 +35,13 @@ pub(crate) fn build(
     let named = |cidr: CidrId| Some((cidr, network.cidrs().get(&cidr)?.name.clone()));
     Some(Slice {
         revision,
-        local: local(matrix, network, node),
+        local: local(matrix, network, node).into(),
         peers: peers(matrix, network, node.id, &crosses),
         cidrs: cidrs.into_iter().filter_map(named).collect(),
         rules: rules(network, &cells),
         prefixes: prefixes.into_iter().map(|(prefix, draft, cidr)| (prefix, (ids[draft], cidr))).collect(),
         cells,
+        kept: Default::default(),
     })
 }
 
@@ -132,14 +133,14 @@ fn cells(
     own: &BTreeSet<Place>,
     crosses: &Crosses,
     id: impl Fn(usize) -> ClassId,
-) -> BTreeMap<(ClassId, ClassId), Cell> {
+) -> Map<(ClassId, ClassId), Cell> {
     let places = matrix.places();
     let ids_of = |class: ClassId| {
         let first = places.partition_point(|place| place.0 < class);
         let last = places.partition_point(|place| place.0 <= class);
         (first..last).map(&id).collect::<BTreeSet<_>>()
     };
-    let mut cells = BTreeMap::new();
+    let mut cells = Map::new();
     for place in own {
         let (Some(cross), Ok(index)) = (crosses.get(&place.0), places.binary_search(place)) else { continue };
         let own = id(index);
@@ -168,7 +169,7 @@ fn local(matrix: &Matrix, network: &Network, node: &Node) -> Local {
 }
 
 /// The nodes that stand for a class with which some service is allowed, in either direction.
-fn peers(matrix: &Matrix, network: &Network, node: NodeId, crosses: &Crosses) -> BTreeMap<NodeId, Peer> {
+fn peers(matrix: &Matrix, network: &Network, node: NodeId, crosses: &Crosses) -> Map<NodeId, Peer> {
     let cells = crosses.values().flat_map(|cross| cross.row.iter().chain(&cross.column));
     let open: BTreeSet<ClassId> = cells.filter(|(_, cell)| cell.allows_any()).map(|(class, _)| *class).collect();
     let nodes: BTreeSet<NodeId> = open.into_iter().flat_map(|class| matrix.stands.nodes_in(class)).collect();
@@ -176,7 +177,7 @@ fn peers(matrix: &Matrix, network: &Network, node: NodeId, crosses: &Crosses) ->
     others.filter_map(|other| Some((other, matrix.stands.peer(network, other)?))).collect()
 }
 
-fn rules(network: &Network, cells: &BTreeMap<(ClassId, ClassId), Cell>) -> BTreeMap<RuleId, SliceRule> {
+fn rules(network: &Network, cells: &Map<(ClassId, ClassId), Cell>) -> Map<RuleId, SliceRule> {
     let distinct: BTreeSet<&Cell> = cells.values().collect();
     let ids: BTreeSet<RuleId> =
         distinct.into_iter().flat_map(Cell::verdicts).filter_map(|verdict| verdict.rule).collect();

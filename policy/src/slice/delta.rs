@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 
-use super::{Local, Peer, Slice, SliceRule};
+use super::{Local, Map, Peer, Slice, SliceRule};
 use crate::id::{CidrId, CidrName, ClassId, NodeId, Revision, RuleId};
 use crate::matrix::Cell;
 
@@ -38,13 +38,14 @@ pub struct Cells {
 }
 
 /// The entries of `new` that `old` lacks or has otherwise, and the keys that only `old` has.
-fn changes<K: Ord + Copy, V: Clone + PartialEq>(
-    old: &BTreeMap<K, V>,
-    new: &BTreeMap<K, V>,
-) -> (BTreeMap<K, V>, BTreeSet<K>) {
+fn changes<K: Ord + Copy, V: Clone + PartialEq>(old: &Map<K, V>, new: &Map<K, V>) -> (BTreeMap<K, V>, BTreeSet<K>) {
     let set = new.iter().filter(|&(key, value)| old.get(key) != Some(value));
-    let removed = old.keys().filter(|key| !new.contains_key(key));
+    let removed = old.keys().filter(|key| !new.contains_key(*key));
     (set.map(|(key, value)| (*key, value.clone())).collect(), removed.copied().collect())
+}
+
+fn whole<K: Ord + Copy, V: Clone>(map: &Map<K, V>) -> BTreeMap<K, V> {
+    map.iter().map(|(key, value)| (*key, value.clone())).collect()
 }
 
 impl Slice {
@@ -62,7 +63,7 @@ impl Slice {
         SliceDelta {
             from: self.revision,
             revision: new.revision,
-            local: (self.local != new.local).then(|| new.local.clone()),
+            local: (self.local != new.local).then(|| (*new.local).clone()),
             peers,
             removed_peers,
             cidrs,
@@ -81,11 +82,11 @@ impl Slice {
         SliceDelta {
             from: Revision::default(),
             revision: self.revision,
-            local: Some(self.local.clone()),
-            peers: self.peers.clone(),
-            cidrs: self.cidrs.clone(),
-            rules: self.rules.clone(),
-            prefixes: self.prefixes.clone(),
+            local: Some((*self.local).clone()),
+            peers: whole(&self.peers),
+            cidrs: whole(&self.cidrs),
+            rules: whole(&self.rules),
+            prefixes: whole(&self.prefixes),
             cells: rectangles(&self.cells),
             ..SliceDelta::default()
         }
@@ -106,7 +107,7 @@ impl SliceDelta {
 }
 
 /// Groups equal cells into products of sources and destinations: one rule between two cidrs is one product.
-fn rectangles(cells: &BTreeMap<(ClassId, ClassId), Cell>) -> Vec<Cells> {
+fn rectangles<'a>(cells: impl IntoIterator<Item = (&'a (ClassId, ClassId), &'a Cell)>) -> Vec<Cells> {
     let mut rows: BTreeMap<(&Cell, ClassId), Vec<ClassId>> = BTreeMap::new();
     for (&(source, destination), cell) in cells {
         rows.entry((cell, source)).or_default().push(destination);

@@ -1,7 +1,8 @@
 //! Slices: what one node needs of the matrix, and the peers that go with it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
@@ -16,29 +17,38 @@ mod blocks;
 pub(crate) mod build;
 mod delta;
 mod size;
+mod tally;
+mod touched;
 mod validate;
 
 pub use blocks::{Room, stride_room};
 pub(crate) use blocks::{OWN_ROOM, ROOM_EACH};
 pub use delta::{Cells, SliceDelta};
 pub(crate) use size::Size;
+use tally::Kept;
+pub use touched::Touched;
 pub use validate::DeltaError;
+
+/// What a slice is made of: a copy costs nothing, and shares with the former slice what a delta leaves alone.
+pub type Map<K, V> = imbl::OrdMap<K, V>;
 
 /// Everything that one node enforces and configures, at one revision.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slice {
     pub revision: Revision,
-    pub local: Local,
-    pub peers: BTreeMap<NodeId, Peer>,
+    pub local: Arc<Local>,
+    pub peers: Map<NodeId, Peer>,
     /// The cidrs that `prefixes` speaks of.
-    pub cidrs: BTreeMap<CidrId, CidrName>,
+    pub cidrs: Map<CidrId, CidrName>,
     /// The rules that `cells` speaks of.
-    pub rules: BTreeMap<RuleId, SliceRule>,
+    pub rules: Map<RuleId, SliceRule>,
     /// What an address is, by longest match; an address without a match lies in no cidr.
-    pub prefixes: BTreeMap<IpNet, (ClassId, CidrId)>,
+    pub prefixes: Map<IpNet, (ClassId, CidrId)>,
     /// By source and destination, one of which is a class of addresses that the node stands for. An absent cell denies
     /// everything with `no-rule`, and no cell says only that.
-    pub cells: BTreeMap<(ClassId, ClassId), Cell>,
+    pub cells: Map<(ClassId, ClassId), Cell>,
+    /// What the next delta is checked against. No part of what the slice says.
+    pub(crate) kept: Kept,
 }
 
 /// What a node must know of itself.

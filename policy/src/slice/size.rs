@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{Room, Slice};
 use crate::id::ClassId;
 use crate::limit::{self, Bounded, LimitError};
-use crate::matrix::Cell;
+use crate::matrix::{Cell, CellEntry};
 use crate::service::protocol;
+use crate::verdict::Verdict;
 
 /// Each in the unit of the limit that it is held against.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,39 +73,36 @@ impl Size {
     }
 }
 
-/// Ports of one run of 256: the first and last of each part that is not as the rest, and the number of its verdict.
-type Run = Vec<(u8, u8, usize)>;
+/// Verdicts of 256 ports: the first and last of each part that is not as the rest, with its own, and that of the rest.
+pub(crate) type Run = (Vec<(u8, u8, Verdict)>, Option<Verdict>);
 
 /// How many distinct runs of 256 verdicts the cells have, counted without making them.
 fn port_runs(cells: &BTreeSet<&Cell>) -> usize {
-    let mut runs: BTreeSet<(Run, usize)> = BTreeSet::new();
-    let mut numbers: BTreeMap<_, usize> = BTreeMap::new();
-    for cell in cells.iter().filter(|cell| !cell.entries.is_empty()) {
-        let mut number = |verdict| {
-            let next = numbers.len();
-            *numbers.entry(verdict).or_insert(next)
-        };
-        let otherwise = number(cell.otherwise);
-        let mut blocks: BTreeMap<(Option<u8>, u8), Run> = BTreeMap::new();
-        for entry in &cell.entries {
-            let (range, verdict) = (entry.range, number(entry.verdict));
-            match range.protocol {
-                protocol::TCP | protocol::UDP | protocol::ICMP | protocol::ICMPV6 => {
-                    let ([first, low], [last, high]) = (range.low.to_be_bytes(), range.high.to_be_bytes());
-                    for block in first..=last {
-                        let low = if block == first { low } else { 0 };
-                        let high = if block == last { high } else { u8::MAX };
-                        blocks.entry((Some(range.protocol), block)).or_default().push((low, high, verdict));
-                    }
+    cells.iter().flat_map(|cell| runs(cell)).collect::<BTreeSet<Run>>().len()
+}
+
+/// The distinct runs of a cell; one that says only one thing has none.
+pub(super) fn runs(cell: &Cell) -> BTreeSet<Run> {
+    if cell.entries.is_empty() {
+        return BTreeSet::new();
+    }
+    let mut blocks: BTreeMap<(Option<u8>, u8), Vec<(u8, u8, Verdict)>> = BTreeMap::new();
+    for CellEntry { range, verdict } in &cell.entries {
+        match range.protocol {
+            protocol::TCP | protocol::UDP | protocol::ICMP | protocol::ICMPV6 => {
+                let ([first, low], [last, high]) = (range.low.to_be_bytes(), range.high.to_be_bytes());
+                for block in first..=last {
+                    let low = if block == first { low } else { 0 };
+                    let high = if block == last { high } else { u8::MAX };
+                    blocks.entry((Some(range.protocol), block)).or_default().push((low, high, *verdict));
                 }
-                other => blocks.entry((None, 0)).or_default().push((other, other, verdict)),
             }
-        }
-        runs.insert((Vec::new(), otherwise));
-        for block in blocks.into_values() {
-            let whole = matches!(block.as_slice(), [(0, u8::MAX, _)]);
-            runs.insert((block, if whole { 0 } else { otherwise }));
+            other => blocks.entry((None, 0)).or_default().push((other, other, *verdict)),
         }
     }
-    runs.len()
+    let parted = blocks.into_values().map(|block| {
+        let whole = matches!(block.as_slice(), [(0, u8::MAX, _)]);
+        (block, (!whole).then_some(cell.otherwise))
+    });
+    std::iter::once((Vec::new(), Some(cell.otherwise))).chain(parted).collect()
 }

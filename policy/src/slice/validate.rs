@@ -7,7 +7,8 @@ use ipnet::IpNet;
 use thiserror::Error;
 
 use super::size::Size;
-use super::{Cells, Local, Slice, SliceDelta};
+use super::tally::{Kept, Tally};
+use super::{Cells, Local, Map, Slice, SliceDelta, Touched};
 use crate::id::{ClassId, Revision};
 use crate::limit::{self, Bounded, LimitError};
 use crate::matrix::{Cell, CellError};
@@ -51,14 +52,29 @@ pub enum DeltaError {
 }
 
 impl Slice {
-    /// Applies a delta whole, or refuses it and stays as it is.
+    /// Applies a delta whole, or refuses it and stays as it is. What follows a slice that came in the same way is checked
+    /// by what it touches.
     pub fn apply(&mut self, delta: SliceDelta) -> Result<(), DeltaError> {
         if delta.from != self.revision {
             return Err(DeltaError::From { from: delta.from, revision: self.revision });
         }
         let mut next = self.clone();
         next.change(delta)?;
-        next.validate()?;
+        let touched = Touched::between(self, &next);
+        let tally = match self.kept.of(self) {
+            Some(tally) => {
+                let tally = tally.followed(self, &next, &touched);
+                if !tally.proves(&next, &touched) {
+                    next.validate()?;
+                }
+                tally
+            }
+            None => {
+                next.validate()?;
+                Tally::of(&next)
+            }
+        };
+        next.kept = Kept::new(tally);
         *self = next;
         Ok(())
     }
@@ -71,15 +87,17 @@ impl Slice {
         };
         let mut slice = Slice {
             revision: delta.revision,
-            local,
-            peers: BTreeMap::new(),
-            cidrs: BTreeMap::new(),
-            rules: BTreeMap::new(),
-            prefixes: BTreeMap::new(),
-            cells: BTreeMap::new(),
+            local: local.into(),
+            peers: Map::new(),
+            cidrs: Map::new(),
+            rules: Map::new(),
+            prefixes: Map::new(),
+            cells: Map::new(),
+            kept: Kept::default(),
         };
         slice.change(delta)?;
         slice.validate()?;
+        slice.kept = Kept::new(Tally::of(&slice));
         Ok(slice)
     }
 
@@ -99,10 +117,11 @@ impl Slice {
             cells,
             removed_classes,
         } = delta;
-        let before = self.classes();
+        // Only a delta that removes classes need know them all.
+        let before = if removed_classes.is_empty() { BTreeSet::new() } else { self.classes() };
         self.revision = revision;
         if let Some(local) = local {
-            self.local = local;
+            self.local = local.into();
         }
         merge("peer", &mut self.peers, peers, &removed_peers)?;
         merge("cidr", &mut self.cidrs, cidrs, &removed_cidrs)?;
@@ -113,6 +132,9 @@ impl Slice {
     }
 
     fn remove_classes(&mut self, before: &BTreeSet<ClassId>, removed: &[ClassId]) -> Result<(), DeltaError> {
+        if removed.is_empty() {
+            return Ok(());
+        }
         let (after, gone) = (self.classes(), removed.iter().copied().collect::<BTreeSet<_>>());
         for class in removed {
             if after.contains(class) {
@@ -125,9 +147,9 @@ impl Slice {
         if gone.len() != removed.len() {
             return Err(DeltaError::Twice("a removed class".to_owned()));
         }
-        if !gone.is_empty() {
-            self.cells.retain(|(source, destination), _| !gone.contains(source) && !gone.contains(destination));
-        }
+        let is_gone = |(source, destination): &(ClassId, ClassId)| gone.contains(source) || gone.contains(destination);
+        let doomed: Vec<_> = self.cells.keys().filter(|pair| is_gone(pair)).copied().collect();
+        doomed.iter().for_each(|pair| drop(self.cells.remove(pair)));
         Ok(())
     }
 
@@ -187,7 +209,7 @@ impl Slice {
                 return Err(DeltaError::Dangling(format!("the prefix `{prefix}`"), format!("cidr {cidr}")));
             }
         }
-        let Local { external_routes, gateway_for, .. } = &self.local;
+        let Local { external_routes, gateway_for, .. } = &*self.local;
         let peers = self.peers.values().flat_map(|peer| &peer.allowed_ips);
         for &prefix in external_routes.iter().chain(gateway_for).chain(peers) {
             check_prefix(prefix)?;
@@ -247,9 +269,9 @@ impl Slice {
 }
 
 /// Applies one part of a delta to one part of a slice.
-fn merge<K: Ord + fmt::Display, V>(
+fn merge<K: Ord + Clone + fmt::Display, V: Clone>(
     what: &str,
-    current: &mut BTreeMap<K, V>,
+    current: &mut Map<K, V>,
     set: BTreeMap<K, V>,
     removed: &BTreeSet<K>,
 ) -> Result<(), DeltaError> {

@@ -52,15 +52,17 @@ fn wild() -> impl Strategy<Value = Slice> {
         super::apply(&mut network, super::allow("r", "cidr:web", "cidr:web", "any"));
         let mut slice = slice_of(&network, node(&network), None);
         for (net, class, cidr, kind) in kinds {
-            let peer = slice.peers.values_mut().nth(class as usize - 1).expect("three peers");
+            let id = *slice.peers.keys().nth(class as usize - 1).expect("three peers");
+            let peer = slice.peers.get_mut(&id).expect("it is there");
+            let local = std::sync::Arc::make_mut(&mut slice.local);
             match kind {
                 0 => {
                     peer.allowed_ips.insert(net);
-                    slice.local.external_routes.insert(net);
+                    local.external_routes.insert(net);
                 }
                 1 => drop(peer.allowed_ips.insert(net)),
-                2 => drop(slice.local.external_routes.insert(net)),
-                3 => drop(slice.local.gateway_for.insert(net)),
+                2 => drop(local.external_routes.insert(net)),
+                3 => drop(local.gateway_for.insert(net)),
                 _ => drop(slice.prefixes.insert(net, (ClassId(class), CidrId(cidr)))),
             }
         }

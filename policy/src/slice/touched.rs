@@ -1,0 +1,45 @@
+//! What differs between two slices.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use imbl::ordmap::DiffItem;
+
+use super::{Map, Peer, Slice};
+use crate::id::{CidrId, ClassId, NodeId, RuleId};
+
+/// Where two slices are not alike. Found at the cost of what differs, where one was made from the other.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// What an address is, or who stands for it: prefixes, what is local, and the peers that are gateways.
+    pub addresses: bool,
+    pub peers: BTreeSet<NodeId>,
+    pub cidrs: BTreeSet<CidrId>,
+    pub rules: BTreeSet<RuleId>,
+    pub cells: BTreeSet<(ClassId, ClassId)>,
+}
+
+impl Touched {
+    pub fn between(old: &Slice, new: &Slice) -> Self {
+        let local = !Arc::ptr_eq(&old.local, &new.local) && old.local != new.local;
+        let peers = keys(&old.peers, &new.peers);
+        let is_gateway = |slice: &Slice, peer: &Peer| !peer.allowed_ips.is_disjoint(&slice.local.external_routes);
+        let mut both = peers.iter().flat_map(|id| [(old, old.peers.get(id)), (new, new.peers.get(id))]);
+        let gateways = both.any(|(slice, peer)| peer.is_some_and(|peer| is_gateway(slice, peer)));
+        Self {
+            addresses: local || gateways || old.prefixes != new.prefixes,
+            peers,
+            cidrs: keys(&old.cidrs, &new.cidrs),
+            rules: keys(&old.rules, &new.rules),
+            cells: keys(&old.cells, &new.cells),
+        }
+    }
+}
+
+/// The keys that one of two maps lacks, or has otherwise. Parts that they share are passed over.
+fn keys<K: Ord + Copy, V: PartialEq>(old: &Map<K, V>, new: &Map<K, V>) -> BTreeSet<K> {
+    let key = |item| match item {
+        DiffItem::Add(key, _) | DiffItem::Remove(key, _) | DiffItem::Update { new: (key, _), .. } => *key,
+    };
+    old.diff(new).map(key).collect()
+}
