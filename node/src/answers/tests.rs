@@ -131,7 +131,7 @@ fn kernel_and_policy_explain_alike_until_somebody_touches_the_tables() {
     }
     let foreign = Question { source: [10, 42, 3, 1].into(), ..question([10, 42, 2, 1], 80) };
     assert!(explain(&mut node.enforcer, foreign).unwrap_err().contains("`10.42.3.1`"));
-    for decision in &mut node.kernel.world().tables.as_mut().unwrap().decisions {
+    for decision in node.kernel.world().tables.as_mut().unwrap().decisions.iter_mut() {
         decision.verdict = ALLOW;
     }
     let explanation = explain(&mut node.enforcer, question([10, 42, 2, 1], 8_081)).unwrap();

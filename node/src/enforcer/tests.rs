@@ -286,7 +286,7 @@ fn tables_that_somebody_changed_are_named_counted_and_written_anew() {
     node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5, None));
     assert!(verify(&mut node).verified.equal);
     assert!(node.enforcer.repairs.is_empty());
-    for decision in &mut node.kernel.world().tables.as_mut().unwrap().decisions {
+    for decision in node.kernel.world().tables.as_mut().unwrap().decisions.iter_mut() {
         decision.verdict = ebpf_common::table::ALLOW;
         decision.reason = ebpf_common::reason::LINEAGE;
         decision.rule = ebpf_common::table::NO_RULE_SLOT;
@@ -311,7 +311,7 @@ fn a_finding_about_tables_that_went_meanwhile_changes_nothing() {
     node.enforcer.enforce(fixture::slice(&network, "web1", 5, None));
     let expected = node.enforcer.expected().unwrap();
     let tables = node.kernel.world().tables.clone().unwrap();
-    let empty = Tables { matrix: Vec::new(), ..tables.clone() };
+    let empty = Tables { matrix: Default::default(), ..tables.clone() };
     let finding = expected.check(|| Ok(Some((Generation(1), empty.clone())))).unwrap().unwrap();
     node.enforcer.enforce(fixture::slice(&network, "web1", 6, None));
     node.enforcer.verified(finding);

@@ -25,7 +25,22 @@ impl Tables {
     pub fn check(&self) -> Result<(), TableError> {
         self.check_sizes()?;
         self.check_strides()?;
-        self.check_matrix()
+        self.check_matrix(None)
+    }
+
+    /// Likewise, where `known` has passed: what both share is as sound here if all that it refers to is still there.
+    pub fn check_after(&self, known: &Tables) -> Result<(), TableError> {
+        self.check_sizes()?;
+        let roots = |tables: &Tables| (tables.header.root_v4, tables.header.root_v6, tables.header.classes);
+        let same = self.blocks.is_same(&known.blocks)
+            && self.paths.is_same(&known.paths)
+            && self.leaves.is_same(&known.leaves);
+        if !same || roots(self) != roots(known) {
+            self.check_strides()?;
+        }
+        let lengths = |tables: &Tables| [tables.pages.len(), tables.ports.len(), tables.decisions.len()];
+        let all_there = lengths(self).iter().zip(lengths(known)).all(|(new, known)| *new >= known);
+        self.check_matrix(all_there.then_some(known))
     }
 
     fn check_sizes(&self) -> Result<(), TableError> {
@@ -125,27 +140,27 @@ impl Tables {
         Ok(())
     }
 
-    fn check_matrix(&self) -> Result<(), TableError> {
-        for (index, word) in self.matrix.iter().enumerate() {
+    fn check_matrix(&self, known: Option<&Tables>) -> Result<(), TableError> {
+        for (index, word) in self.matrix.unshared(known.map(|known| &known.matrix)) {
             let target = (word & CELL_INDEX) as usize;
             let length = if word & UNIFORM != 0 { self.decisions.len() } else { self.pages.len() };
             if target >= length || word & !(UNIFORM | RECORD | CELL_INDEX) != 0 {
                 return Err(error("MATRIX", index, format!("is {word:#x}, which refers to nothing")));
             }
         }
-        for (index, page) in self.pages.iter().enumerate() {
+        for (index, page) in self.pages.unshared(known.map(|known| &known.pages)) {
             let single = [page.icmp, page.icmpv6, page.protocol];
             let mut runs = page.tcp.iter().chain(&page.udp).chain(&single);
             if let Some(run) = runs.find(|run| usize::from(**run) >= self.ports.len()) {
                 return Err(error("PAGES", index, format!("refers to run {run}, which is not there")));
             }
         }
-        for (index, ports) in self.ports.iter().enumerate() {
+        for (index, ports) in self.ports.unshared(known.map(|known| &known.ports)) {
             if let Some(decision) = ports.decisions.iter().find(|one| usize::from(**one) >= self.decisions.len()) {
                 return Err(error("PORTS", index, format!("refers to decision {decision}, which is not there")));
             }
         }
-        for (index, decision) in self.decisions.iter().enumerate() {
+        for (index, decision) in self.decisions.unshared(known.map(|known| &known.decisions)) {
             let known = matches!(
                 (decision.verdict, decision.reason),
                 (ALLOW | DENY, reason::RULE) | (ALLOW, reason::LINEAGE) | (DENY, reason::NO_RULE)

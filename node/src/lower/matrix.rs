@@ -1,110 +1,247 @@
 //! Cells to the flat matrix, its pages, runs of ports and decisions.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use ebpf_common::packet::{ICMP, ICMPV6, TCP, UDP};
 use ebpf_common::table::{
     ALLOW, CELL_INDEX, DENY, Decision, LOG, NO_RULE_SLOT, Page, Ports, RECORD, UNIFORM, cell_index,
 };
 use ebpf_common::{EGRESS, INGRESS, limit, reason};
-use policy::{Action, Cell, ClassId, Reason, RuleId, Slice, Verdict};
+use policy::{Action, Cell, ClassId, Map, Reason, RuleId, Slice, Touched, Verdict};
 
-use super::{Classes, FEWER_PREFIXES, FEWER_RULES, FEWER_SERVICES, LowerError, within};
-
-#[derive(Debug)]
-pub(super) struct Cells {
-    pub(super) matrix: Vec<u32>,
-    pub(super) pages: Vec<Page>,
-    pub(super) ports: Vec<Ports>,
-    pub(super) decisions: Vec<Decision>,
-}
+use super::interned::Interned;
+use super::rows::Rows;
+use super::{Classes, FEWER_PREFIXES, FEWER_RULES, FEWER_SERVICES, LowerError, RuleSlots, within};
 
 /// What a pair of classes without a cell gets, and the unknown class.
 const NO_RULE: Decision = Decision { verdict: DENY, reason: reason::NO_RULE, flags: 0, rule: NO_RULE_SLOT };
+/// The word of such a pair: decision 0 is always there.
+const CLOSED: u32 = UNIFORM;
 
-pub(super) fn lower(
-    slice: &Slice,
-    classes: &Classes,
-    slot: impl Fn(RuleId) -> Option<u32>,
-) -> Result<Cells, LowerError> {
-    let count = classes.count();
-    let cells = 2 * classes.own as usize * count as usize;
-    within("cells of the matrix", cells, limit::CELLS, FEWER_PREFIXES)?;
-    let mut sets = Sets::new(slice, slot);
-    let closed = UNIFORM | sets.decision(NO_RULE);
-    let mut matrix = vec![closed; cells];
-    let mut words: HashMap<&Cell, u32> = HashMap::new();
-    let number = |class: &ClassId| classes.get(*class);
-    for ((source, destination), cell) in &slice.cells {
-        // A class that no prefix has any more is no class.
-        let (Some(from), Some(to)) = (number(source), number(destination)) else { continue };
-        let word = match words.get(cell) {
-            Some(word) => *word,
-            None => {
-                let word = sets.cell(cell)?;
-                words.insert(cell, word);
-                word
-            }
-        };
-        let answered = slice.cells.get(&(*destination, *source)).is_some_and(allows_every_service);
-        let word = if answered { word } else { word | RECORD };
-        if classes.is_own(from) {
-            matrix[cell_index(classes.own, count, EGRESS, from, to) as usize] = word;
-        }
-        if classes.is_own(to) {
-            matrix[cell_index(classes.own, count, INGRESS, to, from) as usize] = word;
-        }
-    }
-    within("distinct decisions", sets.decisions.list.len(), limit::DECISIONS, FEWER_RULES)?;
-    within("distinct sets of services", sets.pages.list.len(), limit::PAGES, FEWER_SERVICES)?;
-    within("distinct runs of 256 ports", sets.ports.list.len(), limit::PORTS, FEWER_SERVICES)?;
-    Ok(Cells { matrix, pages: sets.pages.list, ports: sets.ports.list, decisions: sets.decisions.list })
-}
-
-fn allows_every_service(cell: &Cell) -> bool {
-    cell.otherwise.action == Action::Allow && cell.entries.iter().all(|entry| entry.verdict.action == Action::Allow)
-}
-
-/// The deduplicated tables while they grow.
-struct Sets<'a, F> {
-    slice: &'a Slice,
-    slot: F,
+/// What the cells of a slice became, and who refers to what, so that the next slice costs what it changes.
+#[derive(Debug)]
+pub(super) struct Cells {
+    pub(super) matrix: Rows<u32>,
     pages: Interned<Page>,
     ports: Interned<Ports>,
     decisions: Interned<Decision>,
+    /// Of each distinct cell, with the number of pairs that have it.
+    words: HashMap<Cell, (u32, usize)>,
 }
 
-impl<'a, F: Fn(RuleId) -> Option<u32>> Sets<'a, F> {
-    fn new(slice: &'a Slice, slot: F) -> Self {
-        Self { slice, slot, pages: Interned::new(), ports: Interned::new(), decisions: Interned::new() }
+/// What cells are lowered by.
+pub(super) struct Terms<'a> {
+    pub(super) slice: &'a Slice,
+    pub(super) classes: &'a Classes,
+    pub(super) slots: &'a RuleSlots,
+}
+
+impl Cells {
+    pub(super) fn lower(terms: &Terms<'_>) -> Result<Self, LowerError> {
+        let cells = 2 * terms.classes.own as usize * terms.classes.count() as usize;
+        within("cells of the matrix", cells, limit::CELLS, FEWER_PREFIXES)?;
+        let mut lowered = Self {
+            matrix: vec![CLOSED; cells].into(),
+            pages: Interned::new(Page { tcp: [0; 256], udp: [0; 256], icmp: 0, icmpv6: 0, protocol: 0, _pad: 0 }),
+            ports: Interned::new(Ports { decisions: [0; 256] }),
+            decisions: Interned::new(NO_RULE),
+            words: HashMap::new(),
+        };
+        let no_rule = lowered.decisions.intern(NO_RULE);
+        lowered.decisions.hold(no_rule);
+        for (pair, cell) in &terms.slice.cells {
+            if terms.numbers(*pair).is_some() {
+                let word = lowered.hold(terms, cell)?;
+                lowered.place(terms, *pair, Some(word));
+            }
+        }
+        lowered.check()?;
+        Ok(lowered)
     }
 
-    fn cell(&mut self, cell: &Cell) -> Result<u32, LowerError> {
-        let otherwise = self.verdict(&cell.otherwise)?;
+    /// Makes of `old`'s cells those of the terms' slice, in which no address is another than in `old`. An error leaves
+    /// them unfit for use.
+    pub(super) fn follow(
+        &mut self,
+        terms: &Terms<'_>,
+        old: &Slice,
+        old_slots: &Map<RuleId, u32>,
+        touched: &Touched,
+    ) -> Result<(), LowerError> {
+        for rule in &touched.rules {
+            self.follow_rule(terms, old, *rule)?;
+        }
+        for pair in touched.cells.iter().filter(|pair| terms.numbers(**pair).is_some()) {
+            if let Some(cell) = terms.slice.cells.get(pair) {
+                self.hold(terms, cell)?;
+            }
+            if let Some(cell) = old.cells.get(pair) {
+                self.let_go(cell);
+            }
+        }
+        for rule in touched.rules.iter().filter(|rule| !terms.slice.rules.contains_key(*rule)) {
+            // A cell that was left alone may still be decided by it.
+            let still = |slot: &u32| self.decisions.values().any(|decision| decision.rule == *slot);
+            if old_slots.get(rule).is_some_and(still) {
+                return Err(LowerError::UnknownRule(*rule));
+            }
+        }
+        for &(source, destination) in &touched.cells {
+            // Whether a flow is recorded is for the opposite cell to say.
+            for pair in [(source, destination), (destination, source)] {
+                let word = terms.slice.cells.get(&pair).and_then(|cell| self.words.get(cell)).map(|(word, _)| *word);
+                self.place(terms, pair, word);
+            }
+        }
+        self.check()
+    }
+
+    pub(super) fn pages(&self) -> Rows<Page> {
+        self.pages.list.clone()
+    }
+
+    pub(super) fn ports(&self) -> Rows<Ports> {
+        self.ports.list.clone()
+    }
+
+    pub(super) fn decisions(&self) -> Rows<Decision> {
+        self.decisions.list.clone()
+    }
+
+    /// How many pages, runs and decisions there are.
+    #[cfg(test)]
+    pub(super) fn used(&self) -> [usize; 3] {
+        [self.pages.used(), self.ports.used(), self.decisions.used()]
+    }
+
+    fn check(&self) -> Result<(), LowerError> {
+        within("distinct decisions", self.decisions.list.len(), limit::DECISIONS, FEWER_RULES)?;
+        within("distinct sets of services", self.pages.list.len(), limit::PAGES, FEWER_SERVICES)?;
+        within("distinct runs of 256 ports", self.ports.list.len(), limit::PORTS, FEWER_SERVICES)
+    }
+
+    /// Writes the word of a pair wherever it is read.
+    fn place(&mut self, terms: &Terms<'_>, (source, destination): (ClassId, ClassId), word: Option<u32>) {
+        // A class that no prefix has any more is no class.
+        let Some((from, to)) = terms.numbers((source, destination)) else { return };
+        let answered = || terms.slice.cells.get(&(destination, source)).is_some_and(allows_every_service);
+        let word = match word {
+            Some(word) if answered() => word,
+            Some(word) => word | RECORD,
+            None => CLOSED,
+        };
+        let (own, count) = (terms.classes.own, terms.classes.count());
+        if terms.classes.is_own(from) {
+            self.matrix.set(cell_index(own, count, EGRESS, from, to) as usize, word);
+        }
+        if terms.classes.is_own(to) {
+            self.matrix.set(cell_index(own, count, INGRESS, to, from) as usize, word);
+        }
+    }
+
+    /// The word of a cell that one more pair has.
+    fn hold(&mut self, terms: &Terms<'_>, cell: &Cell) -> Result<u32, LowerError> {
+        if let Some((word, pairs)) = self.words.get_mut(cell) {
+            *pairs += 1;
+            return Ok(*word);
+        }
+        let word = self.lower_cell(terms, cell)?;
+        self.words.insert(cell.clone(), (word, 1));
+        Ok(word)
+    }
+
+    /// One pair less has the cell.
+    fn let_go(&mut self, cell: &Cell) {
+        match self.words.get_mut(cell) {
+            Some((_, pairs)) if *pairs > 1 => *pairs -= 1,
+            Some(_) => {
+                let Some((word, _)) = self.words.remove(cell) else { return };
+                let index = word & CELL_INDEX;
+                if word & UNIFORM != 0 {
+                    self.decisions.let_go(index);
+                } else if let Some(page) = self.pages.let_go(index) {
+                    for run in runs_of(&page) {
+                        let gone = self.ports.let_go(run);
+                        for decision in gone.iter().flat_map(decisions_of) {
+                            self.decisions.let_go(decision);
+                        }
+                    }
+                }
+            }
+            None => {}
+        }
+    }
+
+    /// The word of a new cell, which holds what it refers to.
+    fn lower_cell(&mut self, terms: &Terms<'_>, cell: &Cell) -> Result<u32, LowerError> {
+        let otherwise = self.verdict(terms, &cell.otherwise)?;
         if cell.entries.is_empty() {
+            self.decisions.hold(otherwise);
             return Ok(UNIFORM | otherwise);
         }
         // Stop before the indices outgrow their 16 bits; the caller's check names the limit.
-        within("distinct sets of services", self.pages.list.len() + 1, limit::PAGES, FEWER_SERVICES)?;
+        within("distinct sets of services", self.pages.used() + 1, limit::PAGES, FEWER_SERVICES)?;
         within("distinct runs of 256 ports", self.ports.list.len(), limit::PORTS, FEWER_SERVICES)?;
         let mut runs = Runs::new(otherwise as u16);
+        let mut decisions = vec![otherwise];
         for entry in &cell.entries {
-            let decision = self.verdict(&entry.verdict)? as u16;
-            runs.set(entry.range.protocol, entry.range.low, entry.range.high, decision);
+            let decision = self.verdict(terms, &entry.verdict)?;
+            runs.set(entry.range.protocol, entry.range.low, entry.range.high, decision as u16);
+            decisions.push(decision);
         }
-        let page = runs.page(|run| self.ports.intern(run) as u16);
-        Ok(self.pages.intern(page) & CELL_INDEX)
+        let mut interned = Vec::new();
+        let page = runs.page(|run| {
+            interned.push(self.ports.intern(run));
+            interned[interned.len() - 1] as u16
+        });
+        let index = self.pages.intern(page);
+        if self.pages.hold(index) {
+            for run in runs_of(&page) {
+                if self.ports.hold(run) {
+                    for decision in decisions_of(&self.ports.list[run as usize]) {
+                        self.decisions.hold(decision);
+                    }
+                }
+            }
+        }
+        // Where entries leave nothing to the rest its run is in no page, and those of services that no packet has are in no
+        // run.
+        interned.iter().for_each(|run| self.ports.free_unheld(*run));
+        decisions.iter().for_each(|decision| self.decisions.free_unheld(*decision));
+        Ok(index & CELL_INDEX)
     }
 
-    fn verdict(&mut self, verdict: &Verdict) -> Result<u32, LowerError> {
+    fn verdict(&mut self, terms: &Terms<'_>, verdict: &Verdict) -> Result<u32, LowerError> {
+        let index = self.decisions.intern(terms.decision(verdict)?);
+        within("distinct decisions", index as usize + 1, limit::DECISIONS, FEWER_RULES)?;
+        Ok(index)
+    }
+
+    /// A rule that is reported now, or no longer, keeps its place.
+    fn follow_rule(&mut self, terms: &Terms<'_>, old: &Slice, rule: RuleId) -> Result<(), LowerError> {
+        let (Some(before), Some(after)) = (old.rules.get(&rule), terms.slice.rules.get(&rule)) else { return Ok(()) };
+        let decision = terms.decision(&Verdict::of_rule(before.action, rule))?;
+        let flags = |log: bool| if log { LOG } else { 0 };
+        let (before, after) = (flags(before.log), flags(after.log));
+        self.decisions.replace(Decision { flags: before, ..decision }, Decision { flags: after, ..decision });
+        Ok(())
+    }
+}
+
+impl Terms<'_> {
+    fn numbers(&self, (source, destination): (ClassId, ClassId)) -> Option<(u32, u32)> {
+        Some((self.classes.get(source)?, self.classes.get(destination)?))
+    }
+
+    fn decision(&self, verdict: &Verdict) -> Result<Decision, LowerError> {
         let (rule, log) = match verdict.rule {
             Some(rule) => {
                 let log = self.slice.rules.get(&rule).ok_or(LowerError::UnknownRule(rule))?.log;
-                ((self.slot)(rule).ok_or(LowerError::UnknownRule(rule))?, log)
+                (self.slots.slot(rule).ok_or(LowerError::UnknownRule(rule))?, log)
             }
             None => (NO_RULE_SLOT, false),
         };
-        let index = self.decision(Decision {
+        Ok(Decision {
             verdict: if verdict.action == Action::Allow { ALLOW } else { DENY },
             reason: match verdict.reason {
                 Reason::Rule => reason::RULE,
@@ -114,33 +251,23 @@ impl<'a, F: Fn(RuleId) -> Option<u32>> Sets<'a, F> {
             },
             flags: if log { LOG } else { 0 },
             rule,
-        });
-        within("distinct decisions", index as usize + 1, limit::DECISIONS, FEWER_RULES)?;
-        Ok(index)
-    }
-
-    fn decision(&mut self, decision: Decision) -> u32 {
-        self.decisions.intern(decision)
-    }
-}
-
-/// A list without repetitions.
-struct Interned<T> {
-    list: Vec<T>,
-    index: HashMap<T, u32>,
-}
-
-impl<T: Copy + Eq + std::hash::Hash> Interned<T> {
-    fn new() -> Self {
-        Self { list: Vec::new(), index: HashMap::new() }
-    }
-
-    fn intern(&mut self, value: T) -> u32 {
-        *self.index.entry(value).or_insert_with(|| {
-            self.list.push(value);
-            self.list.len() as u32 - 1
         })
     }
+}
+
+fn allows_every_service(cell: &Cell) -> bool {
+    cell.otherwise.action == Action::Allow && cell.entries.iter().all(|entry| entry.verdict.action == Action::Allow)
+}
+
+/// The runs that a page refers to, each once.
+fn runs_of(page: &Page) -> BTreeSet<u32> {
+    let runs = page.tcp.iter().chain(&page.udp).chain([&page.icmp, &page.icmpv6, &page.protocol]);
+    runs.map(|run| u32::from(*run)).collect()
+}
+
+/// The decisions that a run refers to, each once.
+fn decisions_of(ports: &Ports) -> BTreeSet<u32> {
+    ports.decisions.iter().map(|decision| u32::from(*decision)).collect()
 }
 
 /// The decisions of one cell, spread out; only runs that differ from `otherwise` are stored.

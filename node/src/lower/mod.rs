@@ -6,8 +6,10 @@
 //! those read back from the kernel.
 
 mod check;
+mod interned;
 mod matrix;
 mod own;
+mod rows;
 mod show;
 mod slots;
 mod stride;
@@ -20,30 +22,33 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ebpf_common::limit;
 use ebpf_common::table::{Block, Decision, Header, Leaf, Page, Path, Ports};
-use policy::{ClassId, Revision, RuleId, Slice};
+use policy::{ClassId, Map, Revision, RuleId, Slice, Touched};
+
+use self::matrix::{Cells, Terms};
 
 pub use check::TableError;
+pub use rows::Rows;
 pub use show::TableCell;
 pub use slots::RuleSlots;
 pub use walk::Outcome;
 
-/// One copy of the kernel's tables, and whose counter is whose.
+/// One copy of the kernel's tables, and whose counter is whose. Copies share what they have in common.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tables {
     /// The revision that the slice was compiled from; also in `header`.
     pub revision: Revision,
     /// `generation` is 0 here: the switch that puts the tables in force sets it.
     pub header: Header,
-    pub blocks: Vec<Block>,
-    pub paths: Vec<Path>,
-    pub leaves: Vec<Leaf>,
+    pub blocks: Rows<Block>,
+    pub paths: Rows<Path>,
+    pub leaves: Rows<Leaf>,
     /// See [`ebpf_common::table::cell_index`].
-    pub matrix: Vec<u32>,
-    pub pages: Vec<Page>,
-    pub ports: Vec<Ports>,
-    pub decisions: Vec<Decision>,
+    pub matrix: Rows<u32>,
+    pub pages: Rows<Page>,
+    pub ports: Rows<Ports>,
+    pub decisions: Rows<Decision>,
     /// Counter slot of each rule of the slice. Not in the kernel: empty in tables that were read back.
-    pub rule_slots: BTreeMap<RuleId, u32>,
+    pub rule_slots: Map<RuleId, u32>,
 }
 
 /// Why a slice does not become tables. The running tables stay as they are.
@@ -59,37 +64,97 @@ pub enum LowerError {
 
 /// Lowers a slice. `slots` remembers which rule has which counter; on failure it is as it was.
 pub fn lower(slice: &Slice, slots: &mut RuleSlots) -> Result<Tables, LowerError> {
-    let assigned = slots.assigned(slice.rules.keys().copied())?;
-    let entries = own::entries(slice);
-    let classes = Classes::number(&entries);
-    let cells = matrix::lower(slice, &classes, |rule| assigned.slot(rule))?;
-    let strides = stride::lower(slice, &classes, &entries)?;
-    let tables = Tables {
-        revision: slice.revision,
-        header: Header {
-            revision: slice.revision.0,
-            generation: 0,
-            own: classes.own,
-            classes: classes.count(),
-            root_v4: strides.root_v4,
-            root_v6: strides.root_v6,
-            _pad: 0,
-        },
-        blocks: strides.blocks,
-        paths: strides.paths,
-        leaves: strides.leaves,
-        matrix: cells.matrix,
-        pages: cells.pages,
-        ports: cells.ports,
-        decisions: cells.decisions,
-        rule_slots: slice.rules.keys().filter_map(|rule| Some((*rule, assigned.slot(*rule)?))).collect(),
-    };
-    *slots = assigned;
-    Ok(tables)
+    Lowering::default().lower(slice, slots)
+}
+
+/// Lowers one slice after the other, each at the cost of what it changes where it was made from the one before.
+#[derive(Debug, Default)]
+pub struct Lowering(Option<Last>);
+
+/// The slice that was lowered last, and what it became.
+#[derive(Debug)]
+struct Last {
+    slice: Slice,
+    classes: Classes,
+    cells: Cells,
+    tables: Tables,
+}
+
+impl Lowering {
+    /// As [`lower`] does. The tables may be others than a slice that comes first gets, but say the same.
+    pub fn lower(&mut self, slice: &Slice, slots: &mut RuleSlots) -> Result<Tables, LowerError> {
+        // What goes wrong with the former tables is for the whole slice to be asked about.
+        let followed = self.0.take().and_then(|last| last.follow(slice, slots));
+        let (last, assigned) = match followed {
+            Some(followed) => followed,
+            None => Last::new(slice, slots)?,
+        };
+        *slots = assigned;
+        let tables = last.tables.clone();
+        self.0 = Some(last);
+        Ok(tables)
+    }
+}
+
+impl Last {
+    fn new(slice: &Slice, slots: &RuleSlots) -> Result<(Self, RuleSlots), LowerError> {
+        let assigned = slots.assigned(slice.rules.keys().copied())?;
+        let entries = own::entries(slice);
+        let classes = Classes::number(&entries);
+        let cells = Cells::lower(&Terms { slice, classes: &classes, slots: &assigned })?;
+        let strides = stride::lower(slice, &classes, &entries)?;
+        let tables = Tables {
+            revision: slice.revision,
+            header: Header {
+                revision: slice.revision.0,
+                generation: 0,
+                own: classes.own,
+                classes: classes.count(),
+                root_v4: strides.root_v4,
+                root_v6: strides.root_v6,
+                _pad: 0,
+            },
+            blocks: strides.blocks.into(),
+            paths: strides.paths.into(),
+            leaves: strides.leaves.into(),
+            matrix: cells.matrix.clone(),
+            pages: cells.pages(),
+            ports: cells.ports(),
+            decisions: cells.decisions(),
+            rule_slots: assigned.active().clone(),
+        };
+        Ok((Self { slice: slice.clone(), classes, cells, tables }, assigned))
+    }
+
+    /// `None`: the tables are to be made anew.
+    fn follow(mut self, slice: &Slice, slots: &RuleSlots) -> Option<(Self, RuleSlots)> {
+        let touched = Touched::between(&self.slice, slice);
+        if touched.addresses || !self.tables.rule_slots.ptr_eq(slots.active()) {
+            return None;
+        }
+        let (come, gone): (Vec<RuleId>, Vec<RuleId>) =
+            touched.rules.iter().partition(|rule| slice.rules.contains_key(*rule));
+        let assigned = slots.changed(&gone, come.into_iter()).ok()?;
+        let terms = Terms { slice, classes: &self.classes, slots: &assigned };
+        self.cells.follow(&terms, &self.slice, &self.tables.rule_slots, &touched).ok()?;
+        self.tables = Tables {
+            revision: slice.revision,
+            header: Header { revision: slice.revision.0, ..self.tables.header },
+            matrix: self.cells.matrix.clone(),
+            pages: self.cells.pages(),
+            ports: self.cells.ports(),
+            decisions: self.cells.decisions(),
+            rule_slots: assigned.active().clone(),
+            ..self.tables
+        };
+        self.slice = slice.clone();
+        Some((self, assigned))
+    }
 }
 
 /// The slice's classes numbered as the matrix wants them: 0 unknown, then those of the node's own addresses, then the
 /// others.
+#[derive(Debug)]
 struct Classes {
     own: u32,
     numbers: BTreeMap<ClassId, u32>,

@@ -7,7 +7,7 @@ use ebpf_common::packet::{ICMP, ICMPV6, TCP, UDP};
 use ebpf_common::table::Decision;
 use policy::ServiceRange;
 
-use super::Tables;
+use super::{Rows, Tables};
 
 /// What one pair of classes gets.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,12 +94,12 @@ impl Tables {
 /// Lines for each table before the rest is only counted.
 const LINES: usize = 4;
 
-fn compare<T: PartialEq + Debug>(differences: &mut Vec<String>, table: &str, intended: &[T], seen: &[T]) {
+fn compare<T: PartialEq + Debug>(differences: &mut Vec<String>, table: &str, intended: &Rows<T>, seen: &Rows<T>) {
     if intended.len() != seen.len() {
         differences.push(format!("{table}: {} entries in use in the kernel, {} intended", seen.len(), intended.len()));
     }
     let differing: BTreeMap<usize, (&T, &T)> =
-        intended.iter().zip(seen).enumerate().filter(|(_, (a, b))| a != b).collect();
+        intended.iter().zip(seen.iter()).enumerate().filter(|(_, (a, b))| a != b).collect();
     for (index, (intended, seen)) in differing.iter().take(LINES) {
         differences.push(format!("{table}[{index}]: {} in the kernel, {} intended", short(seen), short(intended)));
     }

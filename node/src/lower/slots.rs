@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ebpf_common::limit;
-use policy::RuleId;
+use policy::{Map, RuleId};
 
 use super::{FEWER_RULES, LowerError, within};
 
@@ -18,11 +18,19 @@ use super::{FEWER_RULES, LowerError, within};
 /// and where that is lost reset all rule counters before [`RuleSlots::new`] is used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RuleSlots {
-    active: BTreeMap<RuleId, u32>,
+    active: Map<RuleId, u32>,
     retired: BTreeMap<RuleId, u32>,
     /// Given out with another rule's figures in them.
     stained: BTreeSet<u32>,
+    /// Active or retired.
+    taken: Taken,
 }
+
+/// A bit for each slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Taken([u64; WORDS]);
+
+const WORDS: usize = limit::RULES.div_ceil(u64::BITS) as usize;
 
 impl RuleSlots {
     pub fn new() -> Self {
@@ -32,9 +40,9 @@ impl RuleSlots {
     /// From [`RuleSlots::pairs`]. All are retired until a slice claims them. Pairs that contradict each other or no
     /// map are left out.
     pub fn from_pairs(pairs: impl IntoIterator<Item = (RuleId, u32)>) -> Self {
-        let mut taken = BTreeSet::new();
-        let retired = pairs.into_iter().filter(|(_, slot)| *slot < limit::RULES && taken.insert(*slot)).collect();
-        Self { active: BTreeMap::new(), retired, stained: BTreeSet::new() }
+        let mut taken = Taken::default();
+        let retired = pairs.into_iter().filter(|(_, slot)| *slot < limit::RULES && taken.take(*slot)).collect();
+        Self { active: Map::new(), retired, stained: BTreeSet::new(), taken }
     }
 
     /// Every rule that has a slot, retired ones included.
@@ -61,32 +69,86 @@ impl RuleSlots {
     /// Makes slots that were reset free again.
     pub fn release(&mut self, slots: &[u32]) {
         let slots: BTreeSet<&u32> = slots.iter().collect();
-        self.retired.retain(|_, slot| !slots.contains(slot));
+        for (_, slot) in self.retired.extract_if(.., |_, slot| slots.contains(slot)) {
+            self.taken.give_back(slot);
+        }
         self.stained.retain(|slot| !slots.contains(slot));
+    }
+
+    /// The slots of the rules of the current slice.
+    pub(super) fn active(&self) -> &Map<RuleId, u32> {
+        &self.active
     }
 
     /// As it will be when exactly these rules are in the slice.
     pub(super) fn assigned(&self, rules: impl IntoIterator<Item = RuleId>) -> Result<Self, LowerError> {
         let rules: BTreeSet<RuleId> = rules.into_iter().collect();
-        within("rules", rules.len(), limit::RULES, FEWER_RULES)?;
-        let (mut active, mut retired): (BTreeMap<_, _>, BTreeMap<_, _>) =
-            self.pairs().into_iter().partition(|(rule, _)| rules.contains(rule));
-        let mut stained = self.stained.clone();
-        let taken: BTreeSet<u32> = active.values().chain(retired.values()).copied().collect();
-        let mut free = (0..limit::RULES).filter(|slot| !taken.contains(slot));
-        for rule in rules {
-            if active.contains_key(&rule) {
-                continue;
+        let gone: Vec<RuleId> = self.active.keys().filter(|rule| !rules.contains(rule)).copied().collect();
+        self.changed(&gone, rules.iter().copied())
+    }
+
+    /// As it will be when the slice has lost some rules and has others besides.
+    pub(super) fn changed(&self, gone: &[RuleId], come: impl Iterator<Item = RuleId>) -> Result<Self, LowerError> {
+        let mut next = self.clone();
+        for rule in gone {
+            if let Some(slot) = next.active.remove(rule) {
+                next.retired.insert(*rule, slot);
             }
-            let slot = free.next().or_else(|| {
-                let (_, slot) = retired.pop_first()?;
-                stained.insert(slot);
+        }
+        // Those that return find theirs again before others look for one.
+        let mut new = Vec::new();
+        for rule in come.filter(|rule| !self.active.contains_key(rule)) {
+            match next.retired.remove(&rule) {
+                Some(slot) => drop(next.active.insert(rule, slot)),
+                None => new.push(rule),
+            }
+        }
+        within("rules", next.active.len() + new.len(), limit::RULES, FEWER_RULES)?;
+        for rule in new {
+            let slot = next.taken.take_first().or_else(|| {
+                let (_, slot) = next.retired.pop_first()?;
+                next.stained.insert(slot);
                 Some(slot)
             });
             // There is one: no more rules than slots.
-            active.insert(rule, slot.ok_or(LowerError::UnknownRule(rule))?);
+            next.active.insert(rule, slot.ok_or(LowerError::UnknownRule(rule))?);
         }
-        Ok(Self { active, retired, stained })
+        Ok(next)
+    }
+}
+
+impl Default for Taken {
+    fn default() -> Self {
+        Self([0; WORDS])
+    }
+}
+
+impl Taken {
+    /// Whether the slot was free.
+    fn take(&mut self, slot: u32) -> bool {
+        let (word, bit) = Self::place(slot);
+        let free = self.0[word] & bit == 0;
+        self.0[word] |= bit;
+        free
+    }
+
+    /// The first that is free.
+    fn take_first(&mut self) -> Option<u32> {
+        let word = self.0.iter().position(|word| *word != u64::MAX)?;
+        let slot = word as u32 * u64::BITS + self.0[word].trailing_ones();
+        (slot < limit::RULES).then(|| {
+            self.take(slot);
+            slot
+        })
+    }
+
+    fn give_back(&mut self, slot: u32) {
+        let (word, bit) = Self::place(slot);
+        self.0[word] &= !bit;
+    }
+
+    fn place(slot: u32) -> (usize, u64) {
+        ((slot / u64::BITS) as usize, 1 << (slot % u64::BITS))
     }
 }
 

@@ -14,6 +14,7 @@ use proptest::prelude::*;
 
 use super::{LowerError, RuleSlots, Tables, lower};
 
+mod following;
 mod holders;
 mod laws;
 mod room;

@@ -34,7 +34,8 @@ fn enforced() -> impl Strategy<Value = (Slice, Tables, Vec<Flow>)> {
 }
 
 fn check(slice: &Slice, tables: &Tables) -> Verification {
-    verify(slice, &read_back(tables), &tables.rule_slots)
+    let slots = tables.rule_slots.iter().map(|(rule, slot)| (*rule, *slot)).collect();
+    verify(slice, &read_back(tables), &slots)
 }
 
 proptest! {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::size::{Run, Size, runs};
-use super::{Local, Map, Peer, Slice, SliceRule, Touched};
+use super::{Local, Map, Peer, Room, Slice, SliceRule, Touched};
 use crate::id::{CidrId, CidrName, ClassId, NodeId, RuleId};
 use crate::key::PublicKey;
 use crate::matrix::Cell;
@@ -76,7 +76,7 @@ struct Places {
     classes: BTreeSet<ClassId>,
     own: BTreeSet<ClassId>,
     cidrs: BTreeSet<CidrId>,
-    blocks: usize,
+    room: Room,
     leaves: usize,
 }
 
@@ -173,9 +173,9 @@ impl Tally {
     }
 
     fn size(&self, slice: &Slice) -> Size {
-        let Places { classes, own, blocks, leaves, .. } = &*self.places;
+        let Places { classes, own, room, leaves, .. } = &*self.places;
         Size {
-            blocks: *blocks,
+            room: *room,
             leaves: *leaves,
             cells: Size::cells(own.len(), classes.len()),
             rules: slice.rules.len(),
@@ -250,7 +250,7 @@ impl Places {
             classes: slice.classes(),
             own: slice.own_classes(),
             cidrs: places.iter().map(|(_, cidr)| *cidr).collect(),
-            blocks: slice.blocks(),
+            room: slice.room(),
             leaves: Size::leaves(places.len(), slice.held_leaves()),
         }
     }

@@ -27,7 +27,7 @@ impl Touched {
         let mut both = peers.iter().flat_map(|id| [(old, old.peers.get(id)), (new, new.peers.get(id))]);
         let gateways = both.any(|(slice, peer)| peer.is_some_and(|peer| is_gateway(slice, peer)));
         Self {
-            addresses: local || gateways || old.prefixes != new.prefixes,
+            addresses: local || gateways || !same(&old.prefixes, &new.prefixes),
             peers,
             cidrs: keys(&old.cidrs, &new.cidrs),
             rules: keys(&old.rules, &new.rules),
@@ -36,8 +36,15 @@ impl Touched {
     }
 }
 
+fn same<K: Ord + PartialEq, V: PartialEq>(old: &Map<K, V>, new: &Map<K, V>) -> bool {
+    old.ptr_eq(new) || old == new
+}
+
 /// The keys that one of two maps lacks, or has otherwise. Parts that they share are passed over.
 fn keys<K: Ord + Copy, V: PartialEq>(old: &Map<K, V>, new: &Map<K, V>) -> BTreeSet<K> {
+    if old.ptr_eq(new) {
+        return BTreeSet::new();
+    }
     let key = |item| match item {
         DiffItem::Add(key, _) | DiffItem::Remove(key, _) | DiffItem::Update { new: (key, _), .. } => *key,
     };

@@ -221,7 +221,8 @@ impl Bench<'_> {
         self.lab.datapath.switch(&loaded).expect("switched");
         let read = self.lab.datapath.read_tables().expect("read back");
         assert_eq!(loaded.differences(&read), Vec::<String>::new(), "what was read back");
-        let verification = node::verify::verify(&slice, &read, &tables.rule_slots);
+        let slots = tables.rule_slots.iter().map(|(rule, slot)| (*rule, *slot)).collect();
+        let verification = node::verify::verify(&slice, &read, &slots);
         assert!(loaded != tables || verification.is_equal(), "{verification:?}");
         Enforced { matrix, slice, tables }
     }

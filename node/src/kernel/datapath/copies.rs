@@ -1,6 +1,5 @@
 //! The two copies of the tables: the idle one is written, one word puts it in force, the other follows.
 
-use std::collections::BTreeMap;
 use std::mem::offset_of;
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -19,7 +18,7 @@ use policy::{Generation, Revision};
 use super::mapping::Mapping;
 use super::{map::open, sys};
 use crate::kernel::KernelError;
-use crate::lower::{TableError, Tables};
+use crate::lower::{Rows, TableError, Tables};
 
 /// The pinned tables, with what this process knows of their contents.
 pub(super) struct Copies {
@@ -70,11 +69,16 @@ impl Copies {
 
     /// Puts tables in force.
     pub(super) fn switch(&mut self, tables: &Tables) -> Result<Generation, KernelError> {
-        tables.check().map_err(|error: TableError| {
+        let Control { active, generation } = self.control()?;
+        // Whatever this process wrote was checked before.
+        let checked = match &self.shadows[(active & 1) as usize] {
+            Some(known) => tables.check_after(known),
+            None => tables.check(),
+        };
+        checked.map_err(|error: TableError| {
             KernelError::with("the tables contradict themselves: a bug, nothing was changed", error)
         })?;
         self.settle()?;
-        let Control { active, generation } = self.control()?;
         if self.shadows[(active & 1) as usize].as_deref() == Some(tables) {
             // Asked for again: what the kernel has is not what was written.
             self.shadows = [None, None];
@@ -105,21 +109,22 @@ impl Copies {
     fn fill(&mut self, copy: u32, tables: &Arc<Tables>, generation: u32) {
         let old = self.shadows[copy as usize].take();
         let old = old.as_deref();
-        self.write(copy, offset_of!(TableCopy, blocks), old.map(|old| &*old.blocks), &tables.blocks);
-        self.write(copy, offset_of!(TableCopy, paths), old.map(|old| &*old.paths), &tables.paths);
-        self.write(copy, offset_of!(TableCopy, leaves), old.map(|old| &*old.leaves), &tables.leaves);
-        self.write(copy, offset_of!(TableCopy, matrix), old.map(|old| &*old.matrix), &tables.matrix);
-        self.write(copy, offset_of!(TableCopy, pages), old.map(|old| &*old.pages), &tables.pages);
-        self.write(copy, offset_of!(TableCopy, ports), old.map(|old| &*old.ports), &tables.ports);
-        self.write(copy, offset_of!(TableCopy, decisions), old.map(|old| &*old.decisions), &tables.decisions);
-        self.write(copy, offset_of!(TableCopy, header), None, &[Header { generation, ..tables.header }]);
+        self.write(copy, offset_of!(TableCopy, blocks), old.map(|old| &old.blocks), &tables.blocks);
+        self.write(copy, offset_of!(TableCopy, paths), old.map(|old| &old.paths), &tables.paths);
+        self.write(copy, offset_of!(TableCopy, leaves), old.map(|old| &old.leaves), &tables.leaves);
+        self.write(copy, offset_of!(TableCopy, matrix), old.map(|old| &old.matrix), &tables.matrix);
+        self.write(copy, offset_of!(TableCopy, pages), old.map(|old| &old.pages), &tables.pages);
+        self.write(copy, offset_of!(TableCopy, ports), old.map(|old| &old.ports), &tables.ports);
+        self.write(copy, offset_of!(TableCopy, decisions), old.map(|old| &old.decisions), &tables.decisions);
+        let header = Header { generation, ..tables.header };
+        self.tables.write(place(copy, offset_of!(TableCopy, header)), &[header]);
         self.shadows[copy as usize] = Some(Arc::clone(tables));
     }
 
-    /// Writes what differs from what is there.
-    fn write<T: Pod + PartialEq>(&mut self, copy: u32, table: usize, old: Option<&[T]>, new: &[T]) {
-        let old = old.unwrap_or_default();
-        for (index, value) in new.iter().enumerate().filter(|(index, value)| old.get(*index) != Some(value)) {
+    /// Writes what differs from what is there. Pieces that both share are not looked at.
+    fn write<T: Pod + PartialEq>(&mut self, copy: u32, table: usize, old: Option<&Rows<T>>, new: &Rows<T>) {
+        let differs = |(index, value): &(usize, &T)| old.and_then(|old| old.get(*index)) != Some(*value);
+        for (index, value) in new.unshared(old).filter(differs) {
             self.tables.write(place(copy, table) + index * size_of::<T>(), std::slice::from_ref(value));
         }
     }
@@ -172,14 +177,14 @@ impl Copies {
         Ok(Tables {
             revision: Revision(header.revision),
             header,
-            blocks,
-            paths,
-            leaves,
-            matrix,
-            pages,
-            ports,
-            decisions,
-            rule_slots: BTreeMap::new(),
+            blocks: blocks.into(),
+            paths: paths.into(),
+            leaves: leaves.into(),
+            matrix: matrix.into(),
+            pages: pages.into(),
+            ports: ports.into(),
+            decisions: decisions.into(),
+            rule_slots: policy::Map::new(),
         })
     }
 

@@ -45,7 +45,7 @@ fn a_cell_edited_by_hand_is_found_and_gone_from_both_copies() {
         let other = first.matrix.iter().position(|word| *word != first.matrix[0]).expect("two kinds of cells");
         let copies = &mut datapath.running().unwrap().copies;
         let matrix = place(copies.control().unwrap().active, offset_of!(TableCopy, matrix));
-        copies.tables.write(matrix + other * size_of::<u32>(), &first.matrix[..1]);
+        copies.tables.write(matrix + other * size_of::<u32>(), &[first.matrix[0]]);
         assert_ne!(datapath.differences(&first).unwrap(), [""; 0]);
 
         // As the round does that found it.

@@ -1,0 +1,190 @@
+//! One slice lowered after the other, against each lowered by itself.
+
+use std::collections::BTreeMap;
+
+use ebpf_common::limit;
+use ebpf_common::table::CELL_INDEX;
+
+use super::*;
+use crate::lower::Lowering;
+use crate::verify::verify;
+
+/// What a node keeps that follows.
+struct Follower {
+    slice: Slice,
+    slots: RuleSlots,
+    lowering: Lowering,
+    tables: Tables,
+}
+
+impl Follower {
+    fn new(slice: &Slice) -> Self {
+        let slice = Slice::from_snapshot(slice.to_delta()).expect("a sound slice");
+        let (mut slots, mut lowering) = (RuleSlots::new(), Lowering::default());
+        let tables = lowering.lower(&slice, &mut slots).expect("within limits");
+        Self { slice, slots, lowering, tables }
+    }
+
+    /// Goes on to a slice that the controller would send; the tables before.
+    fn follow(&mut self, next: &Slice) -> Tables {
+        self.slice.apply(self.slice.diff(next)).expect("a sound delta");
+        let tables = self.lowering.lower(&self.slice, &mut self.slots).expect("within limits");
+        std::mem::replace(&mut self.tables, tables)
+    }
+
+    /// Whether the tables say what the slice says, and are no larger than they need be.
+    fn check(&self) -> Result<(), TestCaseError> {
+        let tables = &self.tables;
+        tables.check().expect("whole");
+        let verification = verify(&self.slice, tables, &self.slots.pairs());
+        prop_assert!(verification.is_equal(), "{:?}", verification.differences);
+        let mut slots = self.slots.clone();
+        let fresh = lower(&self.slice, &mut slots).expect("within limits");
+        prop_assert_eq!(&slots, &self.slots, "no rule asks for another counter");
+        prop_assert_eq!(
+            (tables.revision, tables.header, &tables.blocks, &tables.leaves, &tables.rule_slots),
+            (fresh.revision, fresh.header, &fresh.blocks, &fresh.leaves, &fresh.rule_slots)
+        );
+        let used = self.lowering.0.as_ref().expect("it was lowered").cells.used();
+        prop_assert_eq!(used, [fresh.pages.len(), fresh.ports.len(), fresh.decisions.len()], "something is left over");
+        self.check_ends()
+    }
+
+    /// Whoever reads the tables back reads as far as something refers to: that is all there is.
+    fn check_ends(&self) -> Result<(), TestCaseError> {
+        let Tables { matrix, pages, ports, decisions, .. } = &self.tables;
+        let words = |uniform: bool| {
+            let words = matrix.iter().filter(move |word| (**word & UNIFORM != 0) == uniform);
+            words.map(|word| (word & CELL_INDEX) as usize + 1).max().unwrap_or(0)
+        };
+        let runs = pages
+            .iter()
+            .flat_map(|page| page.tcp.iter().chain(&page.udp).chain([&page.icmp, &page.icmpv6, &page.protocol]));
+        let runs = runs.max().map_or(0, |run| usize::from(*run) + 1);
+        let last = ports.iter().flat_map(|run| &run.decisions).max().map_or(1, |one| usize::from(*one) + 1);
+        prop_assert_eq!((pages.len(), ports.len(), decisions.len()), (words(false), runs, last.max(words(true))));
+        Ok(())
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Breaks if a node that follows the policy enforces something else than one that begins with it.
+    #[test]
+    fn followed_tables_say_what_the_slice_says((mut network, changes) in arbitrary::history(12)) {
+        let mut followers: BTreeMap<NodeId, Follower> = BTreeMap::new();
+        for change in changes {
+            let _refused = network.apply(&change);
+            let matrix = Matrix::compile(&network).expect("within limits");
+            for node in network.nodes().keys().take(2) {
+                let held = followers.remove(node);
+                let previous = held.as_ref().map(|held| &held.slice);
+                let Some(slice) = matrix.slice(&network, Revision(8), *node, previous) else { continue };
+                let follower = match held {
+                    Some(mut held) => {
+                        let before = held.follow(&slice);
+                        held.tables.check_after(&before).expect("whole");
+                        held.slots.release(&held.slots.retired());
+                        held
+                    }
+                    None => Follower::new(&slice),
+                };
+                follower.check()?;
+                followers.insert(*node, follower);
+            }
+        }
+    }
+}
+
+/// Breaks if a rule between two known ends costs more than its cells.
+#[test]
+fn a_rule_that_comes_and_goes_leaves_addresses_alone_and_nothing_behind() {
+    let mut network = small();
+    apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
+    let node = node(&network);
+    let mut follower = Follower::new(&slice_of(&network, node, None));
+    let before = follower.tables.clone();
+    for turn in 0..3 {
+        apply(&mut network, allow("r2", "cidr:db", "cidr:web", "udp/53"));
+        follower.follow(&slice_of(&network, node, Some(&follower.slice)));
+        follower.check().expect("equal");
+        assert!(follower.tables.blocks.is_same(&before.blocks) && follower.tables.leaves.is_same(&before.leaves));
+        assert_eq!(follower.tables.pages.len(), 2, "turn {turn}");
+        apply(&mut network, Change::DeleteRule { name: "r2".parse().expect("a name") });
+        follower.follow(&slice_of(&network, node, Some(&follower.slice)));
+        follower.check().expect("equal");
+        assert_eq!(
+            (&follower.tables.matrix, &follower.tables.pages, &follower.tables.ports, &follower.tables.decisions),
+            (&before.matrix, &before.pages, &before.ports, &before.decisions)
+        );
+        follower.slots.release(&follower.slots.retired());
+    }
+}
+
+/// Breaks if a rule that is reported from now on is not, or takes a place of its own.
+#[test]
+fn a_rule_that_is_reported_keeps_its_decision() {
+    let mut network = small();
+    for (name, service) in [("r1", "tcp/443"), ("r2", "any")] {
+        apply(&mut network, allow(name, "cidr:web", "cidr:db", service));
+    }
+    let mut follower = Follower::new(&slice_of(&network, node(&network), None));
+    let decisions = follower.tables.decisions.len();
+    let mut next = follower.slice.clone();
+    for log in [true, false] {
+        let id = *next.rules.keys().next().expect("two rules");
+        next.rules.get_mut(&id).expect("it is there").log = log;
+        let before = follower.follow(&next);
+        follower.check().expect("equal");
+        assert_eq!((&follower.tables.matrix, follower.tables.decisions.len()), (&before.matrix, decisions));
+        assert_ne!(follower.tables.decisions, before.decisions);
+    }
+}
+
+/// Breaks if a slice that no controller sends, whose cells are decided by rules that it does not have, becomes tables.
+#[test]
+fn a_rule_that_is_gone_and_still_decides_is_refused() {
+    let mut network = small();
+    apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
+    let mut follower = Follower::new(&slice_of(&network, node(&network), None));
+    let mut broken = follower.slice.clone();
+    broken.rules.clear();
+    let (rule, slots) = (*follower.slice.rules.keys().next().expect("one rule"), follower.slots.clone());
+    assert_eq!(follower.lowering.lower(&broken, &mut follower.slots), Err(LowerError::UnknownRule(rule)));
+    assert_eq!(follower.slots, slots);
+    // And what comes after it is lowered as if nothing had happened.
+    follower.follow(&slice_of(&network, node(&network), Some(&follower.slice)));
+    follower.check().expect("equal");
+}
+
+/// Breaks if tables that lost what others refer to pass because the others are known.
+#[test]
+fn what_is_shared_is_not_sound_where_what_it_refers_to_is_gone() {
+    let mut network = small();
+    apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
+    let whole = lowered(&slice_of(&network, node(&network), None));
+    whole.check_after(&whole).expect("whole");
+    type Break = fn(&mut Tables);
+    let breaks: [(&str, Break); 6] = [
+        ("MATRIX", |tables| {
+            tables.pages.pop();
+        }),
+        ("PAGES", |tables| {
+            tables.ports.pop();
+        }),
+        ("PORTS", |tables| {
+            tables.decisions.pop();
+        }),
+        ("BLOCKS", |tables| {
+            tables.leaves.pop();
+        }),
+        ("MATRIX", |tables| tables.matrix[1] = limit::PAGES - 1),
+        ("HEADER", |tables| tables.header.root_v4 = u32::MAX),
+    ];
+    for (table, break_it) in breaks {
+        let mut broken = whole.clone();
+        break_it(&mut broken);
+        assert_eq!(broken.check_after(&whole).expect_err(table).table, table);
+    }
+}
