@@ -97,8 +97,8 @@ fn know(hook: &impl Hook, case: &mut Case) -> Result<Known, u8> {
     }
     let Some(tables) = TABLES.get(case.copy) else { return Err(reason::CORRUPT_TABLE) };
     let (source, destination) = (case.packet.source, case.packet.destination);
-    let family = case.packet.family;
-    let (source, destination) = (lookup(tables, source, family), lookup(tables, destination, family));
+    let (copy, family) = (active, case.packet.family);
+    let (source, destination) = (lookup(tables, copy, source, family), lookup(tables, copy, destination, family));
     let (Some(source), Some(destination)) = (source, destination) else { return Err(reason::CORRUPT_TABLE) };
     (case.source_cidr, case.destination_cidr) = (source.cidr, destination.cidr);
     let (own, other) = if direction() == EGRESS { (source, destination) } else { (destination, source) };
@@ -192,7 +192,10 @@ fn is_related(hook: &impl Hook, case: &Case, holder: u32) -> bool {
     let direct = quoted.destination == case.packet.source;
     if !direct {
         let Some(tables) = TABLES.get(case.copy) else { return false };
-        let Some(target) = lookup(tables, quoted.destination, quoted.family) else { return false };
+        let [high, low] = quoted.destination.0;
+        let Some(target) = entry(&tables.leaves, find_leaf(case.copy, high, low, quoted.family.into())) else {
+            return false;
+        };
         if direction() == EGRESS {
             if target.flags & LOCAL == 0 {
                 return false;
@@ -213,14 +216,12 @@ fn is_related(hook: &impl Hook, case: &Case, holder: u32) -> bool {
 
 /// What the tables know of an address; `None` where they contradict themselves.
 #[inline(always)]
-fn lookup(tables: &TableCopy, address: Address, family: u8) -> Option<Leaf> {
+fn lookup(tables: &TableCopy, copy: u32, address: Address, family: u8) -> Option<Leaf> {
     let leaf = if family == 4 {
+        // In line: a call costs as much as the walk, where returns are guarded against speculation.
         find_leaf_v4(tables, address.0[1])
-    } else if address.is_v4() {
-        // The tables write IPv4 addresses like this; no IPv6 packet may speak for one of them.
-        UNKNOWN
     } else {
-        find_leaf_v6(tables, address.0[0], address.0[1])
+        find_leaf_v6(copy, address.0[0], address.0[1])
     };
     entry(&tables.leaves, leaf).copied()
 }
@@ -228,22 +229,45 @@ fn lookup(tables: &TableCopy, address: Address, family: u8) -> Option<Leaf> {
 /// The leaf of an IPv4 address, by strides of 8 bits. The upper half of the address is that of all.
 #[inline(always)]
 fn find_leaf_v4(tables: &TableCopy, low: u64) -> u32 {
-    walk(tables, tables.header.root_v4, move |_| low.to_le(), move |path| low & path.mask.0[1] == path.prefix.0[1])
+    let follows = move |path: &Path| low & path.mask.0[1] == path.prefix.0[1];
+    walk::<{ limit::STEPS_V4 }>(tables, tables.header.root_v4, move |_| low.to_le(), follows)
 }
 
-/// The leaf of an IPv6 address.
-#[inline(always)]
-fn find_leaf_v6(tables: &TableCopy, high: u64, low: u64) -> u32 {
+/// The leaf of an IPv6 address. Checked once by the verifier, and not once a call: the walk is long.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn find_leaf_v6(copy: u32, high: u64, low: u64) -> u32 {
+    let address = Address([high, low]);
+    let Some(tables) = TABLES.get(copy) else { return CORRUPT };
+    if address.is_v4() {
+        // The tables write IPv4 addresses like this; no IPv6 packet may speak for one of them.
+        return UNKNOWN;
+    }
     let word = move |bit: u32| if bit & 64 == 0 { high.to_le() } else { low.to_le() };
-    walk(tables, tables.header.root_v6, word, |path| matches(Address([high, low]), path.mask, path.prefix))
+    walk::<{ limit::STEPS_V6 }>(tables, tables.header.root_v6, word, |path| matches(address, path.mask, path.prefix))
+}
+
+/// As [`lookup`] does, where it is not asked of every packet.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn find_leaf(copy: u32, high: u64, low: u64, family: u32) -> u32 {
+    if family != 4 {
+        return find_leaf_v6(copy, high, low);
+    }
+    TABLES.get(copy).map_or(CORRUPT, |tables| find_leaf_v4(tables, low))
 }
 
 /// From entry to entry to a leaf. `word`: the half of the address that has a bit; `follows`: whether the address goes along
 /// a path.
 #[inline(always)]
-fn walk(tables: &TableCopy, root: u32, word: impl Fn(u32) -> u64, follows: impl Fn(&Path) -> bool) -> u32 {
+fn walk<const STEPS: u32>(
+    tables: &TableCopy,
+    root: u32,
+    word: impl Fn(u32) -> u64,
+    follows: impl Fn(&Path) -> bool,
+) -> u32 {
     let mut next = root;
-    for _ in 0..limit::STEPS {
+    for _ in 0..STEPS {
         if next & BLOCK != 0 {
             let block = &tables.blocks[(next >> BLOCK_SHIFT) as usize & (tables.blocks.len() - 1)];
             next = block.entries[usize::from(word(next).wrapping_shr(next) as u8)];
@@ -263,7 +287,7 @@ fn walk(tables: &TableCopy, root: u32, word: impl Fn(u32) -> u64, follows: impl 
 pub fn is_allowed(copy: u32, direction: u32, ends: &[Address; 2], family: u8, service: u32) -> bool {
     let Some(tables) = TABLES.get(copy) else { return false };
     let [source, destination] = *ends;
-    let (source, destination) = (lookup(tables, source, family), lookup(tables, destination, family));
+    let (source, destination) = (lookup(tables, copy, source, family), lookup(tables, copy, destination, family));
     let (Some(source), Some(destination)) = (source, destination) else { return false };
     let (own, other) = if direction == EGRESS { (source, destination) } else { (destination, source) };
     other.class != 0 && find_decision(tables, direction, own.class, other.class, service).is_some_and(Decision::allows)

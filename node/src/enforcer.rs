@@ -16,7 +16,7 @@ use crate::controller::{self, Enforced};
 use crate::guard;
 use crate::kernel::{Device, Inspect, KernelError, Link, PeerConfig, WireGuard};
 use crate::key::PrivateKey;
-use crate::lower::{RuleSlots, Tables, lower};
+use crate::lower::{Lowering, RuleSlots, Tables};
 use crate::reconcile::holders;
 use crate::reconcile::{Desired, Holders, Kernel, Observed, Outcome, Step, apply, plan};
 use crate::state::{self, State};
@@ -98,6 +98,7 @@ pub struct Enforcer {
     pub verifications: verification::Record,
     /// Whether the tables were found to be other than they should be, and are to be written anew.
     tables_wrong: bool,
+    lowering: Lowering,
     key: PrivateKey,
     state_dir: PathBuf,
     listen_port: u16,
@@ -105,6 +106,8 @@ pub struct Enforcer {
     persistent_keepalive: Option<Duration>,
     holders: Holders,
     time: u64,
+    /// Whether tables were switched since a round last told of it.
+    switched: bool,
     /// Whether what is in force is not on disk yet.
     unsaved: bool,
     /// Whether the rule counters hold figures of rules that nobody remembers.
@@ -161,7 +164,8 @@ impl Handle {
 }
 
 impl Enforcer {
-    fn new(setup: Setup, enforced: watch::Sender<Enforced>, names: watch::Sender<Arc<Names>>) -> Self {
+    /// Does nothing by itself: the thread that [`start`] starts calls it.
+    pub fn new(setup: Setup, enforced: watch::Sender<Enforced>, names: watch::Sender<Arc<Names>>) -> Self {
         let Setup {
             wireguard,
             link,
@@ -192,6 +196,7 @@ impl Enforcer {
             attached: false,
             verifications: verification::Record::default(),
             tables_wrong: false,
+            lowering: Lowering::default(),
             key,
             state_dir,
             listen_port,
@@ -199,6 +204,7 @@ impl Enforcer {
             persistent_keepalive,
             holders,
             time,
+            switched: false,
             unsaved: false,
             rounds: 0,
             enforced,
@@ -215,12 +221,7 @@ impl Enforcer {
                 Ok(Command::Ask(question)) => question(self),
                 Ok(Command::Enforce(slice)) => {
                     self.enforce(slice);
-                    if let Err(error) = self.datapath.settle() {
-                        tracing::debug!(
-                            error = apply::chain(&error),
-                            "the copy that went cannot be brought up to date yet"
-                        );
-                    }
+                    self.settle();
                     next_round = Instant::now() + self.pause(interval);
                 }
                 Err(RecvTimeoutError::Timeout) => {}
@@ -236,6 +237,13 @@ impl Enforcer {
                 }
                 next_collection = Instant::now() + COLLECT;
             }
+        }
+    }
+
+    /// Makes ready for the next change, once one is in force.
+    pub fn settle(&mut self) {
+        if let Err(error) = self.datapath.settle() {
+            tracing::debug!(error = apply::chain(&error), "the copy that went cannot be brought up to date yet");
         }
     }
 
@@ -267,26 +275,44 @@ impl Enforcer {
         if self.stale_counters {
             self.reset_stale_counters();
         }
-        let tables = match lower(&slice, &mut self.slots) {
+        let tables = match self.lowering.lower(&slice, &mut self.slots) {
             Ok(tables) => tables,
             Err(error) => return self.refuse(revision, format!("revision {revision} cannot be put in force: {error}")),
         };
         (self.refused, self.outdated) = (None, None);
-        let holders = holders::holders(&slice, self.key.public());
-        let mut changed_holder = holders::changed(&self.holders, &holders);
-        let mut fresh_endpoints = fresh_endpoints(self.intent.as_ref().map(|intent| &*intent.slice), &slice);
-        if let Some(old) = &self.intent {
-            // What an earlier round still owes.
-            changed_holder.extend(&old.changed_holder);
-            fresh_endpoints.extend(&old.fresh_endpoints);
+        match self.intent.take() {
+            // The rest is as it was, as far as anybody knows: the tables need not wait until it was looked at.
+            Some(old) if old.settled && self.attached && same_peers(&old.slice, &slice) => {
+                let generation = self.switch_ahead(&tables);
+                self.intent = Some(Intent { slice, tables, generation, settled: false, ..old });
+            }
+            old => self.intend(old, slice, tables),
         }
-        self.holders = holders::remembered(&self.holders, holders);
-        self.intent = Some(Intent { slice, tables, generation: None, settled: false, fresh_endpoints, changed_holder });
         self.round();
         if self.stale_counters {
             // Another version's programs were in force, whose counters were only now taken over.
             self.reset_stale_counters();
         }
+    }
+
+    /// Nothing but the policy changes. What goes wrong here the round tries again, and reports.
+    fn switch_ahead(&mut self, tables: &Tables) -> Option<Generation> {
+        let generation = self.datapath.switch(tables).ok();
+        self.switched |= generation.is_some();
+        generation
+    }
+
+    fn intend(&mut self, old: Option<Intent>, slice: Arc<Slice>, tables: Tables) {
+        let holders = holders::holders(&slice, self.key.public());
+        let mut changed_holder = holders::changed(&self.holders, &holders);
+        let mut fresh_endpoints = fresh_endpoints(old.as_ref().map(|intent| &*intent.slice), &slice);
+        if let Some(old) = old {
+            // What an earlier round still owes.
+            changed_holder.extend(old.changed_holder);
+            fresh_endpoints.extend(old.fresh_endpoints);
+        }
+        self.holders = holders::remembered(&self.holders, holders);
+        self.intent = Some(Intent { slice, tables, generation: None, settled: false, fresh_endpoints, changed_holder });
     }
 
     fn refuse(&mut self, revision: Revision, error: String) {
@@ -320,7 +346,7 @@ impl Enforcer {
                 (self.reconcile(&observed), observed.device)
             }
             Err(error) => {
-                self.conclude(Some(apply::chain(&error)), settled, false);
+                self.conclude(Some(apply::chain(&error)), settled);
                 return None;
             }
         };
@@ -333,9 +359,9 @@ impl Enforcer {
                 tracing::warn!(%step, kind = step.kind(), "drift repaired");
             }
         }
-        let switched = outcome.generation.is_some();
+        self.switched |= outcome.generation.is_some();
         self.note(&outcome);
-        self.conclude(outcome.error(), settled, switched);
+        self.conclude(outcome.error(), settled);
         device
     }
 
@@ -411,7 +437,7 @@ impl Enforcer {
             intent.fresh_endpoints.clear();
         }
         intent.settled = outcome.is_complete();
-        if outcome.generation.is_some() {
+        if self.switched {
             self.release_slots();
         }
     }
@@ -438,7 +464,8 @@ impl Enforcer {
     }
 
     /// Tells everybody how it stands; a new policy is on disk before it is acknowledged.
-    fn conclude(&mut self, mut error: Option<String>, was_settled: bool, switched: bool) {
+    fn conclude(&mut self, mut error: Option<String>, was_settled: bool) {
+        let switched = std::mem::take(&mut self.switched);
         self.unsaved |= switched;
         if self.unsaved && self.intent.as_ref().is_some_and(|intent| intent.generation.is_some()) {
             let stored = self.store();
@@ -563,6 +590,11 @@ fn fresh_endpoints(old: Option<&Slice>, new: &Slice) -> BTreeSet<PublicKey> {
         .filter(|peer| peer.endpoint.is_some() && known.get(&peer.public_key) != Some(&peer.endpoint))
         .map(|peer| peer.public_key)
         .collect()
+}
+
+/// Whether two slices ask for the same interface, and differ in what the tables say at most.
+fn same_peers(old: &Slice, new: &Slice) -> bool {
+    old.local == new.local && (old.peers.ptr_eq(&new.peers) || old.peers == new.peers)
 }
 
 #[cfg(test)]

@@ -123,18 +123,48 @@ fn a_refused_step_is_reported_and_the_next_round_reports_that_it_is_done() {
     let mut node = Node::new();
     let network = fixture::network();
     node.enforcer.enforce(fixture::slice(&network, "web1", 5, None));
-    node.kernel.fail_after(0);
+    node.kernel.world().refuse = Some("switch");
     node.enforcer.enforce(fixture::slice(&network, "web1", 6, None));
     let enforced = node.enforced.borrow().clone();
     assert_eq!(enforced.revision, Revision(6));
     assert!(enforced.error.unwrap().contains("switch the tables to revision 6"));
     assert_eq!(node.state().unwrap().revision, Revision(5), "what is not in force is not kept");
     assert_eq!(node.enforcer.pause(Duration::from_secs(2)), RETRY);
-    node.kernel.world().fail_at = None;
+    node.kernel.world().refuse = None;
     node.enforcer.round();
     assert_eq!(*node.enforced.borrow(), Enforced { revision: Revision(6), generation: Generation(2), error: None });
     assert_eq!(node.state().unwrap().revision, Revision(6));
     assert!(node.enforcer.repairs.is_empty(), "trying again is no drift");
+}
+
+/// Breaks if the policy waits for the rest of the interface, which may take long to read.
+#[test]
+fn a_change_of_the_policy_alone_is_in_force_before_the_rest_is_looked_at() {
+    let mut node = Node::new();
+    let mut network = fixture::network();
+    let before = fixture::slice(&network, "web1", 5, None);
+    node.enforcer.enforce(Arc::clone(&before));
+    fixture::allow(&mut network, "more", "cidr:web", "cidr:app", "udp/53");
+    let after = fixture::slice(&network, "web1", 6, Some(&before));
+    assert!(same_peers(&before, &after) && before.cells != after.cells);
+    // What is repaired before tables are switched in a round.
+    node.kernel.world().barriers.clear();
+    node.kernel.take_steps();
+    node.enforcer.enforce(Arc::clone(&after));
+    let steps = node.kernel.take_steps();
+    assert!(steps[0].starts_with("switch") && steps.len() > 1, "{steps:?}");
+    assert_eq!(steps.iter().filter(|step| step.starts_with("switch")).count(), 1, "{steps:?}");
+    assert_eq!(*node.enforced.borrow(), Enforced { revision: Revision(6), generation: Generation(2), error: None });
+    assert_eq!(node.state().as_ref(), Some(&*after));
+
+    // With another peer, what is withdrawn goes first.
+    network.apply(&Change::DeleteRule { name: "web-to-app".parse().unwrap() }).unwrap();
+    network.apply(&Change::DeleteRule { name: "more".parse().unwrap() }).unwrap();
+    let last = fixture::slice(&network, "web1", 7, Some(&after));
+    assert!(!same_peers(&after, &last));
+    node.enforcer.enforce(last);
+    let steps = node.kernel.take_steps();
+    assert!(!steps[0].starts_with("switch") && steps.iter().any(|step| step.starts_with("switch")), "{steps:?}");
 }
 
 #[test]

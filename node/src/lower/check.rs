@@ -73,8 +73,8 @@ impl Tables {
 
     fn check_strides(&self) -> Result<(), TableError> {
         let mut seen = Seen { blocks: vec![false; self.blocks.len()], paths: vec![false; self.paths.len()] };
-        for root in [self.header.root_v4, self.header.root_v6] {
-            self.check_entry(&mut seen, ("HEADER", 0), root, 0, 0)?;
+        for (root, steps) in [(self.header.root_v4, limit::STEPS_V4), (self.header.root_v6, limit::STEPS_V6)] {
+            self.check_entry(&mut seen, ("HEADER", 0), root, 0, steps)?;
         }
         if self.leaves.first() != Some(&Leaf::default()) {
             return Err(error("LEAVES", 0, "is not the unknown one"));
@@ -92,7 +92,7 @@ impl Tables {
         Ok(())
     }
 
-    /// What `of` refers to, `steps` from the root, where blocks must look at byte `position` or further right: so a walk
+    /// What `of` refers to, with `steps` left, where blocks must look at byte `position` or further right: so a walk
     /// ends. Whatever has a place in the tree has one.
     fn check_entry(
         &self,
@@ -103,7 +103,7 @@ impl Tables {
         steps: u32,
     ) -> Result<(), TableError> {
         let refuse = |what: &str| Err(error(of.0, of.1, format!("refers to {what}")));
-        if steps >= limit::STEPS {
+        if steps == 0 {
             return refuse("what is more steps away than a walk has");
         }
         let place = |seen: &mut [bool], index| seen.get_mut(index).is_some_and(|seen| !std::mem::replace(seen, true));
@@ -120,7 +120,7 @@ impl Tables {
             for next in self.blocks[index].entries {
                 // Most are leaves.
                 if next & (BLOCK | PATH) != 0 || next as usize >= self.leaves.len() {
-                    self.check_entry(seen, ("BLOCKS", index), next, at + 1, steps + 1)?;
+                    self.check_entry(seen, ("BLOCKS", index), next, at + 1, steps - 1)?;
                 }
             }
         } else if entry & PATH != 0 {
@@ -132,8 +132,8 @@ impl Tables {
             if [0, 1].iter().any(|word| prefix.0[*word] & !mask.0[*word] != 0) {
                 return Err(error("PATHS", index, "has bits outside its mask, so that nothing follows it"));
             }
-            self.check_entry(seen, ("PATHS", index), inside, position, steps + 1)?;
-            self.check_entry(seen, ("PATHS", index), outside, position, steps + 1)?;
+            self.check_entry(seen, ("PATHS", index), inside, position, steps - 1)?;
+            self.check_entry(seen, ("PATHS", index), outside, position, steps - 1)?;
         } else if entry as usize >= self.leaves.len() {
             return refuse(&format!("leaf {entry}, which is not there"));
         }

@@ -71,14 +71,14 @@ impl Tables {
 
     /// Class, cidr and holder of an address. `None`: the tables are corrupt.
     pub fn leaf(&self, address: IpAddr) -> Option<Leaf> {
-        let mut entry = match address {
-            IpAddr::V4(_) => self.header.root_v4,
+        let (mut entry, steps) = match address {
+            IpAddr::V4(_) => (self.header.root_v4, limit::STEPS_V4),
             // The tables write IPv4 addresses like this; no IPv6 packet may speak for one of them.
-            IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => UNKNOWN,
-            IpAddr::V6(_) => self.header.root_v6,
+            IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => (UNKNOWN, 1),
+            IpAddr::V6(_) => (self.header.root_v6, limit::STEPS_V6),
         };
         let address = Address::from(address);
-        for _ in 0..limit::STEPS {
+        for _ in 0..steps {
             if entry & BLOCK != 0 {
                 let (index, position) = block_of(entry);
                 entry = self.blocks.get(index as usize)?.entries[usize::from(address.octet(position))];

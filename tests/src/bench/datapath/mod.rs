@@ -5,6 +5,7 @@ mod lookup;
 mod program;
 mod receive;
 mod receiver;
+mod timed;
 pub(in crate::bench) mod traffic;
 pub(in crate::bench) mod tunnel;
 mod whole;
