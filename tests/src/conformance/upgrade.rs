@@ -310,6 +310,11 @@ pub fn knows_version_3(lab: &mut Lab) {
     fs::rename(version(lab, ABI_VERSION), version(lab, 3)).expect("renamed");
     let maps = folder(lab, 3).join("maps");
     replace_pairs(&maps, &pairs);
+    // The tables were maps of their own, of which one began with the revision.
+    let mut header = [0; 256];
+    header[..8].copy_from_slice(&lab.revision.to_ne_bytes());
+    fs::rename(maps.join("TABLES"), maps.join("HEADER")).expect("renamed");
+    replace_at(&maps.join("HEADER"), &[header; 2]);
     let layout = serde_json::json!({
         "reasons": [
             "rule", "lineage", "reply", "icmp-error", "deny-rule", "no-rule", "unknown-source", "unknown-destination",
