@@ -85,7 +85,7 @@ fn open(case: &Case, decision: u64) -> u32 {
         lose(LOSS_FLOW_QUOTA);
         return 0;
     }
-    let flow = Flow {
+    let flow = &Flow {
         opened: now,
         seen: now,
         packets: 1,
@@ -100,10 +100,11 @@ fn open(case: &Case, decision: u64) -> u32 {
         _pad: 0,
         behind: case.behind,
     };
-    let key = case.packet.key().to_words();
-    if FLOWS.insert(&key, &flow, BPF_NOEXIST.into()).is_ok() {
+    // By reference: each copy would take its place on the stack.
+    let key = &case.packet.key().to_words();
+    if FLOWS.insert(key, flow, BPF_NOEXIST.into()).is_ok() {
         count(opened);
-    } else if FLOWS.insert(&key, &flow, BPF_EXIST.into()).is_err() {
+    } else if FLOWS.insert(key, flow, BPF_EXIST.into()).is_err() {
         // What was there before, idle, is counted already.
         lose(LOSS_FLOW);
     }

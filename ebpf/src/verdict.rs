@@ -97,9 +97,9 @@ fn know(hook: &impl Hook, case: &mut Case) -> Result<Known, u8> {
     }
     let Some(tables) = TABLES.get(case.copy) else { return Err(reason::CORRUPT_TABLE) };
     let (source, destination) = (case.packet.source, case.packet.destination);
-    let (copy, family) = (active, case.packet.family);
-    let (source, destination) = (lookup(tables, copy, source, family), lookup(tables, copy, destination, family));
-    let (Some(source), Some(destination)) = (source, destination) else { return Err(reason::CORRUPT_TABLE) };
+    let Some([source, destination]) = lookup(tables, active, [source, destination], case.packet.family) else {
+        return Err(reason::CORRUPT_TABLE);
+    };
     (case.source_cidr, case.destination_cidr) = (source.cidr, destination.cidr);
     let (own, other) = if direction() == EGRESS { (source, destination) } else { (destination, source) };
     if own.flags & LOCAL == 0 {
@@ -150,7 +150,12 @@ fn judge_headless(case: &mut Case) -> u8 {
 /// Rules, then replies.
 #[inline(always)]
 fn judge_flow(case: &mut Case) -> u8 {
-    let decision = Decision(decide_for(case, direction(), case.packet.destination_port));
+    let Some(tables) = TABLES.get(case.copy) else { return reason::CORRUPT_TABLE };
+    let service = u32::from(case.packet.protocol) << 16 | u32::from(case.packet.destination_port);
+    // In line, as above.
+    let Some(decision) = find_decision(tables, direction(), case.own, case.other, service) else {
+        return reason::CORRUPT_TABLE;
+    };
     if decision.allows() {
         case.rule = decision.rule();
         case.log = decision.has(Decision::LOG);
@@ -214,16 +219,18 @@ fn is_related(hook: &impl Hook, case: &Case, holder: u32) -> bool {
     flow::is_allowed(case, &quoted, own_class, other_class, direct)
 }
 
-/// What the tables know of an address; `None` where they contradict themselves.
+/// What the tables know of the ends of a packet; `None` where they contradict themselves.
 #[inline(always)]
-fn lookup(tables: &TableCopy, copy: u32, address: Address, family: u8) -> Option<Leaf> {
-    let leaf = if family == 4 {
+fn lookup(tables: &TableCopy, copy: u32, ends: [Address; 2], family: u8) -> Option<[Leaf; 2]> {
+    let [source, destination] = ends.map(|end| end.0);
+    let (source, destination) = if family == 4 {
         // In line: a call costs as much as the walk, where returns are guarded against speculation.
-        find_leaf_v4(tables, address.0[1])
+        (find_leaf_v4(tables, source[1]), find_leaf_v4(tables, destination[1]))
     } else {
-        find_leaf_v6(copy, address.0[0], address.0[1])
+        let both = find_leaves_v6(copy, source[0], source[1], destination[0], destination[1]);
+        (both as u32, (both >> 32) as u32)
     };
-    entry(&tables.leaves, leaf).copied()
+    Some([*entry(&tables.leaves, source)?, *entry(&tables.leaves, destination)?])
 }
 
 /// The leaf of an IPv4 address, by strides of 8 bits. The upper half of the address is that of all.
@@ -233,12 +240,10 @@ fn find_leaf_v4(tables: &TableCopy, low: u64) -> u32 {
     walk::<{ limit::STEPS_V4 }>(tables, tables.header.root_v4, move |_| low.to_le(), follows)
 }
 
-/// The leaf of an IPv6 address. Checked once by the verifier, and not once a call: the walk is long.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn find_leaf_v6(copy: u32, high: u64, low: u64) -> u32 {
+/// The leaf of an IPv6 address.
+#[inline(always)]
+fn find_leaf_v6(tables: &TableCopy, high: u64, low: u64) -> u32 {
     let address = Address([high, low]);
-    let Some(tables) = TABLES.get(copy) else { return CORRUPT };
     if address.is_v4() {
         // The tables write IPv4 addresses like this; no IPv6 packet may speak for one of them.
         return UNKNOWN;
@@ -247,14 +252,22 @@ extern "C" fn find_leaf_v6(copy: u32, high: u64, low: u64) -> u32 {
     walk::<{ limit::STEPS_V6 }>(tables, tables.header.root_v6, word, |path| matches(address, path.mask, path.prefix))
 }
 
-/// As [`lookup`] does, where it is not asked of every packet.
+/// The leaves of two IPv6 addresses, the first in the lower half. Checked once by the verifier, and not along each path
+/// that leads here: the walks are long.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn find_leaves_v6(copy: u32, high: u64, low: u64, other_high: u64, other_low: u64) -> u64 {
+    let Some(tables) = TABLES.get(copy) else { return u64::MAX };
+    let (one, other) = (find_leaf_v6(tables, high, low), find_leaf_v6(tables, other_high, other_low));
+    u64::from(other) << 32 | u64::from(one)
+}
+
+/// The leaf of one address, where it is not asked of every packet.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn find_leaf(copy: u32, high: u64, low: u64, family: u32) -> u32 {
-    if family != 4 {
-        return find_leaf_v6(copy, high, low);
-    }
-    TABLES.get(copy).map_or(CORRUPT, |tables| find_leaf_v4(tables, low))
+    let Some(tables) = TABLES.get(copy) else { return CORRUPT };
+    if family == 4 { find_leaf_v4(tables, low) } else { find_leaf_v6(tables, high, low) }
 }
 
 /// From entry to entry to a leaf. `word`: the half of the address that has a bit; `follows`: whether the address goes along
@@ -286,9 +299,7 @@ fn walk<const STEPS: u32>(
 #[inline(always)]
 pub fn is_allowed(copy: u32, direction: u32, ends: &[Address; 2], family: u8, service: u32) -> bool {
     let Some(tables) = TABLES.get(copy) else { return false };
-    let [source, destination] = *ends;
-    let (source, destination) = (lookup(tables, copy, source, family), lookup(tables, copy, destination, family));
-    let (Some(source), Some(destination)) = (source, destination) else { return false };
+    let Some([source, destination]) = lookup(tables, copy, *ends, family) else { return false };
     let (own, other) = if direction == EGRESS { (source, destination) } else { (destination, source) };
     other.class != 0 && find_decision(tables, direction, own.class, other.class, service).is_some_and(Decision::allows)
 }

@@ -138,7 +138,7 @@ pub const BIT: u32 = 0x78;
 
 /// The entry of a block that reads byte `position` (0-15) of the address.
 pub const fn block_entry(index: u32, position: u32) -> u32 {
-    BLOCK | index << BLOCK_SHIFT | position * 8
+    BLOCK | index << BLOCK_SHIFT | (position * 8)
 }
 
 /// Index of the block in an entry that has [`BLOCK`], and the byte that it reads.

@@ -73,8 +73,10 @@ impl Size {
     }
 }
 
-/// Verdicts of 256 ports: the first and last of each part that is not as the rest, with its own, and that of the rest.
-pub(crate) type Run = (Vec<(u8, u8, Verdict)>, Option<Verdict>);
+/// Verdicts of 256 ports: of the parts that are not as the rest, and of the rest.
+pub(crate) type Run = (Parts, Option<Verdict>);
+/// The first and last of each part, with its verdict.
+type Parts = Vec<(u8, u8, Verdict)>;
 
 /// How many distinct runs of 256 verdicts the cells have, counted without making them.
 fn port_runs(cells: &BTreeSet<&Cell>) -> usize {
@@ -86,7 +88,7 @@ pub(super) fn runs(cell: &Cell) -> BTreeSet<Run> {
     if cell.entries.is_empty() {
         return BTreeSet::new();
     }
-    let mut blocks: BTreeMap<(Option<u8>, u8), Vec<(u8, u8, Verdict)>> = BTreeMap::new();
+    let mut blocks: BTreeMap<(Option<u8>, u8), Parts> = BTreeMap::new();
     for CellEntry { range, verdict } in &cell.entries {
         match range.protocol {
             protocol::TCP | protocol::UDP | protocol::ICMP | protocol::ICMPV6 => {

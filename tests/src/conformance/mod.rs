@@ -93,6 +93,9 @@ pub fn in_labs<T: Send>(
     in_more_labs(count, &prepare, Vec::new(), test);
 }
 
+/// What runs in several labs, each with what was prepared in it.
+type Boxed<'a, T> = Box<dyn FnOnce(Vec<(&mut Lab, T)>) + Send + 'a>;
+
 fn in_more_labs<T: Send>(
     count: usize,
     prepare: &(impl Fn(&mut Lab) -> T + Sync),
@@ -104,7 +107,7 @@ fn in_more_labs<T: Send>(
     }
     let attachment = attachments()[labs.len() % attachments().len()];
     // Boxed, or each depth would be a type of its own.
-    let test: Box<dyn FnOnce(Vec<(&mut Lab, T)>) + Send> = Box::new(test);
+    let test: Boxed<'_, T> = Box::new(test);
     in_lab_with(Some(attachment), move |lab| {
         let prepared = prepare(lab);
         let labs = labs.into_iter().chain([(lab, prepared)]).collect();

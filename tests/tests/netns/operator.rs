@@ -1,7 +1,9 @@
 //! What an operator sees of a node: denied packets, live flows, and whether the kernel has the policy.
 
 use std::io::{BufRead, BufReader, Read};
+use std::mem::offset_of;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::process::{Child, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -9,10 +11,11 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use aya::maps::{Array, Map, MapData};
-use ebpf_common::table::{ALLOW, Control, DENY, Decision};
-use ebpf_common::{limit, map, reason};
+use ebpf_common::table::{ALLOW, Control, DENY, Decision, TableCopy};
+use ebpf_common::{map, reason};
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use tests::conformance::foreign;
 use tests::mesh::{Mesh, START_LIMIT, wait_for};
 use tests::namespace::signal;
 use tests::probe::{self, RunningFlow, SILENCE, Traffic};
@@ -174,14 +177,6 @@ fn a_live_flow_is_listed_at_both_ends_and_as_revoked_when_its_rule_goes() -> Res
     wait_for("the flow to be revoked", START_LIMIT, || Ok(!flow.beats() && listed("web1")?["state"] == "revoked"))
 }
 
-/// Hands out the bytes of one copy of the tables and writes them back: the map's values are read and written whole.
-fn edit_copy(tables: &MapData, copy: u32, edit: impl FnOnce(&mut [u8])) -> Result<()> {
-    let path = format!("/proc/self/fd/{}", tables.fd().as_fd().as_raw_fd());
-    let _ = path;
-    let _ = (copy, edit);
-    Ok(())
-}
-
 /// Turns every decision of web1's tables in force that allows by a rule into one that denies.
 fn close_by_hand(mesh: &Mesh) -> Result<()> {
     mesh.node("web1")?.namespace().enter(|| {
@@ -191,7 +186,8 @@ fn close_by_hand(mesh: &Mesh) -> Result<()> {
         let control: Array<MapData, Control> = Array::try_from(Map::Array(open(map::CONTROL)?))?;
         let active = control.get(&0, 0)?.active;
         let mut closed = 0;
-        edit_copy(&open(map::TABLES)?, active, |copy| {
+        let tables = open(map::TABLES)?;
+        foreign::edit_value(tables.fd().as_fd(), active, size_of::<TableCopy>(), |copy| {
             let decisions = copy[offset_of!(TableCopy, decisions)..].chunks_exact_mut(size_of::<Decision>());
             for decision in decisions.take(16).filter(|decision| decision[..2] == [ALLOW, reason::RULE]) {
                 decision[0] = DENY;
