@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -35,22 +35,6 @@ fn bpf<T>(command: libc::c_int, attributes: &mut T) -> io::Result<libc::c_long> 
     // SAFETY: `attributes` begins as the kernel's union does for the command, and its pointers live as long as the call.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes as *mut T, size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
-}
-
-/// Reads the value of an array map, lets it be changed, and writes it back, however large it is.
-pub fn edit_value(map: BorrowedFd<'_>, key: u32, size: usize, edit: impl FnOnce(&mut [u8])) -> io::Result<()> {
-    let mut value = vec![0u8; size];
-    let mut element = Element {
-        map: map.as_raw_fd() as u32,
-        _pad: 0,
-        key: &raw const key as u64,
-        value: value.as_mut_ptr() as u64,
-        flags: 0,
-    };
-    bpf(BPF_MAP_LOOKUP_ELEM, &mut element)?;
-    edit(&mut value);
-    bpf(BPF_MAP_UPDATE_ELEM, &mut element)?;
-    Ok(())
 }
 
 fn own(fd: libc::c_long) -> OwnedFd {
@@ -242,6 +226,21 @@ struct Element {
     key: u64,
     value: u64,
     flags: u64,
+}
+
+/// Changes a value of a pinned array map, of `size` bytes, whatever they mean.
+pub fn edit(path: &Path, index: u32, size: usize, edit: impl FnOnce(&mut [u8])) -> io::Result<()> {
+    let map = open(path)?;
+    let mut value = vec![0; size];
+    let mut element = Element {
+        map: map.as_raw_fd() as u32,
+        key: (&raw const index) as u64,
+        value: value.as_mut_ptr() as u64,
+        ..Default::default()
+    };
+    bpf(BPF_MAP_LOOKUP_ELEM, &mut element)?;
+    edit(&mut value);
+    bpf(BPF_MAP_UPDATE_ELEM, &mut element).map(drop)
 }
 
 /// Takes the free slots of the pinned counters of pairs, on every processor, but the last of each of the buckets to

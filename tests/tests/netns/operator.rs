@@ -3,7 +3,6 @@
 use std::io::{BufRead, BufReader, Read};
 use std::mem::offset_of;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
 use std::process::{Child, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -182,16 +181,18 @@ fn close_by_hand(mesh: &Mesh) -> Result<()> {
     mesh.node("web1")?.namespace().enter(|| {
         let pins = std::fs::read_dir(format!("/sys/fs/bpf/rampart/v{}", ebpf_common::ABI_VERSION))?;
         let namespace = pins.last().context("no pins")??.path();
-        let open = |name: &str| MapData::from_pin(namespace.join("rampart0/maps").join(name));
-        let control: Array<MapData, Control> = Array::try_from(Map::Array(open(map::CONTROL)?))?;
-        let active = control.get(&0, 0)?.active;
+        let maps = namespace.join("rampart0/maps");
+        let control = MapData::from_pin(maps.join(map::CONTROL)).map(Map::Array)?;
+        let control: Array<MapData, Control> = Array::try_from(control)?;
         let mut closed = 0;
-        let tables = open(map::TABLES)?;
-        foreign::edit_value(tables.fd().as_fd(), active, size_of::<TableCopy>(), |copy| {
-            let decisions = copy[offset_of!(TableCopy, decisions)..].chunks_exact_mut(size_of::<Decision>());
-            for decision in decisions.take(16).filter(|decision| decision[..2] == [ALLOW, reason::RULE]) {
-                decision[0] = DENY;
-                closed += 1;
+        foreign::edit(&maps.join(map::TABLES), control.get(&0, 0)?.active, size_of::<TableCopy>(), |copy| {
+            let decisions = &mut copy[offset_of!(TableCopy, decisions)..];
+            for decision in decisions.chunks_mut(size_of::<Decision>()).take(16) {
+                let (verdict, by) = (offset_of!(Decision, verdict), offset_of!(Decision, reason));
+                if decision[verdict] == ALLOW && decision[by] == reason::RULE {
+                    decision[verdict] = DENY;
+                    closed += 1;
+                }
             }
         })?;
         ensure!(closed > 0, "no decision allows by a rule");
