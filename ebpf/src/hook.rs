@@ -42,7 +42,7 @@ impl Hook for Skb<'_> {
 
     #[inline(always)]
     fn read(&self, packet: &mut Packet, length: u32) -> u32 {
-        read(self.0.skb.skb, packet, length)
+        read_packet(self.0.skb.skb, packet, length)
     }
 
     #[inline(always)]
@@ -216,10 +216,10 @@ fn cut(skb: &Skb<'_>, packet: &Packet, size: u32) -> u32 {
 pub(crate) const WHOLE: u32 = u32::MAX;
 
 /// Of global linkage: the verifier checks it once, for every packet and length, and its caller once, for whatever was
-/// read, and not once for each of the ways in which a packet can be read.
+/// read, and not once for each of the ways in which a packet can be read. (On the host `read` would be the C library's.)
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn read(context: *mut __sk_buff, packet: *mut Packet, length: u32) -> u32 {
+extern "C" fn read_packet(context: *mut __sk_buff, packet: *mut Packet, length: u32) -> u32 {
     // SAFETY: a packet of the caller's, or null for all that the verifier knows.
     let Some(packet) = (unsafe { packet.as_mut() }) else { return reason::MALFORMED.into() };
     match packet.read(&Skb(&TcContext::new(context)), length) {
@@ -228,11 +228,11 @@ extern "C" fn read(context: *mut __sk_buff, packet: *mut Packet, length: u32) ->
     }
 }
 
-/// As [`read`].
+/// As [`read_packet`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn read_early(context: *mut xdp_md, packet: *mut Packet, length: u32) -> u32 {
-    // SAFETY: as in `read`.
+    // SAFETY: as in `read_packet`.
     let Some(packet) = (unsafe { packet.as_mut() }) else { return reason::MALFORMED.into() };
     match packet.read(&Buffer(&XdpContext::new(context)), length) {
         Ok(()) => WHOLE,
@@ -240,7 +240,7 @@ extern "C" fn read_early(context: *mut xdp_md, packet: *mut Packet, length: u32)
     }
 }
 
-/// As [`read`].
+/// As [`read_packet`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn walk_options(context: *mut __sk_buff, header_length: u32) -> u32 {
@@ -250,7 +250,7 @@ extern "C" fn walk_options(context: *mut __sk_buff, header_length: u32) -> u32 {
     }
 }
 
-/// As [`read`].
+/// As [`read_packet`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn walk_options_early(context: *mut xdp_md, header_length: u32) -> u32 {
@@ -260,11 +260,11 @@ extern "C" fn walk_options_early(context: *mut xdp_md, header_length: u32) -> u3
     }
 }
 
-/// As [`read`].
+/// As [`read_packet`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn walk_headers(context: *mut __sk_buff, packet: *mut Packet) -> u32 {
-    // SAFETY: as in `read`.
+    // SAFETY: as in `read_packet`.
     let Some(packet) = (unsafe { packet.as_mut() }) else { return reason::MALFORMED.into() };
     match packet.walk_headers(&Skb(&TcContext::new(context))) {
         Ok(()) => WHOLE,
@@ -272,11 +272,11 @@ extern "C" fn walk_headers(context: *mut __sk_buff, packet: *mut Packet) -> u32 
     }
 }
 
-/// As [`read`].
+/// As [`read_packet`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn walk_headers_early(context: *mut xdp_md, packet: *mut Packet) -> u32 {
-    // SAFETY: as in `read`.
+    // SAFETY: as in `read_packet`.
     let Some(packet) = (unsafe { packet.as_mut() }) else { return reason::MALFORMED.into() };
     match packet.walk_headers(&Buffer(&XdpContext::new(context))) {
         Ok(()) => WHOLE,
