@@ -480,8 +480,8 @@ fn a_switch_that_fails_leaves_the_running_policy() {
         };
         lab.datapath.switch(&broken).expect_err("tables that contradict themselves");
         unchanged(lab);
-        // In the middle of filling the idle copy.
-        foreign::freeze(&lab.pin("maps/PORTS")).expect("frozen");
+        // At the last step, with the idle copy filled.
+        foreign::freeze(&lab.pin("maps/CONTROL")).expect("frozen");
         lab.datapath.switch(&whole).expect_err("a map that cannot be written");
         unchanged(lab);
     });

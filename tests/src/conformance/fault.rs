@@ -2,6 +2,7 @@
 //! of a thread, and of the processes that it starts, to a supervisor, before it happens.
 #![allow(unsafe_code, reason = "seccomp(2), its ioctls, fork(2) and a marker are called as they are")]
 
+use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -137,6 +138,31 @@ const WATCHED_TOO: [libc::c_long; 0] = [];
 pub fn mark() {
     // SAFETY: this value asks, and sets nothing.
     unsafe { libc::syscall(MARK, 0xffff_ffff_u64) };
+}
+
+/// From now on this process dies of the first write to the bytes from `offset` on of either value of a map of two that it
+/// has in its memory: as if it were killed there, since writes to memory are no calls.
+pub fn deadly(size: usize, offset: usize) -> io::Result<()> {
+    const PAGE: usize = 4_096;
+    let maps = fs::read_to_string("/proc/self/maps")?;
+    let number = |text: &str| usize::from_str_radix(text, 16).map_err(io::Error::other);
+    for line in maps.lines().filter(|line| line.contains("bpf-map") && line.contains(" rw-s ")) {
+        let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+        let (start, end) = range.ok_or_else(|| io::Error::other("no range"))?;
+        let (start, end) = (number(start)?, number(end)?);
+        if end - start < 2 * size {
+            continue;
+        }
+        for value in [start, start + size] {
+            let page = (value + offset) / PAGE * PAGE;
+            // SAFETY: pages of a mapping that stays; whoever writes to them is meant to die.
+            if unsafe { libc::mprotect(page as *mut libc::c_void, PAGE, libc::PROT_READ) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        return Ok(());
+    }
+    Err(io::Error::other("there is no such map in this process"))
 }
 
 /// Does `work` on a thread whose watched calls, and those of its children, `decide` is asked about.

@@ -3,10 +3,12 @@
 
 use std::env;
 use std::fs::File;
+use std::mem::offset_of;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use ebpf_common::table::TableCopy;
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use node::kernel::Datapath;
@@ -14,7 +16,7 @@ use node::kernel::datapath::EbpfDatapath;
 use node::lower::Tables;
 
 use super::ear::Ear;
-use super::fault::{Call, Fate, in_child, mark, supervised};
+use super::fault::{Call, Fate, deadly, in_child, mark, supervised};
 use super::network::{ENDS, allowing, node, small};
 use super::{INTERFACE, Lab, attachments, is_emulated, wait_until};
 
@@ -75,6 +77,7 @@ pub fn leave_the_old_policy_or_the_new(lab: &mut Lab) {
     // The switch is the same however the programs hang on the interface.
     if bench.lab.attachment() == attachments()[0] {
         bench.under_traffic(&tun, Bench::while_switching);
+        bench.under_traffic(&tun, Bench::while_filling);
     }
     bench.lab.restart();
     bench.lab.datapath.detach().expect("detached");
@@ -196,7 +199,40 @@ impl Bench<'_> {
         }
         println!("killed {} times while switching", killed.len());
         assert!(killed.first().is_some_and(|(_, open)| *open == [BOTH, OLD]), "{killed:?}");
-        assert!(is_emulated() || killed.last().is_some_and(|(_, open)| *open == [BOTH, NEW]), "{killed:?}");
+    }
+
+    /// The idle copy is filled by writes to memory.
+    fn while_filling(&mut self) {
+        let tables = [
+            ("blocks", offset_of!(TableCopy, blocks)),
+            ("paths", offset_of!(TableCopy, paths)),
+            ("leaves", offset_of!(TableCopy, leaves)),
+            ("matrix", offset_of!(TableCopy, matrix)),
+            ("pages", offset_of!(TableCopy, pages)),
+            ("ports", offset_of!(TableCopy, ports)),
+            ("decisions", offset_of!(TableCopy, decisions)),
+        ];
+        for (name, offset) in tables {
+            let (bpffs, attachment, new) = (self.lab.bpffs.clone(), self.lab.attachment(), &self.new);
+            let status = supervised(
+                |_| Fate::Happens,
+                || {
+                    in_child(|| {
+                        let mut datapath = EbpfDatapath::new(INTERFACE, &bpffs).with_attachment(attachment);
+                        datapath.attach().expect("attached");
+                        deadly(size_of::<TableCopy>(), offset).expect("guarded");
+                        datapath.switch(new).expect("switched");
+                    })
+                },
+            );
+            assert!(
+                matches!(status, WaitStatus::Signaled(_, Signal::SIGSEGV, _)),
+                "{name} were not written: {status:?}"
+            );
+            assert_eq!(self.open(), [BOTH, OLD], "killed where {name} are written");
+            self.take_over_and_switch();
+        }
+        println!("killed {} times while filling the idle copy", tables.len());
     }
 
     fn while_taking_over(&mut self) {

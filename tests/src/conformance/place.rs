@@ -190,7 +190,7 @@ pub fn is_pinned_again(lab: &mut Lab) {
     assert_eq!((state.egress, state.ingress), (false, false), "it would end with the agent");
     lab.datapath.attach().expect("pinned again");
     assert_in_force(lab, generation);
-    fs::remove_file(lab.pin("maps/MATRIX")).expect("removed");
+    fs::remove_file(lab.pin("maps/TABLES")).expect("removed");
     assert!(!observe(lab).egress);
     lab.datapath.attach().expect("pinned again");
     lab.restart();
@@ -215,7 +215,7 @@ pub fn is_closed_on_another_interface(lab: &mut Lab) {
 
 pub fn is_closed_without_all_tables(lab: &mut Lab) {
     enforce(lab);
-    fs::remove_file(lab.pin("maps/MATRIX")).expect("removed");
+    fs::remove_file(lab.pin("maps/TABLES")).expect("removed");
     lab.restart();
     lab.datapath.attach().expect("attached");
     assert_in_force(lab, Generation(0));
