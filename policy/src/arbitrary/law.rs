@@ -1,7 +1,6 @@
 //! Networks that must mean the same as another, or more, or less: what the laws of docs/POLICY.md are tested with.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 
 use ipnet::IpNet;
 
@@ -117,14 +116,16 @@ pub fn split(network: &Network, cidr: CidrId) -> Option<Network> {
     Network::from_parts(parts).ok()
 }
 
-/// One cidr given up to its parent; rules that named it name its prefixes. None: it has no parent that holds all of it, or
-/// something else needs it.
+/// One cidr given up to its parent; rules that named it name its prefixes and those of its descendants, which may have one
+/// of the family that the cidr has not. None: it has no parent that holds all of it, or something else needs it.
 pub fn merged(network: &Network, cidr: CidrId) -> Option<Network> {
     let parent = &network.cidrs()[&network.parent_of(cidr)?];
-    let prefixes: Vec<IpNet> = network.cidrs()[&cidr].prefixes.iter().collect();
-    if !prefixes.iter().all(|prefix| parent.prefixes.iter().any(|outer| outer.contains(prefix))) {
+    let mut own = network.cidrs()[&cidr].prefixes.iter();
+    if !own.all(|prefix| parent.prefixes.iter().any(|outer| outer.contains(&prefix))) {
         return None;
     }
+    let within = network.cidrs().values().filter(|other| is_within(network, other.id, cidr));
+    let prefixes: Vec<IpNet> = within.flat_map(|other| other.prefixes.iter()).collect();
     let mut parts = network.to_parts();
     let is_named = parts.groups.iter().any(|group| group.cidrs.contains(&cidr))
         || parts.nodes.iter().any(|node| node.gateway_for.contains(&cidr) || node.gateway_for.contains(&parent.id));
@@ -144,14 +145,34 @@ pub fn merged(network: &Network, cidr: CidrId) -> Option<Network> {
     Network::from_parts(parts).ok()
 }
 
-/// Whether lineage, which goes by the cidrs themselves, may say another thing of a flow after `cidr` was split (both ends
-/// in it) or merged (one of them). Rules may not.
+/// Whether lineage, which goes by the cidrs themselves, may say another thing of a flow after `cidr` was split or merged.
+/// Rules may not.
 pub fn lineage_may_differ(network: &Network, cidr: CidrId, flow: &Flow, is_split: bool) -> bool {
-    let inside = |address: IpAddr| {
-        network.cidr_of(address).is_some_and(|own| own.id == cidr || network.lineage_of(own.id).contains(&cidr))
-    };
-    let ends = [inside(flow.source), inside(flow.destination)];
-    network.default() == DefaultPolicy::Lineage && if is_split { ends == [true; 2] } else { ends != [false; 2] }
+    if network.default() != DefaultPolicy::Lineage {
+        return false;
+    }
+    let ends = [flow.source, flow.destination].map(|address| network.cidr_of(address).map(|own| own.id));
+    let inside = ends.map(|own| own.is_some_and(|own| is_within(network, own, cidr)));
+    let whole = &network.cidrs()[&cidr];
+    if is_split {
+        // The halves become strangers. No path between two descendants leads through the cidr itself.
+        let mut halves = whole.prefixes.iter().filter_map(halves).flatten();
+        let in_one_half = halves.any(|half| half.contains(&flow.source) && half.contains(&flow.destination));
+        return inside == [true; 2] && ends.contains(&Some(cidr)) && !in_one_half;
+    }
+    let Some(parent) = network.parent_of(cidr).map(|parent| &network.cidrs()[&parent]) else { return false };
+    if whole.isolated != parent.isolated {
+        return inside != [false; 2];
+    }
+    // What was in the cidr itself is in the parent now, and no stranger to the cidr's siblings and what is in them.
+    let is_of_sibling =
+        |own: CidrId| own != parent.id && is_within(network, own, parent.id) && !is_within(network, own, cidr);
+    !whole.isolated && ends.contains(&Some(cidr)) && ends.iter().flatten().any(|own| is_of_sibling(*own))
+}
+
+/// Whether one cidr is another or a descendant of it.
+fn is_within(network: &Network, inner: CidrId, outer: CidrId) -> bool {
+    network.lineage_of(inner).contains(&outer)
 }
 
 fn halves(prefix: IpNet) -> Option<[IpNet; 2]> {
