@@ -42,6 +42,10 @@ impl Hook for Skb<'_> {
 
     #[inline(always)]
     fn read(&self, packet: &mut Packet, length: u32) -> u32 {
+        if read_near(self.0.skb.skb, packet, length) == WHOLE {
+            return WHOLE;
+        }
+        *packet = Packet::default();
         read_packet(self.0.skb.skb, packet, length)
     }
 
@@ -59,9 +63,6 @@ impl Hook for Skb<'_> {
     }
 }
 
-/// As far into the packet as its bytes are read where they lie. The verifier wants a bound; what is behind it is rare.
-const NEAR: u32 = 256;
-
 /// Only headers may be linear, so the kernel copies what is not.
 impl Load for Skb<'_> {
     #[inline(always)]
@@ -73,19 +74,6 @@ impl Load for Skb<'_> {
             let failed = bpf_skb_load_bytes(self.0.as_ptr().cast(), offset, bytes.as_mut_ptr().cast(), N as u32);
             (failed == 0).then(|| bytes.assume_init())
         }
-    }
-
-    #[inline(always)]
-    fn load_header<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        let from = LINK_HEADER.load() + offset;
-        if from <= NEAR {
-            let bytes = settled(self.0.data() + from as usize);
-            if bytes + N <= self.0.data_end() {
-                // SAFETY: the packet goes on for as long as that, which the verifier sees too.
-                return Some(unsafe { words(bytes) });
-            }
-        }
-        self.load(offset)
     }
 
     #[inline(always)]
@@ -102,6 +90,39 @@ impl Load for Skb<'_> {
             WHOLE => Ok(()),
             reason => Err(reason as u8),
         }
+    }
+}
+
+/// The part of a packet that is where a program can read it without a call. Nothing is found behind it, nor anything that
+/// would take a loop: what most packets have lies in it, and of the others all is read again.
+struct Near {
+    start: usize,
+    end: usize,
+}
+
+/// As far into that part. The verifier wants a bound.
+const NEAR: u32 = 256;
+
+impl Load for Near {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let from = LINK_HEADER.load() + offset;
+        if from > NEAR {
+            return None;
+        }
+        let bytes = settled(self.start + from as usize);
+        // SAFETY: the packet goes on for as long as that, which the verifier sees too.
+        (bytes + N <= self.end).then(|| unsafe { words(bytes) })
+    }
+
+    #[inline(always)]
+    fn walk_ipv4_options(&self, _header_length: u32) -> Result<(), u8> {
+        Err(reason::MALFORMED)
+    }
+
+    #[inline(always)]
+    fn walk_headers(&self, _packet: &mut Packet) -> Result<(), u8> {
+        Err(reason::MALFORMED)
     }
 }
 
@@ -213,7 +234,7 @@ fn cut(skb: &Skb<'_>, packet: &Packet, size: u32) -> u32 {
 }
 
 /// Returned by functions of their own for a packet that has no fault; else it is a reason.
-pub(crate) const WHOLE: u32 = u32::MAX;
+pub const WHOLE: u32 = u32::MAX;
 
 /// Of global linkage: the verifier checks it once, for every packet and length, and its caller once, for whatever was
 /// read, and not once for each of the ways in which a packet can be read. (On the host `read` would be the C library's.)
@@ -223,6 +244,19 @@ extern "C" fn read_packet(context: *mut __sk_buff, packet: *mut Packet, length: 
     // SAFETY: a packet of the caller's, or null for all that the verifier knows.
     let Some(packet) = (unsafe { packet.as_mut() }) else { return reason::MALFORMED.into() };
     match packet.read(&Skb(&TcContext::new(context)), length) {
+        Ok(()) => WHOLE,
+        Err(reason) => reason.into(),
+    }
+}
+
+/// As [`read_packet`], for most packets, and a reason for the others that may be none.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn read_near(context: *mut __sk_buff, packet: *mut Packet, length: u32) -> u32 {
+    // SAFETY: as in `read_packet`.
+    let Some(packet) = (unsafe { packet.as_mut() }) else { return reason::MALFORMED.into() };
+    let context = TcContext::new(context);
+    match packet.read(&Near { start: context.data(), end: context.data_end() }, length) {
         Ok(()) => WHOLE,
         Err(reason) => reason.into(),
     }

@@ -36,10 +36,10 @@ pub const PAIRS: u32 = 16_384;
 pub const PAIR_BUCKETS: u32 = PAIRS / crate::counter::PAIR_WAYS as u32;
 /// Bytes of the events' ring buffer; a power of two, a multiple of the page size.
 pub const EVENT_BYTES: u32 = 262_144;
-/// The longest walk of an IPv4 address: the path along the network's own root, a block or path for each of 4 bytes, and the
-/// leaf.
-pub const STEPS_V4: u32 = 6;
+/// The longest walk of an IPv4 address: the path along the network's own root; for each two of its 4 bytes a path that ends
+/// within the first, one along the rest of that and a block that reads the second; and the leaf.
+pub const STEPS_V4: u32 = 8;
 /// Likewise of an IPv6 address, which has 16 bytes.
-pub const STEPS_V6: u32 = 18;
+pub const STEPS_V6: u32 = 26;
 /// Events per second and reason that reach the ring buffer, and the largest burst.
 pub const EVENTS_PER_SECOND: u64 = 32;

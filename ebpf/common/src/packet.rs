@@ -39,12 +39,6 @@ pub trait Load {
     /// `N` bytes at `offset` from the IP header; `None` where the packet ends before.
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
 
-    /// Likewise, where it is worth an effort: of what every packet has.
-    #[inline(always)]
-    fn load_header<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        self.load(offset)
-    }
-
     /// [`walk_ipv4_options`], which the programs make a function of its own.
     #[inline(always)]
     fn walk_ipv4_options(&self, header_length: u32) -> Result<(), u8> {
@@ -114,7 +108,7 @@ impl Packet {
     /// The `reason` for which the packet is to be dropped.
     #[inline(always)]
     pub fn read(&mut self, bytes: &(impl Load + ?Sized), length: u32) -> Result<(), u8> {
-        let header: [u8; IPV4_HEADER as usize] = bytes.load_header(0).ok_or(reason::MALFORMED)?;
+        let header: [u8; IPV4_HEADER as usize] = bytes.load(0).ok_or(reason::MALFORMED)?;
         match header[0] >> 4 {
             4 => self.read_ipv4(bytes, &header, length)?,
             6 => self.read_ipv6(bytes, &header, length)?,
@@ -167,7 +161,7 @@ impl Packet {
 
     #[inline(always)]
     fn read_ipv6(&mut self, bytes: &(impl Load + ?Sized), header: &[u8; 20], length: u32) -> Result<(), u8> {
-        let rest: [u8; 20] = bytes.load_header(20).ok_or(reason::MALFORMED)?;
+        let rest: [u8; 20] = bytes.load(20).ok_or(reason::MALFORMED)?;
         let [source, destination] = ipv6_addresses(header, &rest);
         self.family = 6;
         self.protocol = header[6];
@@ -284,7 +278,7 @@ impl Packet {
         if self.transport + whole > self.end {
             return Err(reason::MALFORMED);
         }
-        bytes.load_header(self.transport).ok_or(reason::MALFORMED)
+        bytes.load(self.transport).ok_or(reason::MALFORMED)
     }
 
     #[inline(always)]

@@ -11,7 +11,7 @@ use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie};
 use aya_ebpf::programs::{TcContext, XdpContext};
 use ebpf::case::{Case, direction};
-use ebpf::hook::Skb;
+use ebpf::hook::{Hook, Skb, WHOLE};
 use ebpf::verdict;
 use ebpf_common::bench::{Ends, LOOP, PACKET, Pair, SAMPLES, Service};
 
@@ -253,7 +253,7 @@ extern "C" fn put_and_read(context: *mut __sk_buff, index: u32) -> u32 {
     let context = TcContext::new(context);
     let hook = Skb(&context);
     let mut case = Case::new(&hook);
-    u32::from(store(&context, index) && case.packet.read(&hook, case.length).is_ok())
+    u32::from(store(&context, index) && hook.read(&mut case.packet, case.length) == WHOLE)
 }
 
 /// Counts, and no more: as many pairs as the samples have.

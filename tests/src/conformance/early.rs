@@ -9,7 +9,7 @@ use node::kernel::datapath::packet::{ACK, Packet, SYN, ip};
 use node::kernel::{Datapath, Early, Inspect};
 
 use super::network::{ENDS, allowing, flow, node, small};
-use super::{INTERFACE, Lab};
+use super::{INTERFACE, Lab, wait_until};
 
 /// Each packet through the interface is counted once, by whichever of the two programs dropped it or let it pass.
 pub fn drops_what_could_not_pass(lab: &mut Lab) {
@@ -79,8 +79,16 @@ pub fn is_kept_as_asked(lab: &mut Lab) {
     lab.datapath.attach().expect("attached");
     assert_eq!((pin.exists(), early(lab).early), (false, Early::Off), "no longer asked for");
     // Another program's place is not taken, and the policy is enforced all the same.
-    let _foreign =
-        super::foreign::attach_xdp(if_nametoindex(INTERFACE).expect("it is there")).expect("a foreign program");
+    let interface = if_nametoindex(INTERFACE).expect("it is there");
+    let mut foreign = None;
+    // The kernel lets go of the link whose pin went when nobody reads it any more.
+    wait_until(
+        || {
+            foreign = super::foreign::attach_xdp(interface).ok();
+            foreign.is_some()
+        },
+        "a foreign program",
+    );
     lab.restart_with(|datapath| datapath.with_early_drop(true));
     lab.enforce(&network, node(&network, "web1"));
     let state = early(lab);
