@@ -119,8 +119,8 @@ fn event(seen: &Seen, interface: &str, names: &Names, time: Timestamp) -> Event 
 
 fn dropped(seen: &Dropped, time: Timestamp) -> Event {
     let index = seen.interface;
-    // It may have gone meanwhile.
-    let name = if_indextoname(index).ok().and_then(|name| name.into_string().ok());
+    // It may have gone meanwhile; then nix says an empty name and no error.
+    let name = if_indextoname(index).ok().and_then(|name| name.into_string().ok()).filter(|name| !name.is_empty());
     Event {
         time: format!("{time:.6}"),
         direction: Direction::Ingress,
