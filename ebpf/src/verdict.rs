@@ -152,7 +152,7 @@ fn judge_headless(case: &mut Case) -> u8 {
 fn judge_flow(case: &mut Case) -> u8 {
     let Some(tables) = TABLES.get(case.copy) else { return reason::CORRUPT_TABLE };
     let service = u32::from(case.packet.protocol) << 16 | u32::from(case.packet.destination_port);
-    // In line, as above.
+    // In line, as the walk is.
     let Some(decision) = find_decision(tables, direction(), case.own, case.other, service) else {
         return reason::CORRUPT_TABLE;
     };

@@ -415,6 +415,7 @@ impl Enforcer {
         self.verifications.note(finding);
         if wrong {
             self.tables_wrong = true;
+            self.datapath.distrust();
             self.round();
         }
     }

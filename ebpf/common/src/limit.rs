@@ -1,4 +1,5 @@
-//! Sizes of the maps. Array maps are allocated whole, so these are also what a node pays: a copy of the tables is 14.8 MB.
+//! Sizes of the tables and maps. They are allocated whole, so these are also what a node pays: a copy of the tables is
+//! 14.8 MB.
 
 /// Blocks of 256 entries in one copy of the stride table (1,024 bytes each): one wherever prefixes part. A densely filled
 /// IPv4 /16 of 10,000 cidrs needs 256.

@@ -166,6 +166,8 @@ pub trait Datapath: Send {
     fn settle(&mut self) -> Result<(), KernelError> {
         Ok(())
     }
+    /// Believes nothing of what the tables hold: they were found to be other than they should be. The next switch writes all.
+    fn distrust(&mut self) {}
     /// Forgets flows with an end in one of these addresses (their holder changed).
     fn forget_flows(&mut self, addresses: &[IpNet]) -> Result<usize, KernelError>;
     /// Deletes idle records; returns how many.

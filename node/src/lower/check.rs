@@ -14,7 +14,7 @@ use super::Tables;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("entry {index} of {table} {what}")]
 pub struct TableError {
-    /// Name of the table as its map has it.
+    /// Its name in capitals.
     pub table: &'static str,
     pub index: usize,
     pub what: String,

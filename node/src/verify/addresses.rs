@@ -382,7 +382,7 @@ impl Walk<'_> {
         let base = runs[0].first & above;
         // What is ahead of the byte must be settled: the entry does not ask for it.
         if runs.iter().any(|run| run.first & above != base || run.last & above != base) {
-            return self.refuse("BLOCKS", index, runs, "does not look at the next byte");
+            return self.refuse("BLOCKS", index, runs, "reads a byte ahead of which addresses still differ");
         }
         let shift = 8 * (15 - position);
         for (byte, entry) in (0u128..).zip(block.entries) {

@@ -50,3 +50,27 @@ fn keys<K: Ord + Copy, V: PartialEq>(old: &Map<K, V>, new: &Map<K, V>) -> BTreeS
     };
     old.diff(new).map(key).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Breaks with a version of the maps that overlooks what differs beside a part that both share.
+    #[test]
+    fn whichever_key_differs_is_found() {
+        for size in [1, 17, 300, 8_000_u32] {
+            let map: Map<u32, u32> = (0..size).map(|key| (2 * key, key)).collect();
+            for at in (0..size).step_by(1 + size as usize / 2_000) {
+                let (mut changed, mut less, mut more) = (map.clone(), map.clone(), map.clone());
+                changed.insert(2 * at, u32::MAX);
+                less.remove(&(2 * at));
+                more.insert(2 * at + 1, at);
+                for (other, key) in [(changed, 2 * at), (less, 2 * at), (more, 2 * at + 1)] {
+                    assert_eq!(keys(&map, &other), BTreeSet::from([key]), "of {size}");
+                    assert_eq!(keys(&other, &map), BTreeSet::from([key]), "of {size}");
+                    assert!(!same(&map, &other) && !same(&other, &map), "{key} of {size}");
+                }
+            }
+        }
+    }
+}

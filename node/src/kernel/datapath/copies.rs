@@ -33,11 +33,12 @@ pub(super) struct Copies {
 }
 
 impl Copies {
-    pub(super) fn open(folder: &Path) -> Result<Self, KernelError> {
+    /// `writable`: for whoever switches. Others cannot write by mistake.
+    pub(super) fn open(folder: &Path, writable: bool) -> Result<Self, KernelError> {
         let control = Array::try_from(aya::maps::Map::Array(open(folder, map::CONTROL)?))
             .map_err(|error| KernelError::with(format!("`{}` is no array", map::CONTROL), error))?;
         let tables = open(folder, map::TABLES)?;
-        let tables = Mapping::of(tables.fd().as_fd(), COPIES as usize * size_of::<TableCopy>(), true)
+        let tables = Mapping::of(tables.fd().as_fd(), COPIES as usize * size_of::<TableCopy>(), writable)
             .map_err(|error| KernelError::with(format!("failed to map `{}` into memory", map::TABLES), error))?;
         // Whoever had the maps before may have been killed right after a switch.
         Ok(Self { control, tables, shadows: [None, None], written: None, unsettled: true })
@@ -73,8 +74,9 @@ impl Copies {
     pub(super) fn switch(&mut self, tables: &Tables) -> Result<Generation, KernelError> {
         let control = self.control()?;
         if self.written.is_some_and(|written| written != control) {
-            // Another process has switched, and may have written anything.
-            self.shadows = [None, None];
+            // Another process has switched, and may have written anything; packets may be in the copy that went by that.
+            self.distrust();
+            self.unsettled = true;
         }
         let Control { active, generation } = control;
         // Whatever this process wrote was checked before.
@@ -96,6 +98,11 @@ impl Copies {
         self.put_in_force(next)?;
         self.unsettled = true;
         Ok(Generation(next.generation.into()))
+    }
+
+    /// Whatever is in the copies is written anew.
+    pub(super) fn distrust(&mut self) {
+        self.shadows = [None, None];
     }
 
     /// Waits until no packet is judged by the copy that is no longer in force, and brings it up to date.

@@ -17,7 +17,7 @@ const SIZE: usize = 4_096;
 ///
 /// What no version changes: REASON_COUNTERS is indexed by direction times the number of reasons, plus the reason;
 /// RULE_COUNTERS by rule slot; LOSSES holds u64 by loss; each has one value for every possible CPU; CONTROL begins with
-/// the u32 number of the copy in force, and HEADER with the u64 revision; CARRIED is as `carried` has it.
+/// the u32 number of the copy in force, and each value of TABLES (of HEADER until version 3) with the u64 revision; CARRIED is as `carried` has it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Description {

@@ -29,7 +29,7 @@ impl std::fmt::Debug for TableReader {
 impl TableReader {
     /// Of an interface in the network namespace of the calling thread.
     pub fn open(interface: &str, pin_root: &Path) -> Result<Self, KernelError> {
-        Copies::open(&Pins::new(pin_root, interface)?.maps).map(Self)
+        Copies::open(&Pins::new(pin_root, interface)?.maps, false).map(Self)
     }
 
     /// The tables in force, whatever they say, with their generation. `None`: they were switched meanwhile.

@@ -220,7 +220,7 @@ impl EbpfDatapath {
         Ok(Prepared {
             egress,
             ingress,
-            copies: Copies::open(&pins.maps)?,
+            copies: Copies::open(&pins.maps, true)?,
             counters: CounterMaps::open(&pins.maps)?,
             flows: Flows::open(&pins.maps)?,
         })
@@ -428,7 +428,7 @@ impl Datapath for EbpfDatapath {
                 if !pins.map(ebpf_common::map::CONTROL).exists() || !pins.map(ebpf_common::map::TABLES).exists() {
                     (Generation(0), Revision(0))
                 } else {
-                    Copies::open(&pins.maps)?.in_force()?
+                    Copies::open(&pins.maps, false)?.in_force()?
                 }
             }
         };
@@ -446,6 +446,12 @@ impl Datapath for EbpfDatapath {
 
     fn settle(&mut self) -> Result<(), KernelError> {
         self.running()?.copies.settle()
+    }
+
+    fn distrust(&mut self) {
+        if let Some(running) = &mut self.running {
+            running.copies.distrust();
+        }
     }
 
     fn forget_flows(&mut self, addresses: &[IpNet]) -> Result<usize, KernelError> {
