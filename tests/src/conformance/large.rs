@@ -167,6 +167,9 @@ pub fn is_judged_whole_at_egress(lab: &mut Lab) {
         };
         assert_eq!(seen, (sent.packets, sent.bytes, sent.segments), "from {web}");
         assert!(sent.segments > sent.packets, "the host sent no packet that is several: {sent:?}");
+        // Ended at once, or it would go on sending while the other family is counted.
+        let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
+        setsockopt(&connected, sockopt::Linger, &at_once).expect("a socket");
     }
 }
 
