@@ -121,6 +121,7 @@ impl Copies {
 
     /// Makes one copy, which is not in force, hold these tables.
     fn fill(&mut self, copy: u32, tables: &Arc<Tables>, generation: u32) {
+        // Unknown until it is whole: whoever comes after a panic in between writes all of it.
         let old = self.shadows[copy as usize].take();
         let old = old.as_deref();
         self.write(copy, offset_of!(TableCopy, blocks), old.map(|old| &old.blocks), &tables.blocks);
