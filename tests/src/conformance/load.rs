@@ -154,6 +154,8 @@ pub fn is_exact(lab: &mut Lab) {
 /// A pair whose own place is taken is counted at another, one that there is no room for as lost, and everything else as
 /// always.
 fn overflows(lab: &mut Lab, network: &Network, tables: &Tables, expected: &mut Counters) {
+    // Each processor has places of its own: a pair is new to the other one.
+    on_processor(0);
     let of_no_network =
         |number: u32| PairKey { source: number, destination: u32::MAX, direction: 9, ..PairKey::default() };
     let table = lab.pin("maps/PAIR_TABLE");
