@@ -26,7 +26,14 @@ pub(crate) fn report(hook: &impl Hook, case: &Case) {
     if EVERY.load() != 0 {
         emit_any(case);
     } else if case.log || !(reason::passes(case.reason) || case.reason == reason::SCOPE) {
-        emit(case);
+        let Some(bucket) = EVENT_BUCKETS.get_ptr_mut(u32::from(case.reason)) else { return };
+        // No token has come since the last look: nothing is written that other CPUs look at but the count.
+        // SAFETY: the map's value, checked not to be null.
+        if unsafe { (*bucket).empty } == tick() {
+            suppress(bucket, LOSS_EVENT_LIMITED);
+        } else {
+            emit(case);
+        }
     }
 }
 
@@ -34,13 +41,8 @@ pub(crate) fn report(hook: &impl Hook, case: &Case) {
 fn emit(case: &Case) -> u32 {
     let Some(bucket) = EVENT_BUCKETS.get_ptr_mut(u32::from(case.reason)) else { return 0 };
     let tick = tick();
-    // No token has come since the last look: nothing is written that other CPUs look at but the count.
-    // SAFETY: the map's value, checked not to be null.
-    if unsafe { (*bucket).empty } == tick {
-        return suppress(bucket, LOSS_EVENT_LIMITED);
-    }
     if !take_token(bucket, now()) {
-        // SAFETY: as above.
+        // SAFETY: the map's value, checked not to be null.
         unsafe { (*bucket).empty = tick };
         return suppress(bucket, LOSS_EVENT_LIMITED);
     }
