@@ -19,6 +19,24 @@ pub(crate) unsafe fn add(counter: *mut u64, by: u64) {
     }
 }
 
+/// Sets bits in a word in which other CPUs set bits.
+///
+/// # Safety
+/// `word` points to 8 aligned bytes of a map's value.
+#[inline(always)]
+pub(crate) unsafe fn set(word: *mut u64, bits: u64) {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: the caller's.
+    unsafe {
+        core::arch::asm!("lock *(u64 *)({word} + 0) |= {bits}", word = in(reg) word, bits = in(reg) bits);
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    // SAFETY: the caller's.
+    unsafe {
+        core::sync::atomic::AtomicU64::from_ptr(word).fetch_or(bits, core::sync::atomic::Ordering::Relaxed);
+    }
+}
+
 /// Takes what is in a counter and leaves 0.
 ///
 /// # Safety

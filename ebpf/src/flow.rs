@@ -6,7 +6,8 @@
 //! - denied then, it becomes a tombstone, which stays for as long as packets of the flow keep coming;
 //! - nothing but a packet of its opener that the tables allow turns a tombstone back;
 //! - an idle record is as good as none. Userspace deletes it;
-//! - where room is short, who has much gets no more of it: nobody's records keep another node from having any.
+//! - where room is short, who has much gets no more of it: nobody's records keep another node from having any;
+//! - before there is a record, its bit in the filter is set.
 //!
 //! Two CPUs may write one record at once. The last writer wins, and each of them wrote what its own reading of the tables
 //! allowed; a record's own packets and bytes may miss a few then (those of rules, reasons and pairs are exact). Userspace deletes only what has been idle for long or what it means to forget.
@@ -15,16 +16,17 @@
 use aya_ebpf::bindings::{BPF_EXIST, BPF_NOEXIST};
 use ebpf_common::counter::{LOSS_FLOW, LOSS_FLOW_QUOTA};
 use ebpf_common::flow::{
-    Flow, FlowKey, Remote, STATE_CLOSING, STATE_ESTABLISHED, STATE_OPENING, STATE_TOMBSTONE, TOTAL_GONE, TOTAL_OPENED,
-    idle_timeout_ns,
+    FILTER_WORDS, Flow, FlowFilter, FlowKey, Remote, STATE_CLOSING, STATE_ESTABLISHED, STATE_OPENING, STATE_TOMBSTONE,
+    TOTAL_GONE, TOTAL_OPENED, idle_timeout_ns,
 };
 use ebpf_common::packet::Packet;
 use ebpf_common::{EGRESS, INGRESS, limit};
 
-use crate::atomic::add;
+use crate::atomic::{self, add};
 use crate::case::{Case, direction};
 use crate::clock::now;
-use crate::maps::{FLOW_TOTALS, FLOWS, FLOWS_GONE, FLOWS_OPENED, lose};
+use crate::maps::{FLOW_FILTER, FLOW_TOTALS, FLOWS, FLOWS_GONE, FLOWS_OPENED, lose};
+use crate::settled::settled;
 use crate::verdict::{Decision, decide};
 
 /// The direction in which the reverse of this hook's packets goes.
@@ -100,6 +102,7 @@ fn open(case: &Case, decision: u64) -> u32 {
         _pad: 0,
         behind: case.behind,
     };
+    note(case.packet.key().filter_bit());
     // By reference: each copy would take its place on the stack.
     let key = &case.packet.key().to_words();
     if FLOWS.insert(key, flow, BPF_NOEXIST.into()).is_ok() {
@@ -166,8 +169,46 @@ impl Answer {
     }
 }
 
+/// Whether there may be a record of the packet's flow, in whichever direction: said at once of most packets that belong to
+/// none.
+#[inline(always)]
+pub(crate) fn may_be_recorded(case: &Case) -> bool {
+    let Some(filter) = FLOW_FILTER.get_ptr_mut(0) else { return true };
+    // SAFETY: the map's value, checked not to be null.
+    let state = unsafe { (&raw const (*filter).state).read_volatile() };
+    // A number that nothing is known of, so that the word is read after it: its address depends on it.
+    let half = settled(state.wrapping_sub(1) as usize);
+    if half > 1 {
+        return true;
+    }
+    let bit = case.packet.key().filter_bit();
+    // SAFETY: as above.
+    unsafe { (&raw const *word(filter, half, bit)).read_volatile() >> (bit % 64) & 1 != 0 }
+}
+
+/// Says that there may be a record, before there is one.
+#[inline(always)]
+fn note(bit: u32) {
+    let Some(filter) = FLOW_FILTER.get_ptr_mut(0) else { return };
+    for half in 0..2 {
+        // SAFETY: the map's value, checked not to be null; words are aligned.
+        unsafe { atomic::set(word(filter, half, bit), 1 << (bit % 64)) };
+    }
+}
+
+/// Where in a half of the filter a bit is.
+///
+/// # Safety
+/// `filter` is the map's value.
+#[inline(always)]
+unsafe fn word(filter: *mut FlowFilter, half: usize, bit: u32) -> *mut u64 {
+    let index = half * FILTER_WORDS + (bit / 64) as usize;
+    // SAFETY: the caller's, and no index is beyond the end.
+    unsafe { (&raw mut (*filter).bits).cast::<u64>().add(settled(index) & (2 * FILTER_WORDS - 1)) }
+}
+
 /// Whether a packet that the tables deny is the reverse of a recorded flow that they allow.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn answers(case: &Case) -> u64 {
     let packet = &case.packet;
     if packet.can_reply()

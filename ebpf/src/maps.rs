@@ -10,7 +10,7 @@ use ebpf_common::counter::{
     pair_hash,
 };
 use ebpf_common::event::{Bucket, Clock};
-use ebpf_common::flow::{Flow, Remote, TOTALS};
+use ebpf_common::flow::{Flow, FlowFilter, Remote, TOTALS};
 use ebpf_common::fragment::{Fragment, FragmentKey};
 use ebpf_common::table::{Control, TableCopy};
 use ebpf_common::{COPIES, DIRECTIONS, limit, reason};
@@ -35,6 +35,8 @@ pub static TABLES: Array<TableCopy> = Array::with_max_entries(COPIES, BPF_F_MMAP
 /// By `FlowKey::to_words`.
 #[map]
 pub static FLOWS: HashMap<[u64; 5], Flow> = HashMap::with_max_entries(limit::FLOWS, 0);
+#[map]
+pub static FLOW_FILTER: Array<FlowFilter> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map]
 pub static FLOWS_OPENED: HashMap<Remote, u64> = HashMap::with_max_entries(limit::REMOTES, 0);
 #[map]

@@ -63,7 +63,7 @@ pub fn judge_early(hook: &impl Hook, case: &mut Case) -> Option<u8> {
         return Some(unknown());
     }
     let decision = Decision(decide_for(case, direction(), case.packet.destination_port));
-    if decision.allows() || flow::is_recorded(case) {
+    if decision.allows() || (flow::may_be_recorded(case) && flow::is_recorded(case)) {
         return None;
     }
     let Some(reason) = decision.denial() else { return Some(reason::CORRUPT_TABLE) };
@@ -164,6 +164,9 @@ fn judge_flow(case: &mut Case) -> u8 {
     }
     let Some(denial) = decision.denial() else { return reason::CORRUPT_TABLE };
     case.rule = decision.rule();
+    if !flow::may_be_recorded(case) {
+        return denial;
+    }
     match flow::answers(case) {
         flow::Answer::NONE => denial,
         flow::Answer::REVOKED => {

@@ -658,6 +658,16 @@ fn records_belong_to_their_opener() {
 }
 
 #[test]
+fn records_are_found_while_others_go() {
+    in_lab(records::are_found_while_others_go);
+}
+
+#[test]
+fn records_are_found_again_where_the_filter_was_lost() {
+    in_lab(records::are_found_again_where_the_filter_was_lost);
+}
+
+#[test]
 fn records_are_shared_out_when_room_is_short() {
     in_lab(records::are_shared_out);
 }

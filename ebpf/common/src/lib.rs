@@ -30,7 +30,7 @@ pub mod table;
 pub mod underlay;
 
 /// Version of everything in this crate; part of the pin path.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Names of the maps in the object, which are also the names of their pins.
 pub mod map {
@@ -40,6 +40,8 @@ pub mod map {
     pub const TABLES: &str = "TABLES";
     /// `HashMap<FlowKey, Flow>`, `FLOWS` entries.
     pub const FLOWS: &str = "FLOWS";
+    /// `Array<FlowFilter>`, 1 entry, which can be mapped into memory: what is certainly in no record of FLOWS.
+    pub const FLOW_FILTER: &str = "FLOW_FILTER";
     /// `HashMap<Remote, u64>`, `REMOTES` entries: records that the programs made for each remote node, ever.
     pub const FLOWS_OPENED: &str = "FLOWS_OPENED";
     /// `HashMap<Remote, u64>`, `REMOTES` entries: those of them that are no more, as userspace counted last.
@@ -71,8 +73,9 @@ pub mod map {
     /// The policy: what a probe shares with the enforcing programs.
     pub const POLICY: [&str; 2] = [CONTROL, TABLES];
     /// What belongs to no copy of the tables and outlives every generation.
-    pub const STATE: [&str; 12] = [
+    pub const STATE: [&str; 13] = [
         FLOWS,
+        FLOW_FILTER,
         FLOWS_OPENED,
         FLOWS_GONE,
         FLOW_TOTALS,

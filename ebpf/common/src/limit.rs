@@ -21,6 +21,8 @@ pub const DECISIONS: u32 = 8_192;
 pub const RULES: u32 = 8_192;
 /// Records of flows. A full table refuses new records, never allows.
 pub const FLOWS: u32 = 131_072;
+/// Bits of one half of the records' filter: with so many records in it one packet in nine is looked up for nothing.
+pub const FLOW_BITS: u32 = 8 * FLOWS;
 /// Records beyond which the quota of [`FLOWS_PER_REMOTE`] holds: below it there is room for everybody.
 pub const FLOWS_FREE: u32 = FLOWS / 2;
 /// Records that one remote node, or one external cidr behind a gateway, may add to once [`FLOWS_FREE`] are there. Of the

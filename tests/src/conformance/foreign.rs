@@ -230,17 +230,27 @@ struct Element {
 
 /// Changes a value of a pinned array map, of `size` bytes, whatever they mean.
 pub fn edit(path: &Path, index: u32, size: usize, edit: impl FnOnce(&mut [u8])) -> io::Result<()> {
-    let map = open(path)?;
+    let mut value = read(path, index, size)?;
+    edit(&mut value);
+    on_element(BPF_MAP_UPDATE_ELEM, path, index, &mut value)
+}
+
+/// A value of a pinned array map, of `size` bytes.
+pub fn read(path: &Path, index: u32, size: usize) -> io::Result<Vec<u8>> {
     let mut value = vec![0; size];
+    on_element(BPF_MAP_LOOKUP_ELEM, path, index, &mut value)?;
+    Ok(value)
+}
+
+fn on_element(command: libc::c_int, path: &Path, index: u32, value: &mut [u8]) -> io::Result<()> {
+    let map = open(path)?;
     let mut element = Element {
         map: map.as_raw_fd() as u32,
         key: (&raw const index) as u64,
         value: value.as_mut_ptr() as u64,
         ..Default::default()
     };
-    bpf(BPF_MAP_LOOKUP_ELEM, &mut element)?;
-    edit(&mut value);
-    bpf(BPF_MAP_UPDATE_ELEM, &mut element).map(drop)
+    bpf(command, &mut element).map(drop)
 }
 
 /// Takes the free slots of the pinned counters of pairs, on every processor, but the last of each of the buckets to

@@ -10,6 +10,7 @@ use std::thread;
 use aya::maps::{Array, Map, MapData, PerCpuHashMap, PerCpuValues};
 use ebpf_common::counter::{Counter, LOSS_FLOW, PairKey};
 use ebpf_common::{ABI_VERSION, EGRESS, INGRESS, map, reason};
+use nix::net::if_::if_nametoindex;
 use node::kernel::datapath::packet::Packet;
 use node::kernel::{Attachment, Datapath, Inspect};
 use policy::{Generation, Network, Revision};
@@ -132,6 +133,12 @@ pub fn is_exact(lab: &mut Lab) {
     assert_eq!(flows.len(), 2);
     let kept = flows.iter().find(|(key, _)| !key.source.is_v4()).expect("the quiet flow");
     assert_eq!((kept.1.packets, kept.1.bytes, kept.1.generation), (1, quiet.len() as u64, 0), "to be judged anew");
+    // Answers to what was opened before are known as such.
+    let [web, db, ..] = ENDS[1];
+    let answer = Packet::opening(&flow(db, web, "tcp/443")).reply().to_bytes();
+    let out = foreign::Out::new(if_nametoindex(INTERFACE).expect("it is there")).expect("a socket");
+    out.send(&answer).expect("sent");
+    wait_until(|| reasons(lab).get(&(EGRESS, reason::REPLY)).is_some_and(|reply| reply.packets == 1), "it passes");
     // Another start of the same version finds all that was carried over.
     lab.restart();
     lab.datapath.attach().expect("taken over");

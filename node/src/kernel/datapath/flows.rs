@@ -10,6 +10,7 @@ use ebpf_common::fragment::{Fragment, FragmentKey};
 use ebpf_common::map;
 use ipnet::IpNet;
 
+use super::filter::{Cleared, Filter};
 use super::fragments::Fragments;
 use super::shares::Shares;
 use super::{map::open, sys};
@@ -22,6 +23,9 @@ const BPF_NOEXIST: u64 = 1;
 pub(super) struct Flows {
     map: MapData,
     records: HashMap<MapData, FlowKey, Flow>,
+    filter: Filter,
+    /// Whether the filter may have bits of records that are gone.
+    stale: bool,
     shares: Shares,
     fragments: Fragments,
 }
@@ -33,9 +37,16 @@ impl Flows {
         Ok(Self {
             map: open(folder, map::FLOWS)?,
             records,
+            filter: Filter::open(folder)?,
+            stale: true,
             shares: Shares::open(folder)?,
             fragments: Fragments::open(folder)?,
         })
+    }
+
+    /// Of maps that were just made.
+    pub(super) fn begin(&mut self) {
+        self.filter.begin();
     }
 
     pub(super) fn list(&self) -> Result<Vec<(FlowKey, Flow)>, KernelError> {
@@ -48,13 +59,34 @@ impl Flows {
         self.fragments.list()
     }
 
-    /// Deletes records that are idle at `now` (nanoseconds, monotonic clock), and settles whose the others are.
+    /// Deletes records that are idle at `now` (nanoseconds, monotonic clock), and settles whose the others are and what is
+    /// in none.
     pub(super) fn collect(&mut self, now: u64) -> Result<usize, KernelError> {
-        let opened = self.shares.read()?;
         let removed = self.remove(|key, flow| is_idle(key, flow, now))?;
-        self.shares.settle(&opened, &self.list()?)?;
+        let cleared = self.clear_filter()?;
+        let opened = self.shares.read()?;
+        let records = self.list()?;
+        if let Some(cleared) = cleared {
+            self.filter.fill(cleared, &records);
+            self.stale = false;
+        } else if !self.filter.covers(&records) {
+            // Answers were dropped that belong to recorded flows.
+            tracing::warn!(
+                "`FLOW_FILTER` is not what the programs wrote: somebody else writes to it; no more believed"
+            );
+            self.filter.distrust();
+        }
+        self.shares.settle(&opened, &records)?;
         self.fragments.collect(now)?;
         Ok(removed)
+    }
+
+    /// Makes ready to fill the filter anew if bits in it are nobody's, or it is not in force.
+    fn clear_filter(&mut self) -> Result<Option<Cleared>, KernelError> {
+        if !self.stale && self.filter.in_force().is_some() {
+            return Ok(None);
+        }
+        self.filter.clear().map(Some)
     }
 
     /// Deletes records with an end in one of these prefixes.
@@ -70,6 +102,11 @@ impl Flows {
         let removed = self.remove(|_, _| true)?;
         self.shares.clear()?;
         self.fragments.clear()?;
+        if self.filter.in_force().is_none() {
+            let cleared = self.filter.clear()?;
+            self.filter.fill(cleared, &self.list()?);
+            self.stale = false;
+        }
         Ok(removed)
     }
 
@@ -78,6 +115,7 @@ impl Flows {
     pub(super) fn adopt(&mut self, records: Vec<(FlowKey, Flow)>, before_programs: bool) -> Result<(), KernelError> {
         let mut adopted = Vec::new();
         for (key, flow) in records {
+            self.filter.note(&key);
             match self.records.insert(key, Flow { generation: 0, ..flow }, BPF_NOEXIST) {
                 Ok(()) => adopted.push((key, flow)),
                 Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {}
@@ -97,6 +135,7 @@ impl Flows {
                 Err(error) => return Err(KernelError::with("failed to read a record of a flow", error)),
             };
             if still && self.records.remove(&key).is_ok() {
+                self.stale = true;
                 removed += 1;
             }
         }

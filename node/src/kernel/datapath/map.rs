@@ -8,7 +8,7 @@ use aya::maps::{MapData, MapInfo, MapType};
 use aya::util::nr_cpus;
 use ebpf_common::counter::{Counter, LOSSES, PairBucket};
 use ebpf_common::event::{Bucket, Clock};
-use ebpf_common::flow::{Flow, FlowKey, Remote, TOTALS};
+use ebpf_common::flow::{Flow, FlowFilter, FlowKey, Remote, TOTALS};
 use ebpf_common::fragment::{Fragment, FragmentKey};
 use ebpf_common::table::{Control, TableCopy};
 use ebpf_common::{COPIES, DIRECTIONS, limit, map, reason};
@@ -37,10 +37,11 @@ const fn hash(name: &'static str, key: usize, value: usize, entries: u32) -> Lay
     Layout { name, kind: MapType::Hash, key, value, entries }
 }
 
-const LAYOUTS: [Layout; 14] = [
+const LAYOUTS: [Layout; 15] = [
     array(map::CONTROL, size_of::<Control>(), 1),
     array(map::TABLES, size_of::<TableCopy>(), COPIES),
     hash(map::FLOWS, size_of::<FlowKey>(), size_of::<Flow>(), limit::FLOWS),
+    array(map::FLOW_FILTER, size_of::<FlowFilter>(), 1),
     hash(map::FLOWS_OPENED, size_of::<Remote>(), size_of::<u64>(), limit::REMOTES),
     hash(map::FLOWS_GONE, size_of::<Remote>(), size_of::<u64>(), limit::REMOTES),
     array(map::FLOW_TOTALS, size_of::<u64>(), TOTALS),

@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use aya::Pod;
 
@@ -38,6 +39,22 @@ impl Mapping {
         self.check::<T>(at, values.len());
         // SAFETY: inside the mapping, as was checked, and aligned; `T` is plain data.
         unsafe { ptr::copy_nonoverlapping(values.as_ptr(), self.start.as_ptr().add(at).cast(), values.len()) };
+    }
+
+    /// Sets bits in the word at byte `at`, where programs set bits too.
+    pub(super) fn set(&mut self, at: usize, bits: u64) {
+        self.word(at).fetch_or(bits, Ordering::SeqCst);
+    }
+
+    /// Writes the word at byte `at` after everything that was written before.
+    pub(super) fn publish(&mut self, at: usize, value: u64) {
+        self.word(at).store(value, Ordering::SeqCst);
+    }
+
+    fn word(&mut self, at: usize) -> &AtomicU64 {
+        self.check::<u64>(at, 1);
+        // SAFETY: inside the mapping, as was checked, and aligned; the programs that write there do so in whole words.
+        unsafe { AtomicU64::from_ptr(self.start.as_ptr().add(at).cast()) }
     }
 
     /// Reads `count` values from byte `at` on.

@@ -20,6 +20,7 @@ mod counters;
 mod description;
 mod early;
 mod events;
+mod filter;
 mod flows;
 mod former;
 mod fragments;

@@ -79,11 +79,14 @@ impl Probe {
                 KernelError::with("the kernel's verifier refused the early program: this build is broken", error)
             })?;
         }
+        let egress = load(EGRESS)?;
+        let mut flows = Flows::open(state)?;
+        flows.begin();
         Ok(Self {
-            egress: load(EGRESS)?,
+            egress,
             ingress,
             counters: CounterMaps::open(state)?,
-            flows: Flows::open(state)?,
+            flows,
             events: Events::open_in(state)?,
             reasons: BTreeMap::new(),
             rules: BTreeMap::new(),
