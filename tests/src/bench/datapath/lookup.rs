@@ -9,12 +9,12 @@ use node::kernel::Datapath;
 use node::lower::{LowerError, RuleSlots, lower};
 use policy::{Flow, Slice};
 
-use super::program::{Cost, Programs};
+use super::program::{Costs, Programs};
 use super::{FAMILIES, family_name, nanoseconds, of_family, thousands};
 use crate::bench::Effort;
 use crate::bench::report::{Report, Row, Target};
 use crate::bench::scale::{Families, Layout, Scale, Size, Treatment};
-use crate::bench::statistics::Draw;
+use crate::bench::statistics::{Draw, ratio};
 use crate::conformance::Lab;
 use crate::mesh::Family;
 
@@ -37,7 +37,7 @@ pub(super) fn sizes(effort: Effort) -> &'static [u32] {
 
 /// Passes through all samples: enough for the median to be steady.
 pub(super) fn runs(effort: Effort) -> usize {
-    effort.choose(60, 3)
+    effort.choose(100, 3)
 }
 
 pub(super) fn measure(lab: &mut Lab, effort: Effort, report: &mut Report) -> Result<()> {
@@ -68,30 +68,42 @@ fn measure_size(lab: &mut Lab, size: Size, family: Family, effort: Effort, repor
         return Ok(());
     }
     let mut race = Race::start(lab, &scale, &slice, family, runs(effort))?;
-    let own = race.run("lookup")?;
-    report.push(nanoseconds(name, own).at_most(target));
-    report.push(nanoseconds(format!("one LPM lookup, {what}"), race.run(of_family(family, ("lpm_v4", "lpm_v6")))?));
-    let cilium = race.run(of_family(family, ("cilium_v4", "cilium_v6")))?;
-    report.push(nanoseconds(format!("Cilium's shape, {what}"), cilium));
-    let pair = race.run(of_family(family, ("pair_v4", "pair_v6")))?;
-    report.push(nanoseconds(format!("two LPM and a hash, {what}"), pair));
-    let times = Row::new(format!("Cilium's shape / policy lookup, {what}"), cilium.median / own.median, "times");
+    let shapes = of_family(family, (["lpm_v4", "cilium_v4", "pair_v4"], ["lpm_v6", "cilium_v6", "pair_v6"]));
+    let [own, lpm, cilium, pair] = race.run(["lookup", shapes[0], shapes[1], shapes[2]])?;
+    report.push(nanoseconds(name, own.cost()).at_most(target));
+    report.push(nanoseconds(format!("one LPM lookup, {what}"), lpm.cost()));
+    report.push(nanoseconds(format!("Cilium's shape, {what}"), cilium.cost()));
+    report.push(nanoseconds(format!("two LPM and a hash, {what}"), pair.cost()));
+    let times = ratio(&cilium.beside(&own));
+    let times = Row::estimate(format!("Cilium's shape / policy lookup, {what}"), times, "times");
     report.push(if target.is_some() { times.target(Target::AtLeast(FASTER_THAN_CILIUM)) } else { times });
     Ok(())
 }
 
-/// The same cidrs with one rule each, and with ten.
+/// The same cidrs with one rule each, and with ten, by turns.
 fn measure_growth(lab: &mut Lab, cidrs: u32, family: Family, effort: Effort, report: &mut Report) -> Result<()> {
-    let mut medians = Vec::new();
-    for rules_per_cidr in [1, 10] {
+    let side = |rules_per_cidr| {
         let size = Size::mixed(cidrs, rules_per_cidr, Layout::Dense, Families::One(family));
         let scale = Scale::new(size)?;
-        let slice = scale.slice(1)?;
-        enforce(lab, &slice)?.context("a small network does not fit")?;
-        medians.push(Race::start(lab, &scale, &slice, family, runs(effort))?.run("lookup")?.median);
+        let tables = lower(&scale.slice(1)?, &mut RuleSlots::new()).context("a small network does not fit")?;
+        let ends: Vec<Ends> = flows(&scale, family).iter().map(ends).collect();
+        anyhow::Ok((tables, ends, Costs::new()))
+    };
+    let mut sides = [side(1)?, side(10)?];
+    let mut programs = Programs::load(lab, &["ends_only", "lookup"])?;
+    for _ in 0..runs(effort) {
+        for (tables, ends, costs) in &mut sides {
+            lab.datapath.switch(tables)?;
+            programs.set(INGRESS, map::ENDS, ends)?;
+            // Once to have everything at hand.
+            programs.run(INGRESS, "lookup", &BUFFER)?;
+            costs.alone.push(programs.run(INGRESS, "ends_only", &BUFFER)?.0);
+            costs.with.push(programs.run(INGRESS, "lookup", &BUFFER)?.0);
+        }
     }
+    let times = ratio(&sides[1].2.beside(&sides[0].2));
     let name = format!("policy lookup, {}, {} cidrs, ten times the rules", family_name(family), thousands(cidrs));
-    report.push(Row::new(name, medians[1] / medians[0], "times").target(Target::AtMost(GROWTH)));
+    report.push(Row::estimate(name, times, "times").target(Target::AtMost(GROWTH)));
     Ok(())
 }
 
@@ -127,15 +139,17 @@ impl Race {
         Ok(Self { programs, allowed, runs })
     }
 
-    /// What one flow costs a program, which must say of them all what the policy says; but one LPM lookup says nothing.
-    fn run(&mut self, program: &str) -> Result<Cost> {
-        let passed = self.programs.passed(INGRESS, program, &BUFFER)?;
-        ensure!(
-            program.starts_with("lpm") || passed == self.allowed,
-            "`{program}` lets {passed} of {SAMPLES} flows pass and not {}",
-            self.allowed
-        );
-        self.programs.cost(program, "ends_only", &BUFFER, self.runs)
+    /// What one flow costs each program, which must say of them all what the policy says; but one LPM lookup says nothing.
+    fn run<const N: usize>(&mut self, programs: [&str; N]) -> Result<[Costs; N]> {
+        for program in programs {
+            let passed = self.programs.passed(INGRESS, program, &BUFFER)?;
+            ensure!(
+                program.starts_with("lpm") || passed == self.allowed,
+                "`{program}` lets {passed} of {SAMPLES} flows pass and not {}",
+                self.allowed
+            );
+        }
+        self.programs.costs(programs, "ends_only", &BUFFER, self.runs)
     }
 }
 

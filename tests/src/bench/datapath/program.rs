@@ -9,7 +9,7 @@ use aya::maps::{Array, HashMap, MapData};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, Pod};
 use ebpf_common::bench::{LOOP, PACKET, SAMPLES};
-use ebpf_common::flow::{Flow, FlowKey, TOTAL_GONE, TOTAL_OPENED};
+use ebpf_common::flow::{FILTER_WORDS, Flow, FlowFilter, FlowKey, TOTAL_GONE, TOTAL_OPENED};
 use ebpf_common::{EGRESS, INGRESS, global, map};
 use node::kernel::datapath::BENCH_OBJECT;
 
@@ -21,6 +21,31 @@ use crate::conformance::Lab;
 pub(super) struct Cost {
     pub(super) minimum: f64,
     pub(super) median: f64,
+}
+
+/// Nanoseconds of one sample, run by run: by a program, and by another one that only goes through the samples.
+#[derive(Clone, Debug)]
+pub(super) struct Costs {
+    pub(super) with: Vec<f64>,
+    pub(super) alone: Vec<f64>,
+}
+
+impl Costs {
+    pub(super) const fn new() -> Self {
+        Self { with: Vec::new(), alone: Vec::new() }
+    }
+
+    pub(super) fn cost(&self) -> Cost {
+        net(&self.with, &self.alone)
+    }
+
+    /// Each run's own, paired with another's of the same turn.
+    pub(super) fn beside(&self, other: &Self) -> Vec<(f64, f64)> {
+        let net = |costs: &Self| -> Vec<f64> {
+            costs.with.iter().zip(&costs.alone).map(|(with, alone)| with - alone).collect()
+        };
+        net(self).into_iter().zip(net(other)).collect()
+    }
 }
 
 /// An instance for each direction. They share their records; counters, records and events are not the node's.
@@ -50,14 +75,27 @@ impl Programs {
 
     /// Nanoseconds that one sample takes by a program, net of another one that only goes through them. The two alternate.
     pub(super) fn cost(&mut self, name: &str, without: &str, packet: &[u8], runs: usize) -> Result<Cost> {
-        let (mut with, mut alone) = (Vec::new(), Vec::new());
-        // Once to have everything at hand.
-        self.run(INGRESS, name, packet)?;
+        Ok(self.costs([name], without, packet, runs)?[0].cost())
+    }
+
+    /// Likewise of several programs, which take turns: what disturbs the machine for a while disturbs them all.
+    pub(super) fn costs<const N: usize>(
+        &mut self,
+        names: [&str; N],
+        without: &str,
+        packet: &[u8],
+        runs: usize,
+    ) -> Result<[Costs; N]> {
+        let mut costs = [const { Costs::new() }; N];
         for _ in 0..runs {
-            alone.push(self.run(INGRESS, without, packet)?.0);
-            with.push(self.run(INGRESS, name, packet)?.0);
+            for (name, costs) in names.into_iter().zip(&mut costs) {
+                costs.alone.push(self.run(INGRESS, without, packet)?.0);
+                // Once to have everything at hand, which those before it may have driven out.
+                self.run(INGRESS, name, packet)?;
+                costs.with.push(self.run(INGRESS, name, packet)?.0);
+            }
         }
-        Ok(net(&with, &alone))
+        Ok(costs)
     }
 
     /// Goes through all samples once; nanoseconds each, and how many of the last [`LOOP`] passed.
@@ -143,7 +181,10 @@ impl Programs {
         for key in &keys {
             flows.remove(key)?;
         }
-        // As many as there are, userspace would find: none.
+        // As userspace would find it: no records.
+        let filter = self.ingress.map_mut(map::FLOW_FILTER).context("no filter")?;
+        let mut filter: Array<&mut MapData, FlowFilter> = Array::try_from(filter)?;
+        filter.set(0, Box::new(FlowFilter { state: 1, bits: [0; 2 * FILTER_WORDS] }), 0)?;
         let totals = self.ingress.map_mut(map::FLOW_TOTALS).context("no totals")?;
         let mut totals: Array<&mut MapData, u64> = Array::try_from(totals)?;
         totals.set(TOTAL_OPENED, 0, 0)?;
