@@ -51,7 +51,7 @@ pub(crate) fn keep(case: &Case, decision: Decision) {
 
 /// Whether there was a record to be refreshed. (Not one function with `open`: the whole chain of calls has 512 bytes of
 /// stack.)
-#[inline(never)]
+#[inline(always)]
 fn refresh(case: &Case, decision: u64) -> bool {
     let decision = Decision(decision);
     let packet = &case.packet;

@@ -95,9 +95,8 @@ fn measure_growth(lab: &mut Lab, cidrs: u32, family: Family, effort: Effort, rep
         for (tables, ends, costs) in &mut sides {
             lab.datapath.switch(tables)?;
             programs.set(INGRESS, map::ENDS, ends)?;
-            // Once to have everything at hand.
-            programs.run(INGRESS, "lookup", &BUFFER)?;
             costs.alone.push(programs.run(INGRESS, "ends_only", &BUFFER)?.0);
+            programs.warm_up("lookup", &BUFFER)?;
             costs.with.push(programs.run(INGRESS, "lookup", &BUFFER)?.0);
         }
     }
