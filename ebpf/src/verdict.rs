@@ -420,6 +420,9 @@ fn read_decision(tables: &TableCopy, decision: u32, cell: u32) -> Option<Decisio
 #[inline(always)]
 fn find_in_page(tables: &TableCopy, page: u32, service: u32) -> Option<u32> {
     let page = entry(&tables.pages, page)?;
+    if let Some(decision) = page.few.decision(service) {
+        return Some(decision.into());
+    }
     let (protocol, high, low) = ((service >> 16) as u8, (service >> 8) as u8, service as u8);
     let (run, last) = match protocol {
         packet::TCP => (page.tcp[usize::from(high)], low),

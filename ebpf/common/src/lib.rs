@@ -9,7 +9,7 @@
 //! CONTROL.active ──► TABLES[c], a copy of all tables (0 or 1), read once a packet
 //! address ─ header.root ─► paths, blocks … ─► leaves = (class, cidr, holder)        one walk for s, one for d
 //! (direction, own class, other class) ─► matrix = decision | page                  one load
-//! (page, service) ─► pages ─► ports ─► decisions = (verdict, reason, rule slot, flags)
+//! (page, service) ─► pages (─► ports) ─► decisions = (verdict, reason, rule slot, flags)
 //! ```
 //!
 //! A copy is one value of one map: a program asks the map for it once and walks from there by plain loads, which is what

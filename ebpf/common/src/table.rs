@@ -43,7 +43,8 @@ pub struct Header {
     /// Where the walk of an address begins, as in [`Block::entries`].
     pub root_v4: u32,
     pub root_v6: u32,
-    pub _pad: u32,
+    /// So that what follows begins with a cache line.
+    pub _pad: [u32; 9],
 }
 
 /// An IPv6 address or an IPv4-mapped one (RFC 4291, 2.5.5.2), as two words in memory order: word 0 is bytes 0-7. The
@@ -191,21 +192,60 @@ pub const fn cell_index(header_own: u32, classes: u32, direction: u32, own: u32,
     (direction * header_own + (own - 1)) * classes + other
 }
 
-/// An action set: for each run of 256 services the index in PORTS of its decisions.
+/// An action set: a few ranges of services, or for each run of 256 services the index in PORTS of its decisions.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Page {
-    /// By destination port >> 8.
-    pub tcp: [u16; 256],
-    /// By destination port >> 8.
-    pub udp: [u16; 256],
+    /// Where it is known, nothing else is looked at.
+    pub few: Few,
     /// By type.
     pub icmp: u16,
     /// By type.
     pub icmpv6: u16,
     /// By protocol number, for the others.
     pub protocol: u16,
-    pub _pad: u16,
+    /// So that a page is whole cache lines, of which this is the first.
+    pub _pad: [u16; 5],
+    /// By destination port >> 8.
+    pub tcp: [u16; 256],
+    /// By destination port >> 8.
+    pub udp: [u16; 256],
+}
+
+/// Ranges of services that have a decision each, where there are so few of them that one cache line holds them: most
+/// action sets are a port or two and the rest. A service is its protocol << 16, and its port or ICMP type.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Few {
+    /// The first service of each range but the first, which begins with 0, in order; [`Few::NO_START`] of those that there
+    /// are not.
+    pub starts: [u32; FEW - 1],
+    /// 0: there are more ranges.
+    pub known: u32,
+    /// Indices in DECISIONS, by range.
+    pub decisions: [u16; FEW],
+}
+
+/// Ranges that a [`Few`] has room for.
+pub const FEW: usize = 8;
+
+impl Few {
+    /// There are more ranges.
+    pub const UNKNOWN: Self = Self { starts: [Self::NO_START; FEW - 1], known: 0, decisions: [0; FEW] };
+    /// No service is as high.
+    pub const NO_START: u32 = u32::MAX;
+
+    /// The index of a service's decision; `None`: there are more ranges.
+    #[inline(always)]
+    pub fn decision(&self, service: u32) -> Option<u16> {
+        if self.known == 0 {
+            return None;
+        }
+        // As many ranges begin no later as differences are negative; without a branch, of which each could be mispredicted.
+        let after = service as u64 + 1;
+        let range = self.starts.iter().fold(0, |range, start| range + ((*start as u64).wrapping_sub(after) >> 63));
+        Some(self.decisions[range as usize & (FEW - 1)])
+    }
 }
 
 /// 256 decisions, by the low byte of the port, by ICMP type or by protocol.
@@ -243,11 +283,14 @@ const _: () = assert!(size_of::<Control>() == 8);
 const _: () =
     assert!(limit::BLOCKS <= 1 << (31 - BLOCK_SHIFT) && limit::PATHS <= INDEX + 1 && limit::LEAVES <= INDEX + 1);
 const _: () = assert!(size_of::<TableCopy>().is_multiple_of(8));
-const _: () = assert!(size_of::<Header>() == 32);
+const _: () = assert!(size_of::<Header>() == 64);
+const _: () =
+    assert!(core::mem::offset_of!(TableCopy, pages).is_multiple_of(64) && size_of::<TableCopy>().is_multiple_of(64));
+const _: () = assert!(size_of::<Few>() == 48);
 const _: () = assert!(size_of::<Block>() == 1_024);
 const _: () = assert!(size_of::<Path>() == 40);
 const _: () = assert!(size_of::<Leaf>() == 12);
-const _: () = assert!(size_of::<Page>() == 1_032);
+const _: () = assert!(size_of::<Page>() == 1_088);
 const _: () = assert!(size_of::<Ports>() == 512);
 const _: () = assert!(size_of::<Decision>() == 8);
 

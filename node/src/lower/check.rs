@@ -4,8 +4,8 @@
 use ebpf_common::limit;
 use ebpf_common::reason;
 use ebpf_common::table::{
-    ALLOW, BLOCK, CELL_INDEX, DENY, EXTERNAL, HOLDER_SHIFT, INDEX, LOCAL, LOG, Leaf, NO_RULE_SLOT, PATH, Path, RECORD,
-    UNIFORM, block_entry, block_of,
+    ALLOW, BLOCK, CELL_INDEX, DENY, EXTERNAL, Few, HOLDER_SHIFT, INDEX, LOCAL, LOG, Leaf, NO_RULE_SLOT, PATH, Path,
+    RECORD, UNIFORM, block_entry, block_of,
 };
 
 use super::Tables;
@@ -149,6 +149,13 @@ impl Tables {
             }
         }
         for (index, page) in self.pages.unshared(known.map(|known| &known.pages)) {
+            let Few { starts, known, decisions } = page.few;
+            if known > 1 || !starts.is_sorted() {
+                return Err(error("PAGES", index, format!("has ranges that are none: {:?}", page.few)));
+            }
+            if let Some(decision) = decisions.iter().find(|one| usize::from(**one) >= self.decisions.len()) {
+                return Err(error("PAGES", index, format!("refers to decision {decision}, which is not there")));
+            }
             let single = [page.icmp, page.icmpv6, page.protocol];
             let mut runs = page.tcp.iter().chain(&page.udp).chain(&single);
             if let Some(run) = runs.find(|run| usize::from(**run) >= self.ports.len()) {

@@ -4,15 +4,18 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use ebpf_common::packet::{ICMP, ICMPV6, TCP, UDP};
 use ebpf_common::table::{
-    ALLOW, CELL_INDEX, DENY, Decision, LOG, NO_RULE_SLOT, Page, Ports, RECORD, UNIFORM, cell_index,
+    ALLOW, CELL_INDEX, DENY, Decision, Few, LOG, NO_RULE_SLOT, Page, Ports, RECORD, UNIFORM, cell_index,
 };
 use ebpf_common::{EGRESS, INGRESS, limit, reason};
-use policy::{Action, Cell, ClassId, Map, Reason, RuleId, Slice, Touched, Verdict};
+use policy::{Action, Cell, ClassId, Map, Reason, RuleId, ServiceRange, Slice, Touched, Verdict};
 
 use super::interned::Interned;
 use super::rows::Rows;
 use super::{Classes, FEWER_PREFIXES, FEWER_RULES, FEWER_SERVICES, LowerError, RuleSlots, within};
 
+/// A page that nothing refers to.
+const EMPTY: Page =
+    Page { few: Few::UNKNOWN, icmp: 0, icmpv6: 0, protocol: 0, _pad: [0; 5], tcp: [0; 256], udp: [0; 256] };
 /// What a pair of classes without a cell gets, and the unknown class.
 const NO_RULE: Decision = Decision { verdict: DENY, reason: reason::NO_RULE, flags: 0, rule: NO_RULE_SLOT };
 /// The word of such a pair: decision 0 is always there.
@@ -42,7 +45,7 @@ impl Cells {
         within("cells of the matrix", cells, limit::CELLS, FEWER_PREFIXES)?;
         let mut lowered = Self {
             matrix: vec![CLOSED; cells].into(),
-            pages: Interned::new(Page { tcp: [0; 256], udp: [0; 256], icmp: 0, icmpv6: 0, protocol: 0, _pad: 0 }),
+            pages: Interned::new(EMPTY),
             ports: Interned::new(Ports { decisions: [0; 256] }),
             decisions: Interned::new(NO_RULE),
             words: HashMap::new(),
@@ -183,10 +186,12 @@ impl Cells {
         within("distinct sets of services", self.pages.used() + 1, limit::PAGES, FEWER_SERVICES)?;
         within("distinct runs of 256 ports", self.ports.list.len(), limit::PORTS, FEWER_SERVICES)?;
         let mut runs = Runs::new(otherwise as u16);
+        let mut ranges = Ranges::new(otherwise as u16);
         let mut decisions = vec![otherwise];
         for entry in &cell.entries {
             let decision = self.verdict(terms, &entry.verdict)?;
             runs.set(entry.range.protocol, entry.range.low, entry.range.high, decision as u16);
+            ranges.push(entry.range, decision as u16);
             decisions.push(decision);
         }
         let mut interned = Vec::new();
@@ -194,6 +199,7 @@ impl Cells {
             interned.push(self.ports.intern(run));
             interned[interned.len() - 1] as u16
         });
+        let page = Page { few: ranges.few(), ..page };
         let index = self.pages.intern(page);
         if self.pages.hold(index) {
             for run in runs_of(&page) {
@@ -316,12 +322,78 @@ impl Runs {
             icmp: intern(Ports { decisions: self.icmp }),
             icmpv6: intern(Ports { decisions: self.icmpv6 }),
             protocol: intern(Ports { decisions: self.protocol }),
-            _pad: 0,
+            ..EMPTY
         };
         for ((protocol, run), decisions) in &self.ported {
             let runs = if *protocol == TCP { &mut page.tcp } else { &mut page.udp };
             runs[usize::from(*run)] = intern(Ports { decisions: *decisions });
         }
         page
+    }
+}
+
+/// The decisions of one cell as ranges of the services that packets have, one after the other without a gap: neighbours have
+/// different decisions, and each is that of some packet.
+struct Ranges {
+    otherwise: u16,
+    /// First service and decision of each.
+    ranges: Vec<(u32, u16)>,
+    /// The service after the last entry's; `None`: there is none.
+    next: Option<u32>,
+}
+
+impl Ranges {
+    fn new(otherwise: u16) -> Self {
+        Self { otherwise, ranges: Vec::new(), next: Some(0) }
+    }
+
+    /// The next entry of a cell, whose entries are in order.
+    fn push(&mut self, ServiceRange { protocol, low, high }: ServiceRange, decision: u16) {
+        let highest = highest(protocol);
+        if low > highest {
+            return;
+        }
+        let service = |port: u16| u32::from(protocol) << 16 | u32::from(port);
+        if let Some(next) = self.next.filter(|next| *next < service(low)) {
+            self.add(next, self.otherwise);
+        }
+        self.add(service(low), decision);
+        self.next = if high < highest {
+            Some(service(high + 1))
+        } else {
+            protocol.checked_add(1).map(|next| u32::from(next) << 16)
+        };
+    }
+
+    fn add(&mut self, start: u32, decision: u16) {
+        if self.ranges.last().is_none_or(|(_, last)| *last != decision) {
+            self.ranges.push((start, decision));
+        }
+    }
+
+    fn few(mut self) -> Few {
+        if let Some(next) = self.next {
+            self.add(next, self.otherwise);
+        }
+        let mut few = Few { known: 1, ..Few::UNKNOWN };
+        if self.ranges.len() > few.decisions.len() {
+            return Few::UNKNOWN;
+        }
+        for (place, (start, decision)) in self.ranges.into_iter().enumerate() {
+            if let Some(before) = place.checked_sub(1) {
+                few.starts[before] = start;
+            }
+            few.decisions[place] = decision;
+        }
+        few
+    }
+}
+
+/// The highest port or type of a protocol's flows; those without either have 0.
+pub(crate) fn highest(protocol: u8) -> u16 {
+    match protocol {
+        TCP | UDP => u16::MAX,
+        ICMP | ICMPV6 => 0xff,
+        _ => 0,
     }
 }

@@ -27,6 +27,7 @@ use policy::{ClassId, Map, Revision, RuleId, Slice, Touched};
 use self::matrix::{Cells, Terms};
 
 pub use check::TableError;
+pub(crate) use matrix::highest;
 pub use rows::Rows;
 pub use show::TableCell;
 pub use slots::RuleSlots;
@@ -112,7 +113,7 @@ impl Last {
                 classes: classes.count(),
                 root_v4: strides.root_v4,
                 root_v6: strides.root_v6,
-                _pad: 0,
+                _pad: [0; 9],
             },
             blocks: strides.blocks.into(),
             paths: strides.paths.into(),

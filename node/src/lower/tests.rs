@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ebpf_common::table::{
-    BLOCK, EXTERNAL, HOLDER_SHIFT, INDEX, LOCAL, Leaf, PATH, UNIFORM, UNKNOWN, block_entry, block_of,
+    BLOCK, EXTERNAL, Few, HOLDER_SHIFT, INDEX, LOCAL, Leaf, PATH, UNIFORM, UNKNOWN, block_entry, block_of,
 };
 use ebpf_common::{EGRESS, INGRESS, reason};
 use policy::{
@@ -12,7 +12,7 @@ use policy::{
 };
 use proptest::prelude::*;
 
-use super::{LowerError, RuleSlots, Tables, lower};
+use super::{LowerError, RuleSlots, Tables, highest, lower};
 
 mod following;
 mod holders;
@@ -59,6 +59,23 @@ fn by_node(network: &Network, flows: &[(NodeId, Flow)]) -> Vec<(Slice, Tables, V
         .collect()
 }
 
+/// A page that says what it says twice says the same. Asked of the first and last service of each range, and of each protocol.
+fn check_pages(tables: &Tables) -> Result<(), TestCaseError> {
+    for page in tables.pages.iter().filter(|page| page.few.known != 0) {
+        let ranges = page.few.starts.iter().filter(|start| **start != Few::NO_START);
+        let services = ranges.flat_map(|start| [start - 1, *start]).chain((0..=255).map(|protocol| protocol << 16));
+        for service in services {
+            let (protocol, port) = ((service >> 16) as u8, service as u16);
+            if port > highest(protocol) {
+                continue;
+            }
+            let runs = tables.decision_in_runs(page, protocol, port);
+            prop_assert_eq!(page.few.decision(service), runs, "protocol {} port {}: {:?}", protocol, port, page.few);
+        }
+    }
+    Ok(())
+}
+
 /// What each direction must say of a flow.
 fn check_flow(network: &Network, slice: &Slice, tables: &Tables, flow: &Flow) -> Result<(), TestCaseError> {
     let expected = interpret(network, flow);
@@ -86,6 +103,7 @@ proptest! {
     #[test]
     fn tables_say_what_the_interpreter_says((network, flows) in network_and_flows()) {
         for (slice, tables, flows) in by_node(&network, &flows) {
+            check_pages(&tables)?;
             for flow in flows {
                 check_flow(&network, &slice, &tables, &flow)?;
                 check_flow(&network, &slice, &tables, &reversed(&flow))?;
@@ -310,6 +328,25 @@ fn tables_that_contradict_themselves_are_found() {
         assert!(!whole.differences(&broken).is_empty(), "{table}");
     }
     assert!(whole.differences(&whole).is_empty());
+}
+
+#[test]
+fn a_few_services_are_ranges_on_one_line_and_many_are_runs() {
+    let ranges = |services: &[&str]| {
+        let mut network = small();
+        for (number, service) in services.iter().enumerate() {
+            apply(&mut network, allow(&format!("r{number}"), "cidr:web", "cidr:db", service));
+        }
+        let tables = lowered(&slice_of(&network, node(&network), None));
+        check_pages(&tables).expect("ranges and runs agree");
+        let few = tables.pages[0].few;
+        (few.known != 0).then(|| 1 + few.starts.iter().filter(|start| **start != Few::NO_START).count())
+    };
+    assert_eq!(ranges(&["tcp/443"]), Some(3));
+    assert_eq!(ranges(&["tcp/8000-8999"]), Some(3));
+    assert_eq!(ranges(&["tcp"]), Some(3));
+    assert_eq!(ranges(&["tcp/443", "udp/53", "icmp/8"]), Some(7));
+    assert_eq!(ranges(&["tcp/1", "tcp/3", "udp/53", "icmp/8"]), None, "nine");
 }
 
 #[test]

@@ -4,8 +4,8 @@ use std::net::IpAddr;
 
 use ebpf_common::packet::{ICMP, ICMPV6, Packet, TCP, UDP};
 use ebpf_common::table::{
-    ALLOW, Address, BLOCK, CELL_INDEX, DENY, Decision, INDEX, LOCAL, LOG, Leaf, NO_RULE_SLOT, PATH, RECORD, UNIFORM,
-    UNKNOWN, block_of, cell_index,
+    ALLOW, Address, BLOCK, CELL_INDEX, DENY, Decision, INDEX, LOCAL, LOG, Leaf, NO_RULE_SLOT, PATH, Page, RECORD,
+    UNIFORM, UNKNOWN, block_of, cell_index,
 };
 use ebpf_common::{EGRESS, limit, reason};
 use policy::{Action, Flow, Reason, RuleId, Verdict};
@@ -111,17 +111,23 @@ impl Tables {
             index
         } else {
             let page = self.pages.get(index)?;
-            let (high, low) = (usize::from(port >> 8), usize::from(port & 0xff));
-            let (run, entry) = match protocol {
-                TCP => (page.tcp[high], low),
-                UDP => (page.udp[high], low),
-                ICMP => (page.icmp, low),
-                ICMPV6 => (page.icmpv6, low),
-                other => (page.protocol, usize::from(other)),
-            };
-            usize::from(self.ports.get(usize::from(run))?.decisions[entry])
+            let few = page.few.decision(u32::from(protocol) << 16 | u32::from(port));
+            usize::from(few.or_else(|| self.decision_in_runs(page, protocol, port))?)
         };
         Some((*self.decisions.get(index)?, word & RECORD != 0))
+    }
+
+    /// The index of the decision on a service by the runs of a page.
+    pub(super) fn decision_in_runs(&self, page: &Page, protocol: u8, port: u16) -> Option<u16> {
+        let (high, low) = (usize::from(port >> 8), usize::from(port & 0xff));
+        let (run, entry) = match protocol {
+            TCP => (page.tcp[high], low),
+            UDP => (page.udp[high], low),
+            ICMP => (page.icmp, low),
+            ICMPV6 => (page.icmpv6, low),
+            other => (page.protocol, usize::from(other)),
+        };
+        Some(self.ports.get(usize::from(run))?.decisions[entry])
     }
 }
 

@@ -10,7 +10,7 @@ use policy::{Cell, ClassId, Reason, RuleId, ServiceRange, Slice, Verdict};
 
 use super::addresses::{Kind, Kinds, Where};
 use super::{Difference, Direction, End, Names, Said, Services, Verification, Word};
-use crate::lower::Tables;
+use crate::lower::{Tables, highest};
 
 /// Compares the cells between what the node stands for and everything else.
 pub(super) fn compare(
@@ -203,6 +203,18 @@ impl<'a> Rebuilt<'a> {
             Some((end, same)) if *same == decision => *end = last,
             _ => found.push((last, decision)),
         };
+        if page.few.known != 0 {
+            let service = |port: u16| u32::from(protocol) << 16 | u32::from(port);
+            let mut next = Some(low).filter(|low| *low <= high);
+            while let Some(first) = next {
+                // Where the next range begins, in whatever order they are.
+                let later = page.few.starts.iter().filter(|start| **start > service(first)).min();
+                let last = later.map_or(high, |start| (start - 1 - service(0)).min(high.into()) as u16);
+                add(last, page.few.decision(service(first)).and_then(|index| self.decision(index)));
+                next = (last < high).then(|| last + 1);
+            }
+            return found;
+        }
         match protocol {
             TCP | UDP => {
                 let runs = if protocol == TCP { &page.tcp } else { &page.udp };
@@ -338,15 +350,6 @@ struct Bare {
 impl Wrong {
     fn is_like(&self, other: &Self) -> bool {
         self.intended == other.intended && self.found == other.found
-    }
-}
-
-/// The last port or type of a flow; protocols without either have 0.
-fn highest(protocol: u8) -> u16 {
-    match protocol {
-        TCP | UDP => u16::MAX,
-        ICMP | ICMPV6 => 255,
-        _ => 0,
     }
 }
 

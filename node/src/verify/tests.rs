@@ -125,6 +125,20 @@ impl Corruption {
                     let word = &mut tables.matrix[cell];
                     *word ^= 1 << [30, 31, 0, 1, 2, 3, 4][self.value as usize % 7];
                 }
+                12 if self.word.index(2) == 0 => {
+                    let few = &mut tables.pages[at(pages)?].few;
+                    match self.value % 3 {
+                        0 => few.known ^= 1,
+                        1 => {
+                            let start = &mut few.starts[self.index.index(7)];
+                            *start = self.of(*start, 1 << 24);
+                        }
+                        _ => {
+                            let decision = &mut few.decisions[self.index.index(8)];
+                            *decision = self.short(*decision, decisions);
+                        }
+                    }
+                }
                 12 => {
                     let page = &mut tables.pages[at(pages)?];
                     let runs = page.tcp.iter_mut().chain(&mut page.udp);
