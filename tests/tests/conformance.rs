@@ -300,6 +300,28 @@ fn a_node_is_no_transit_but_for_what_it_is_the_gateway_of() {
 }
 
 #[test]
+fn many_services_are_told_apart_as_few_are() {
+    in_lab(|lab| {
+        for most in 1..=12 {
+            let ports = || (0..most).map(|number| 3 * number + 250);
+            let network = ports().fold(small(), |network, port| {
+                allowing(network, &format!("r{port}"), "cidr:web", "cidr:db", &format!("tcp/{port}-{}", port + 1))
+            });
+            lab.enforce(&network, node(&network, "web1"));
+            let mut judge = lab.judge();
+            for [web, db, ..] in ENDS {
+                for port in 248..290 {
+                    let allowed = ports().any(|first| (first..first + 2).contains(&port));
+                    let expected = if allowed { reason::RULE } else { reason::NO_RULE };
+                    judge.expect(EGRESS, &opening(web, db, &format!("tcp/{port}")), expected);
+                    judge.expect(EGRESS, &opening(web, db, &format!("udp/{port}")), reason::NO_RULE);
+                }
+            }
+        }
+    });
+}
+
+#[test]
 fn one_way_rules_let_answers_pass_and_nothing_else() {
     let network = allowing(small(), "tcp", "cidr:web", "cidr:db", "tcp/443");
     let network = allowing(network, "udp", "cidr:web", "cidr:db", "udp/53");

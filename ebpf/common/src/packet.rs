@@ -439,6 +439,15 @@ impl Packet {
     }
 }
 
+/// The highest destination port or ICMP type of a protocol's flows; those without either have 0.
+pub const fn highest_port(protocol: u8) -> u16 {
+    match protocol {
+        TCP | UDP => u16::MAX,
+        ICMP | ICMPV6 => 0xff,
+        _ => 0,
+    }
+}
+
 /// What is walked on the way to the transport header.
 #[inline(always)]
 const fn is_extension_header(protocol: u8) -> bool {

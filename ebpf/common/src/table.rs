@@ -192,7 +192,8 @@ pub const fn cell_index(header_own: u32, classes: u32, direction: u32, own: u32,
     (direction * header_own + (own - 1)) * classes + other
 }
 
-/// An action set: a few ranges of services, or for each run of 256 services the index in PORTS of its decisions.
+/// An action set: for each run of 256 services the index in PORTS of its decisions; and the same once more as a few ranges of
+/// services, if they are so few.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Page {
@@ -204,7 +205,7 @@ pub struct Page {
     pub icmpv6: u16,
     /// By protocol number, for the others.
     pub protocol: u16,
-    /// So that a page is whole cache lines, of which this is the first.
+    /// The first cache line ends here, and the page at the end of another.
     pub _pad: [u16; 5],
     /// By destination port >> 8.
     pub tcp: [u16; 256],
@@ -220,9 +221,9 @@ pub struct Few {
     /// The first service of each range but the first, which begins with 0, in order; [`Few::NO_START`] of those that there
     /// are not.
     pub starts: [u32; FEW - 1],
-    /// 0: there are more ranges.
+    /// 1, or 0: there are more ranges.
     pub known: u32,
-    /// Indices in DECISIONS, by range.
+    /// Indices in DECISIONS, by range: each is in one of the page's runs too, and 0 where there is no range.
     pub decisions: [u16; FEW],
 }
 

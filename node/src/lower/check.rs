@@ -149,9 +149,9 @@ impl Tables {
             }
         }
         for (index, page) in self.pages.unshared(known.map(|known| &known.pages)) {
-            let Few { starts, known, decisions } = page.few;
-            if known > 1 || !starts.is_sorted() {
-                return Err(error("PAGES", index, format!("has ranges that are none: {:?}", page.few)));
+            let Few { starts, known: are_known, decisions } = page.few;
+            if are_known > 1 || !starts.is_sorted() {
+                return Err(error("PAGES", index, format!("has ranges that are out of order: {:?}", page.few)));
             }
             if let Some(decision) = decisions.iter().find(|one| usize::from(**one) >= self.decisions.len()) {
                 return Err(error("PAGES", index, format!("refers to decision {decision}, which is not there")));

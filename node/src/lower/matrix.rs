@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use ebpf_common::packet::{ICMP, ICMPV6, TCP, UDP};
+use ebpf_common::packet::{ICMP, ICMPV6, TCP, UDP, highest_port};
 use ebpf_common::table::{
     ALLOW, CELL_INDEX, DENY, Decision, Few, LOG, NO_RULE_SLOT, Page, Ports, RECORD, UNIFORM, cell_index,
 };
@@ -349,7 +349,7 @@ impl Ranges {
 
     /// The next entry of a cell, whose entries are in order.
     fn push(&mut self, ServiceRange { protocol, low, high }: ServiceRange, decision: u16) {
-        let highest = highest(protocol);
+        let highest = highest_port(protocol);
         if low > highest {
             return;
         }
@@ -386,14 +386,5 @@ impl Ranges {
             few.decisions[place] = decision;
         }
         few
-    }
-}
-
-/// The highest port or type of a protocol's flows; those without either have 0.
-pub(crate) fn highest(protocol: u8) -> u16 {
-    match protocol {
-        TCP | UDP => u16::MAX,
-        ICMP | ICMPV6 => 0xff,
-        _ => 0,
     }
 }

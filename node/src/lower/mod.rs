@@ -27,7 +27,6 @@ use policy::{ClassId, Map, Revision, RuleId, Slice, Touched};
 use self::matrix::{Cells, Terms};
 
 pub use check::TableError;
-pub(crate) use matrix::highest;
 pub use rows::Rows;
 pub use show::TableCell;
 pub use slots::RuleSlots;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 
-use ebpf_common::packet::{ICMP, ICMPV6, TCP, UDP};
+use ebpf_common::packet::highest_port;
 use ebpf_common::table::Decision;
 use policy::ServiceRange;
 
@@ -29,11 +29,7 @@ impl Tables {
         let (otherwise, record) = at(255, 0)?;
         let mut entries: Vec<(ServiceRange, Decision)> = Vec::new();
         for protocol in 0..=u8::MAX {
-            let last = match protocol {
-                TCP | UDP => u16::MAX,
-                ICMP | ICMPV6 => 255,
-                _ => 0,
-            };
+            let last = highest_port(protocol);
             for port in 0..=last {
                 let (decision, _) = at(protocol, port)?;
                 if decision == otherwise {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use ebpf_common::packet::{TCP, UDP, highest_port};
 use ebpf_common::table::{
     BLOCK, EXTERNAL, Few, HOLDER_SHIFT, INDEX, LOCAL, Leaf, PATH, UNIFORM, UNKNOWN, block_entry, block_of,
 };
@@ -12,7 +13,7 @@ use policy::{
 };
 use proptest::prelude::*;
 
-use super::{LowerError, RuleSlots, Tables, highest, lower};
+use super::{LowerError, RuleSlots, Tables, lower};
 
 mod following;
 mod holders;
@@ -59,18 +60,22 @@ fn by_node(network: &Network, flows: &[(NodeId, Flow)]) -> Vec<(Slice, Tables, V
         .collect()
 }
 
-/// A page that says what it says twice says the same. Asked of the first and last service of each range, and of each protocol.
+/// A page that says what it says twice says the same. Asked of the services about the ends of each range and each run.
 fn check_pages(tables: &Tables) -> Result<(), TestCaseError> {
+    let at_ends = || (0..=u8::MAX).flat_map(|protocol| [(protocol, 0), (protocol, highest_port(protocol))]);
+    let in_runs = || (0..=u8::MAX).flat_map(|high| [0, 255].map(|low| u16::from(high) << 8 | low));
     for page in tables.pages.iter().filter(|page| page.few.known != 0) {
-        let ranges = page.few.starts.iter().filter(|start| **start != Few::NO_START);
-        let services = ranges.flat_map(|start| [start - 1, *start]).chain((0..=255).map(|protocol| protocol << 16));
-        for service in services {
-            let (protocol, port) = ((service >> 16) as u8, service as u16);
-            if port > highest(protocol) {
+        let starts = page.few.starts.iter().filter(|start| **start != Few::NO_START);
+        let about = starts.flat_map(|start| [start - 1, *start, start + 1]);
+        let services = about.map(|service| ((service >> 16) as u8, service as u16));
+        let ported = in_runs().flat_map(|port| [TCP, UDP].map(|protocol| (protocol, port)));
+        for (protocol, port) in services.chain(at_ends()).chain(ported) {
+            if port > highest_port(protocol) {
                 continue;
             }
+            let ranges = page.few.decision(u32::from(protocol) << 16 | u32::from(port));
             let runs = tables.decision_in_runs(page, protocol, port);
-            prop_assert_eq!(page.few.decision(service), runs, "protocol {} port {}: {:?}", protocol, port, page.few);
+            prop_assert_eq!(ranges, runs, "protocol {} port {}: {:?}", protocol, port, page.few);
         }
     }
     Ok(())
@@ -298,7 +303,7 @@ fn tables_that_contradict_themselves_are_found() {
     apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
     let whole = lowered(&slice_of(&network, node(&network), None));
     type Break = fn(&mut Tables);
-    let breaks: [(&str, Break); 21] = [
+    let breaks: [(&str, Break); 24] = [
         ("HEADER", |tables| tables.header.root_v4 = PATH | tables.paths.len() as u32),
         ("HEADER", |tables| tables.header.root_v4 = tables.header.root_v6),
         ("HEADER", |tables| tables.header.root_v6 = BLOCK | PATH | 3),
@@ -319,6 +324,9 @@ fn tables_that_contradict_themselves_are_found() {
         ("MATRIX", |tables| tables.matrix[0] = 7),
         ("MATRIX", |tables| tables.matrix.push(UNIFORM)),
         ("PAGES", |tables| tables.pages[0].udp[255] = 2),
+        ("PAGES", |tables| tables.pages[0].few.known = 2),
+        ("PAGES", |tables| tables.pages[0].few.starts[6] = 1),
+        ("PAGES", |tables| tables.pages[0].few.decisions[7] = tables.decisions.len() as u16),
         ("DECISIONS", |tables| tables.decisions[1].rule = ebpf_common::limit::RULES),
     ];
     for (table, break_it) in breaks {
@@ -346,6 +354,7 @@ fn a_few_services_are_ranges_on_one_line_and_many_are_runs() {
     assert_eq!(ranges(&["tcp/8000-8999"]), Some(3));
     assert_eq!(ranges(&["tcp"]), Some(3));
     assert_eq!(ranges(&["tcp/443", "udp/53", "icmp/8"]), Some(7));
+    assert_eq!(ranges(&["tcp/443", "udp/53", "icmp/8", "proto/255"]), Some(8));
     assert_eq!(ranges(&["tcp/1", "tcp/3", "udp/53", "icmp/8"]), None, "nine");
 }
 

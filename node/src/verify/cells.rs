@@ -3,14 +3,14 @@
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
-use ebpf_common::packet::{ICMP, ICMPV6, TCP, UDP};
+use ebpf_common::packet::{ICMP, ICMPV6, TCP, UDP, highest_port};
 use ebpf_common::table::{ALLOW, CELL_INDEX, DENY, Decision, LOG, NO_RULE_SLOT, Page, RECORD, UNIFORM};
 use ebpf_common::{limit, reason};
 use policy::{Cell, ClassId, Reason, RuleId, ServiceRange, Slice, Verdict};
 
 use super::addresses::{Kind, Kinds, Where};
 use super::{Difference, Direction, End, Names, Said, Services, Verification, Word};
-use crate::lower::{Tables, highest};
+use crate::lower::Tables;
 
 /// Compares the cells between what the node stands for and everything else.
 pub(super) fn compare(
@@ -170,7 +170,7 @@ impl<'a> Rebuilt<'a> {
             }
         };
         for protocol in 0..=u8::MAX {
-            let top = highest(protocol);
+            let top = highest_port(protocol);
             let of_protocol = intended.entries.partition_point(|entry| entry.range.protocol < protocol);
             let mut next = 0u32;
             for entry in intended.entries[of_protocol..].iter().take_while(|entry| entry.range.protocol == protocol) {
@@ -355,5 +355,5 @@ impl Wrong {
 
 /// As the policy writes the end of a range.
 fn printed(protocol: u8, last: u16) -> u16 {
-    if highest(protocol) == 0 { u16::MAX } else { last }
+    if highest_port(protocol) == 0 { u16::MAX } else { last }
 }

@@ -188,7 +188,9 @@ impl Copies {
             .flat_map(|page| page.tcp.iter().chain(&page.udp).chain([&page.icmp, &page.icmpv6, &page.protocol]));
         let runs = runs.max().map_or(0, |run| u32::from(*run) + 1);
         let ports: Vec<Ports> = self.read_table(copy, offset_of!(TableCopy, ports), 0, runs.min(limit::PORTS));
-        let decisions = ports.iter().flat_map(|ports| &ports.decisions).max().map_or(1, |one| u32::from(*one) + 1);
+        let ranges = pages.iter().filter(|page| page.few.known != 0).flat_map(|page| &page.few.decisions);
+        let decisions = ports.iter().flat_map(|ports| &ports.decisions).chain(ranges).max();
+        let decisions = decisions.map_or(1, |one| u32::from(*one) + 1);
         let decisions = decisions.max(of_cells(true)).min(limit::DECISIONS);
         let decisions: Vec<Decision> = self.read_table(copy, offset_of!(TableCopy, decisions), 0, decisions);
         Ok(Tables {

@@ -63,7 +63,9 @@ impl Follower {
             .iter()
             .flat_map(|page| page.tcp.iter().chain(&page.udp).chain([&page.icmp, &page.icmpv6, &page.protocol]));
         let runs = runs.max().map_or(0, |run| usize::from(*run) + 1);
-        let last = ports.iter().flat_map(|run| &run.decisions).max().map_or(1, |one| usize::from(*one) + 1);
+        let ranges = pages.iter().flat_map(|page| &page.few.decisions);
+        let last =
+            ports.iter().flat_map(|run| &run.decisions).chain(ranges).max().map_or(1, |one| usize::from(*one) + 1);
         prop_assert_eq!((pages.len(), ports.len(), decisions.len()), (words(false), runs, last.max(words(true))));
         Ok(())
     }

@@ -41,8 +41,11 @@ enum Fate {
     AnyService,
     Port,
     RecordedPort,
+    /// While as many flows are recorded as there are packets, of which it is none.
     Denied,
-    Reply { flows: u32 },
+    Reply {
+        flows: u32,
+    },
     NewFlow,
     FirstFragment,
     LaterFragment,
@@ -66,7 +69,7 @@ impl Fate {
             Self::AnyService => "allowed by any-service",
             Self::Port => "allowed by port",
             Self::RecordedPort => "allowed by port, flow recorded before",
-            Self::Denied => "denied, beside 4,096 flows",
+            Self::Denied => "denied",
             Self::Reply { flows: HOT_FLOWS } => "reply of a known flow, 64 flows",
             Self::Reply { .. } => "reply of a known flow, 4,096 flows",
             Self::NewFlow => "new flow that needs a record",
