@@ -1,6 +1,8 @@
 //! The one thread that touches the kernel. It puts slices in force, looks after what others change, keeps the last good
 //! state on disk, and lets others ask.
 
+mod handle;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use policy::{CidrId, CidrName, Generation, PublicKey, Revision, RuleName, Slice};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 
 use crate::controller::{self, Enforced};
 use crate::guard;
@@ -21,6 +23,9 @@ use crate::reconcile::holders;
 use crate::reconcile::{Desired, Holders, Kernel, Observed, Outcome, Step, apply, plan};
 use crate::state::{self, State};
 use crate::verification::{self, Expected, Finding};
+
+use self::handle::Command;
+pub use self::handle::{Gone, Handle};
 
 /// Everything that the thread needs, given once.
 pub struct Setup {
@@ -47,33 +52,6 @@ pub struct Names {
     pub cidrs: policy::Map<CidrId, CidrName>,
     /// By counter slot.
     pub rules: BTreeMap<u32, RuleName>,
-}
-
-/// How others reach the thread. It ends when the last of these is gone; what it enforces stays.
-#[derive(Clone, Debug)]
-pub struct Handle {
-    commands: mpsc::Sender<Command>,
-    pub enforced: watch::Receiver<Enforced>,
-    pub names: watch::Receiver<Arc<Names>>,
-}
-
-/// The thread is no more; that is a bug, and the kernel keeps enforcing what it has.
-#[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("the thread that owns the kernel's interface has ended: restart `noded`")]
-pub struct Gone;
-
-enum Command {
-    Enforce(Arc<Slice>),
-    Ask(Box<dyn FnOnce(&mut Enforcer) + Send>),
-}
-
-impl std::fmt::Debug for Command {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Enforce(slice) => write!(f, "Enforce({})", slice.revision),
-            Self::Ask(_) => f.write_str("Ask"),
-        }
-    }
 }
 
 /// The thread's own state.
@@ -143,24 +121,6 @@ pub fn start(setup: Setup) -> Handle {
     let mut enforcer = Enforcer::new(setup, enforced, names);
     thread::spawn(move || enforcer.run(&receiver, interval));
     Handle { commands, enforced: enforced_rx, names: names_rx }
-}
-
-impl Handle {
-    /// Makes a slice the intent. What came of it shows in `enforced`.
-    pub fn enforce(&self, slice: Arc<Slice>) -> Result<(), Gone> {
-        self.commands.send(Command::Enforce(slice)).map_err(|_| Gone)
-    }
-
-    /// Runs something on the thread, between two rounds.
-    pub async fn ask<T: Send + 'static>(
-        &self,
-        question: impl FnOnce(&mut Enforcer) -> T + Send + 'static,
-    ) -> Result<T, Gone> {
-        let (answer, answered) = oneshot::channel();
-        let question = move |enforcer: &mut Enforcer| drop(answer.send(question(enforcer)));
-        self.commands.send(Command::Ask(Box::new(question))).map_err(|_| Gone)?;
-        answered.await.map_err(|_| Gone)
-    }
 }
 
 impl Enforcer {

@@ -4,6 +4,10 @@
 mod guard;
 #[path = "conformance/guard_place.rs"]
 mod guard_place;
+#[path = "conformance/place.rs"]
+mod place;
+#[path = "conformance/records.rs"]
+mod records;
 
 use std::time::Duration;
 
@@ -18,9 +22,7 @@ use node::lower::Tables;
 use policy::{Action, Flow, Generation, Network, Reason, Verdict, interpret};
 use tests::conformance::network::{ENDS, allowing, flow, node, small, with_rule};
 use tests::conformance::random::{Found, Sides, Until};
-use tests::conformance::{
-    DIRECTIONS, Judge, Lab, early, foreign, fragments, in_each_lab, in_lab, place, random, records, upgrade, verifier,
-};
+use tests::conformance::{DIRECTIONS, Judge, Lab, foreign, in_lab, random, verifier};
 
 #[path = "conformance/fire.rs"]
 mod fire;
@@ -522,174 +524,4 @@ fn probes_disturb_nothing() {
         assert_eq!(lab.datapath.flow_records().expect("readable"), 0);
         assert_eq!(lab.datapath.counters(&[0]).expect("readable").rules, before);
     });
-}
-
-#[test]
-fn the_kernels_best_way_of_attaching_is_found() {
-    in_lab(place::is_found);
-}
-
-#[test]
-fn a_killed_agent_leaves_the_policy_in_force_and_the_next_takes_over_without_a_gap() {
-    in_each_lab(place::is_taken_over);
-}
-
-#[test]
-fn programs_that_somebody_took_off_are_put_back() {
-    in_each_lab(place::is_put_back);
-}
-
-#[test]
-fn programs_come_first_again_after_somebody_came_ahead() {
-    in_each_lab(place::is_first_again);
-}
-
-#[test]
-fn programs_of_others_are_named() {
-    in_each_lab(place::names_others);
-}
-
-#[test]
-fn another_version_is_taken_over_and_every_packet_counted_once() {
-    in_each_lab(upgrade::is_exact);
-}
-
-#[test]
-fn counts_of_an_older_layout_survive() {
-    in_each_lab(upgrade::understands_an_older_layout);
-}
-
-#[test]
-fn version_2_is_taken_over_though_it_does_not_describe_itself() {
-    in_each_lab(upgrade::knows_version_2);
-}
-
-#[test]
-fn version_3_is_taken_over_with_the_pairs_that_it_kept_in_a_hash() {
-    in_each_lab(upgrade::knows_version_3);
-}
-
-#[test]
-fn an_unknown_layout_is_left_alone_until_the_new_version_enforces_or_the_node_leaves() {
-    in_each_lab(upgrade::leaves_the_unknown_alone);
-}
-
-#[test]
-fn nothing_passes_when_the_former_version_goes_before_there_is_a_policy() {
-    in_each_lab(upgrade::is_closed_without_a_former);
-}
-
-#[test]
-fn pins_that_somebody_removed_are_put_back() {
-    in_each_lab(place::is_pinned_again);
-}
-
-#[test]
-fn another_interface_begins_with_everything_dropped() {
-    in_each_lab(place::is_closed_on_another_interface);
-}
-
-#[test]
-fn tables_of_which_a_part_is_lost_are_not_used() {
-    in_each_lab(place::is_closed_without_all_tables);
-}
-
-#[test]
-fn what_a_killed_attach_leaves_is_taken_up() {
-    in_each_lab(place::is_attached_over_leftovers);
-}
-
-#[test]
-fn detaching_leaves_nothing() {
-    in_each_lab(place::leaves_nothing);
-}
-
-#[test]
-fn records_go_with_their_addresses() {
-    in_lab(place::forgets_flows);
-}
-
-#[test]
-fn denied_packets_are_reported_and_traced() {
-    in_each_lab(place::reports);
-}
-
-#[test]
-fn the_agents_three_capabilities_are_enough() {
-    in_each_lab(place::needs_few_capabilities);
-}
-
-#[test]
-fn foreign_maps_under_our_names_are_refused() {
-    in_lab(place::refuses_foreign_maps);
-}
-
-#[test]
-fn a_packet_too_short_for_a_test_run_is_malformed_on_a_real_interface() {
-    in_each_lab(place::drops_short_packets);
-}
-
-#[test]
-fn later_fragments_have_the_fate_of_their_first() {
-    in_lab(fragments::follow_their_first);
-}
-
-#[test]
-fn later_fragments_cannot_overlap_their_first() {
-    in_lab(fragments::cannot_overlap_their_first);
-}
-
-#[test]
-fn later_fragments_are_judged_again_after_a_change() {
-    in_lab(fragments::are_judged_again);
-}
-
-#[test]
-fn later_fragments_pass_alone_where_nothing_could_matter() {
-    in_lab(fragments::pass_alone_where_nothing_could_matter);
-}
-
-#[test]
-fn first_fragments_hold_whole_headers() {
-    in_lab(fragments::hold_whole_headers);
-}
-
-#[test]
-fn fragments_take_the_place_of_old_ones() {
-    in_lab(fragments::take_the_place_of_old_ones);
-}
-
-#[test]
-fn the_early_drop_drops_what_could_not_pass() {
-    in_each_lab(early::drops_what_could_not_pass);
-}
-
-#[test]
-fn the_early_drop_leaves_the_rest_to_the_classifier() {
-    in_each_lab(early::leaves_the_rest);
-}
-
-#[test]
-fn the_early_drop_is_kept_as_asked() {
-    in_each_lab(early::is_kept_as_asked);
-}
-
-#[test]
-fn records_belong_to_their_opener() {
-    in_lab(records::belong_to_their_opener);
-}
-
-#[test]
-fn records_are_found_while_others_go() {
-    in_lab(records::are_found_while_others_go);
-}
-
-#[test]
-fn records_are_found_again_where_the_filter_was_lost() {
-    in_lab(records::are_found_again_where_the_filter_was_lost);
-}
-
-#[test]
-fn records_are_shared_out_when_room_is_short() {
-    in_lab(records::are_shared_out);
 }
