@@ -3,12 +3,12 @@
 use std::fmt;
 use std::net::IpAddr;
 
-use crate::id::CidrId;
 use crate::interpret::{End, interpret, matching, path};
 use crate::network::{DefaultPolicy, Network};
-use crate::rule::Rule;
-use crate::service;
-use crate::verdict::{Flow, Reason, Verdict};
+use crate::object::id::CidrId;
+use crate::object::rule::Rule;
+use crate::object::service;
+use crate::object::verdict::{Flow, Reason, Verdict};
 
 /// The verdict of one flow with what led to it. `Display` gives it as lines of a label and a text.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,13 +3,13 @@
 
 use std::net::IpAddr;
 
-use crate::cidr::Cidr;
-use crate::id::CidrId;
 use crate::network::{DefaultPolicy, Network};
-use crate::rule::{Action, Mode, Rule};
-use crate::selector::Selector;
-use crate::service::ServiceRef;
-use crate::verdict::{Flow, Verdict};
+use crate::object::cidr::Cidr;
+use crate::object::id::CidrId;
+use crate::object::rule::{Action, Mode, Rule};
+use crate::object::selector::Selector;
+use crate::object::service::ServiceRef;
+use crate::object::verdict::{Flow, Verdict};
 
 /// What the policy says of a new flow.
 pub fn interpret(network: &Network, flow: &Flow) -> Verdict {

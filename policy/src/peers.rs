@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 
-use crate::id::{CidrId, ClassId, NodeId};
 use crate::network::Network;
-use crate::node::{Node, NodeState};
-use crate::prefix::longest_match;
+use crate::object::id::{CidrId, ClassId, NodeId};
+use crate::object::node::{Node, NodeState};
+use crate::object::prefix::longest_match;
 use crate::slice::Peer;
 
 /// What the active nodes stand for: their own addresses, and what is behind them as the active gateway.

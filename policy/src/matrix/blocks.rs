@@ -6,9 +6,9 @@ use ipnet::IpNet;
 
 use super::compile::Used;
 use super::{Matrix, Place};
-use crate::id::CidrId;
 use crate::network::Network;
-use crate::selector::Selector;
+use crate::object::id::CidrId;
+use crate::object::selector::Selector;
 use crate::slice::{OWN_ROOM, ROOM_EACH, Room, stride_room};
 
 /// What every bound is made of.

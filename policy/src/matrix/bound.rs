@@ -14,10 +14,10 @@ use super::classes::Class;
 use super::compile::Used;
 use super::table::{Rank, RuleTable};
 use super::{Matrix, Place};
-use crate::id::{CidrId, ClassId, NodeName, Revision};
 use crate::limit::LimitError;
 use crate::network::Network;
-use crate::selector::Selector;
+use crate::object::id::{CidrId, ClassId, NodeName, Revision};
+use crate::object::selector::Selector;
 use crate::slice::Size;
 
 /// A policy of which one node could not hold its part.

@@ -4,9 +4,9 @@ use std::fmt;
 
 use thiserror::Error;
 
-use crate::rule::Action;
-use crate::service::ServiceRange;
-use crate::verdict::{Reason, Verdict};
+use crate::object::rule::Action;
+use crate::object::service::ServiceRange;
+use crate::object::verdict::{Reason, Verdict};
 
 /// The verdicts of one ordered pair of classes, in the one form that they have.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -131,7 +131,7 @@ impl fmt::Display for CellEntry {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::id::RuleId;
+    use crate::object::id::RuleId;
 
     fn entry(protocol: u8, low: u16, high: u16, rule: u32) -> CellEntry {
         let verdict = Verdict::of_rule(Action::Allow, RuleId(rule));

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 
 use super::compile::{Used, index};
-use crate::id::{CidrId, ClassId};
-use crate::prefix::longest_match;
+use crate::object::id::{CidrId, ClassId};
+use crate::object::prefix::longest_match;
 
 /// One class.
 #[derive(Debug)]

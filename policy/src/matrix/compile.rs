@@ -7,10 +7,10 @@ use ipnet::IpNet;
 
 use super::classes::{Class, Classes};
 use super::table::RuleTable;
-use crate::id::{CidrId, ClassId};
 use crate::limit::{self, Bounded, LimitError};
 use crate::network::{DefaultPolicy, Network};
-use crate::selector::Selector;
+use crate::object::id::{CidrId, ClassId};
+use crate::object::selector::Selector;
 
 /// Index of a selector that some rule uses.
 pub(super) type Used = u32;

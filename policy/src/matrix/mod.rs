@@ -8,12 +8,12 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use crate::id::{CidrId, ClassId, NodeId, Revision};
 use crate::limit::LimitError;
 use crate::network::Network;
+use crate::object::id::{CidrId, ClassId, NodeId, Revision};
+use crate::object::verdict::{Flow, Verdict};
 use crate::peers::Stands;
 use crate::slice::{Slice, build};
-use crate::verdict::{Flow, Verdict};
 
 mod blocks;
 mod bound;

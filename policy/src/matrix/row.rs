@@ -7,8 +7,8 @@ use super::classes::Class;
 use super::compile::Used;
 use super::table::Rank;
 use super::{Cell, Matrix};
-use crate::id::ClassId;
-use crate::verdict::Verdict;
+use crate::object::id::ClassId;
+use crate::object::verdict::Verdict;
 
 /// One class's cells that do not deny everything for want of a rule, by the other class. Equal cells are shared.
 #[derive(Debug, Default, PartialEq, Eq)]

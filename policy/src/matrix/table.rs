@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use super::cell::{Cell, CellEntry};
 use super::compile::{Used, index};
 use crate::network::Network;
-use crate::rule::{Action, Mode, Rule};
-use crate::selector::Selector;
-use crate::service::{Service, ServiceRange, ServiceRef};
-use crate::verdict::Verdict;
+use crate::object::rule::{Action, Mode, Rule};
+use crate::object::selector::Selector;
+use crate::object::service::{Service, ServiceRange, ServiceRef};
+use crate::object::verdict::Verdict;
 
 /// Position of a rule in the order of decision: of those that match a flow the least decides.
 pub(super) type Rank = u32;

@@ -1,13 +1,13 @@
 //! Changes, in the words of whoever makes them.
 
 use super::{ChangeError, DefaultPolicy, Network, Warning};
-use crate::id::{CidrName, GroupName, NodeName, RuleName, ServiceName};
-use crate::key::PublicKey;
-use crate::node::{Endpoint, NodeState};
-use crate::prefix::{Addresses, Prefixes};
-use crate::rule::RuleSpec;
-use crate::selector::MemberSpec;
-use crate::service::Service;
+use crate::object::id::{CidrName, GroupName, NodeName, RuleName, ServiceName};
+use crate::object::key::PublicKey;
+use crate::object::node::{Endpoint, NodeState};
+use crate::object::prefix::{Addresses, Prefixes};
+use crate::object::rule::RuleSpec;
+use crate::object::selector::MemberSpec;
+use crate::object::service::Service;
 
 /// One step from one valid network to the next.
 #[derive(Clone, Debug, PartialEq, Eq)]

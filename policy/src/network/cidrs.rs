@@ -6,11 +6,11 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::{ChangeError, Kind, Named, Network, Warning};
-use crate::cidr::Cidr;
-use crate::id::{CidrId, CidrName, NodeId};
 use crate::limit::{self, Bounded};
-use crate::prefix::{Prefixes, outermost_below};
-use crate::selector::{Hint, Selector};
+use crate::object::cidr::Cidr;
+use crate::object::id::{CidrId, CidrName, NodeId};
+use crate::object::prefix::{Prefixes, outermost_below};
+use crate::object::selector::{Hint, Selector};
 
 impl Network {
     pub(super) fn add_cidr(

@@ -6,11 +6,11 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use thiserror::Error;
 
-use crate::id::{CidrName, GroupName, NodeName, RuleName, ServiceName};
 use crate::limit::{self, LimitError};
-use crate::node::NodeState;
-use crate::prefix::{AddressError, PrefixError};
-use crate::selector::{Hint, MemberSpec, SelectorSpec};
+use crate::object::id::{CidrName, GroupName, NodeName, RuleName, ServiceName};
+use crate::object::node::NodeState;
+use crate::object::prefix::{AddressError, PrefixError};
+use crate::object::selector::{Hint, MemberSpec, SelectorSpec};
 
 /// A kind of object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

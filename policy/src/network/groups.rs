@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::{ChangeError, Kind, Named, Network, Warning};
-use crate::group::Group;
-use crate::id::{CidrId, GroupId, GroupName, NodeId};
 use crate::limit::{self, Bounded};
-use crate::rule::Action;
-use crate::selector::{Hint, MemberSpec, Selector, SelectorSpec};
+use crate::object::group::Group;
+use crate::object::id::{CidrId, GroupId, GroupName, NodeId};
+use crate::object::rule::Action;
+use crate::object::selector::{Hint, MemberSpec, Selector, SelectorSpec};
 
 /// A member by id.
 #[derive(Clone, Copy)]

@@ -6,10 +6,12 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::cidr::Cidr;
-use crate::id::{CidrId, CidrName, GroupId, GroupName, NodeId, NodeName, RuleId, RuleName, ServiceId, ServiceName};
-use crate::key::PublicKey;
-use crate::node::Node;
+use crate::object::cidr::Cidr;
+use crate::object::id::{
+    CidrId, CidrName, GroupId, GroupName, NodeId, NodeName, RuleId, RuleName, ServiceId, ServiceName,
+};
+use crate::object::key::PublicKey;
+use crate::object::node::Node;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Index {

@@ -9,16 +9,16 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use thiserror::Error;
 
-use crate::cidr::Cidr;
-use crate::group::Group;
-use crate::id::{
+use crate::object::cidr::Cidr;
+use crate::object::group::Group;
+use crate::object::id::{
     CidrId, CidrName, GroupId, GroupName, NetworkName, NodeId, NodeName, RuleId, RuleName, ServiceId, ServiceName,
 };
-use crate::node::Node;
-use crate::prefix::{Prefixes, longest_above, longest_match, outermost_below};
-use crate::rule::Rule;
-use crate::selector::{Hint, MemberSpec, Selector, SelectorSpec};
-use crate::service::{NamedService, ServiceRef, ServiceSpec};
+use crate::object::node::Node;
+use crate::object::prefix::{Prefixes, longest_above, longest_match, outermost_below};
+use crate::object::rule::Rule;
+use crate::object::selector::{Hint, MemberSpec, Selector, SelectorSpec};
+use crate::object::service::{NamedService, ServiceRef, ServiceSpec};
 
 mod change;
 mod cidrs;

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::{ChangeError, Kind, Named, Network};
-use crate::cidr::Cidr;
-use crate::id::{CidrName, GroupId, GroupName, NodeId, NodeName};
-use crate::key::PublicKey;
 use crate::limit::{self, Bounded};
-use crate::node::{Node, NodeState};
-use crate::prefix::{Addresses, outermost_below};
-use crate::selector::{Hint, Selector};
+use crate::object::cidr::Cidr;
+use crate::object::id::{CidrName, GroupId, GroupName, NodeId, NodeName};
+use crate::object::key::PublicKey;
+use crate::object::node::{Node, NodeState};
+use crate::object::prefix::{Addresses, outermost_below};
+use crate::object::selector::{Hint, Selector};
 
 impl Network {
     pub(super) fn add_node(
@@ -184,7 +184,7 @@ impl Network {
                 _ => {}
             }
         }
-        let cidr = place.ok_or(crate::prefix::AddressError::None)?;
+        let cidr = place.ok_or(crate::object::prefix::AddressError::None)?;
         if cidr.external {
             return Err(ChangeError::NodeInExternal(cidr.name.clone()));
         }

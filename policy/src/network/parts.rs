@@ -3,14 +3,14 @@
 use std::collections::BTreeSet;
 
 use super::{ChangeError, DefaultPolicy, Kind, Named, Network};
-use crate::cidr::Cidr;
-use crate::group::Group;
-use crate::id::NetworkName;
 use crate::limit::{self, Bounded};
-use crate::node::Node;
-use crate::prefix::Prefixes;
-use crate::rule::Rule;
-use crate::service::NamedService;
+use crate::object::cidr::Cidr;
+use crate::object::group::Group;
+use crate::object::id::NetworkName;
+use crate::object::node::Node;
+use crate::object::prefix::Prefixes;
+use crate::object::rule::Rule;
+use crate::object::service::NamedService;
 
 /// The objects of a network, valid or not.
 #[derive(Clone, Debug, PartialEq, Eq)]

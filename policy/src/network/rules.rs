@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::{ChangeError, Kind, Named, Network, Warning};
-use crate::id::{RuleId, RuleName, ServiceId, ServiceName};
 use crate::limit::{self, Bounded};
-use crate::prefix::check_prefix;
-use crate::rule::{Action, Mode, Rule, RuleSpec};
-use crate::selector::{Hint, Selector, SelectorSpec};
-use crate::service::{NamedService, Service, ServiceRef, ServiceSpec};
+use crate::object::id::{RuleId, RuleName, ServiceId, ServiceName};
+use crate::object::prefix::check_prefix;
+use crate::object::rule::{Action, Mode, Rule, RuleSpec};
+use crate::object::selector::{Hint, Selector, SelectorSpec};
+use crate::object::service::{NamedService, Service, ServiceRef, ServiceSpec};
 
 impl Network {
     pub(super) fn add_rule(&mut self, spec: &RuleSpec) -> Result<Vec<Warning>, ChangeError> {

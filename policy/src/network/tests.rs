@@ -1,11 +1,11 @@
 //! Bad input: each is refused with the value, the reason and the remedy, and changes nothing.
 
 use super::*;
-use crate::key::PublicKey;
 use crate::limit;
-use crate::node::NodeState;
-use crate::prefix::Addresses;
-use crate::rule::{Action, Mode, RuleSpec};
+use crate::object::key::PublicKey;
+use crate::object::node::NodeState;
+use crate::object::prefix::Addresses;
+use crate::object::rule::{Action, Mode, RuleSpec};
 
 fn prefixes(texts: &str) -> Prefixes {
     Prefixes::from_nets(texts.split(' ').map(|text| text.parse().unwrap())).unwrap()

@@ -7,7 +7,7 @@ use std::ops::{Add, Mul};
 use ipnet::IpNet;
 
 use super::{Peer, Slice};
-use crate::prefix::longest_match;
+use crate::object::prefix::longest_match;
 
 /// What an address table is made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

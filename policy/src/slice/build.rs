@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use ipnet::IpNet;
 
 use super::{Local, Map, Peer, Slice, SliceRule};
-use crate::id::{CidrId, ClassId, NodeId, Revision, RuleId};
 use crate::matrix::{Cell, Cross, Matrix, Place};
 use crate::network::Network;
-use crate::node::{Node, NodeState};
+use crate::object::id::{CidrId, ClassId, NodeId, Revision, RuleId};
+use crate::object::node::{Node, NodeState};
 
 /// Index of a class of the slice that has no id yet.
 type Draft = usize;

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 
 use super::{Local, Map, Peer, Slice, SliceRule};
-use crate::id::{CidrId, CidrName, ClassId, NodeId, Revision, RuleId};
 use crate::matrix::Cell;
+use crate::object::id::{CidrId, CidrName, ClassId, NodeId, Revision, RuleId};
 
 /// What turns the slice of revision `from` into that of `revision`. With `from` 0 it is a whole slice.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

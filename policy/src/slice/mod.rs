@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::id::{CidrId, CidrName, ClassId, NetworkName, NodeId, NodeName, Revision, RuleId, RuleName};
-use crate::key::PublicKey;
 use crate::matrix::Cell;
-use crate::prefix::{Addresses, Prefixes, longest_match};
-use crate::rule::Action;
-use crate::verdict::{Flow, Verdict};
+use crate::object::id::{CidrId, CidrName, ClassId, NetworkName, NodeId, NodeName, Revision, RuleId, RuleName};
+use crate::object::key::PublicKey;
+use crate::object::prefix::{Addresses, Prefixes, longest_match};
+use crate::object::rule::Action;
+use crate::object::verdict::{Flow, Verdict};
 
 mod blocks;
 pub(crate) mod build;

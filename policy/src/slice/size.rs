@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Room, Slice};
-use crate::id::ClassId;
 use crate::limit::{self, Bounded, LimitError};
 use crate::matrix::{Cell, CellEntry};
-use crate::service::protocol;
-use crate::verdict::Verdict;
+use crate::object::id::ClassId;
+use crate::object::service::protocol;
+use crate::object::verdict::Verdict;
 
 /// Each in the unit of the limit that it is held against.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -8,12 +8,12 @@ use ipnet::IpNet;
 
 use super::size::{Run, Size, runs};
 use super::{Local, Map, Peer, Room, Slice, SliceRule, Touched};
-use crate::id::{CidrId, CidrName, ClassId, NodeId, RuleId};
-use crate::key::PublicKey;
 use crate::matrix::Cell;
-use crate::prefix::check_prefix;
-use crate::rule::Action;
-use crate::verdict::Verdict;
+use crate::object::id::{CidrId, CidrName, ClassId, NodeId, RuleId};
+use crate::object::key::PublicKey;
+use crate::object::prefix::check_prefix;
+use crate::object::rule::Action;
+use crate::object::verdict::Verdict;
 
 /// The tally of a slice, if there is one. Slices are equal whether they have one or not.
 #[derive(Clone, Default)]

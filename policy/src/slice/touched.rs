@@ -6,7 +6,7 @@ use std::sync::Arc;
 use imbl::ordmap::DiffItem;
 
 use super::{Map, Peer, Slice};
-use crate::id::{CidrId, ClassId, NodeId, RuleId};
+use crate::object::id::{CidrId, ClassId, NodeId, RuleId};
 
 /// Where two slices are not alike. Found at the cost of what differs, where one was made from the other.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

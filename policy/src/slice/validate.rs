@@ -9,10 +9,10 @@ use thiserror::Error;
 use super::size::Size;
 use super::tally::{Kept, Tally};
 use super::{Cells, Local, Map, Slice, SliceDelta, Touched};
-use crate::id::{ClassId, Revision};
 use crate::limit::{self, Bounded, LimitError};
 use crate::matrix::{Cell, CellError};
-use crate::prefix::{PrefixError, check_prefix};
+use crate::object::id::{ClassId, Revision};
+use crate::object::prefix::{PrefixError, check_prefix};
 
 /// Why a delta or a slice is refused. Whoever sent it is wrong: ask for a whole slice.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]

@@ -5,9 +5,9 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
-use crate::id::{NameError, ServiceId, ServiceName};
 use crate::limit;
-use crate::selector::Hint;
+use crate::object::id::{NameError, ServiceId, ServiceName};
+use crate::object::selector::Hint;
 
 /// Protocol numbers that have names here.
 pub mod protocol {

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use crate::id::{RuleId, RuleName};
-use crate::selector::{Selector, SelectorSpec};
-use crate::service::{ServiceRef, ServiceSpec};
+use crate::object::id::{RuleId, RuleName};
+use crate::object::selector::{Selector, SelectorSpec};
+use crate::object::service::{ServiceRef, ServiceSpec};
 
 /// What a rule, a cell or a verdict does with a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

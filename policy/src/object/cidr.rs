@@ -1,7 +1,7 @@
 //! Cidrs: the named prefixes whose trees give every address its place.
 
-use crate::id::{CidrId, CidrName};
-use crate::prefix::Prefixes;
+use crate::object::id::{CidrId, CidrName};
+use crate::object::prefix::Prefixes;
 
 /// A named prefix of one or both families.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::net::SocketAddr;
 
-use crate::id::{CidrId, NodeId, NodeName};
-use crate::key::PublicKey;
-use crate::prefix::Addresses;
+use crate::object::id::{CidrId, NodeId, NodeName};
+use crate::object::key::PublicKey;
+use crate::object::prefix::Addresses;
 
 /// A machine. Its cidr is the deepest one that contains its addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]

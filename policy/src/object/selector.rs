@@ -6,8 +6,8 @@ use std::str::FromStr;
 use ipnet::IpNet;
 use thiserror::Error;
 
-use crate::id::{CidrId, CidrName, GroupId, GroupName, NameError, NodeId, NodeName};
-use crate::prefix::{PrefixError, parse_prefix};
+use crate::object::id::{CidrId, CidrName, GroupId, GroupName, NameError, NodeId, NodeName};
+use crate::object::prefix::{PrefixError, parse_prefix};
 
 /// A set of addresses, by id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -3,9 +3,9 @@
 use std::fmt;
 use std::net::IpAddr;
 
-use crate::id::RuleId;
-use crate::rule::Action;
-use crate::service::{self, ServiceError};
+use crate::object::id::RuleId;
+use crate::object::rule::Action;
+use crate::object::service::{self, ServiceError};
 
 /// A new flow, as its opener would send it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

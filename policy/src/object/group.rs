@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::id::{CidrId, GroupId, GroupName, NodeId};
+use crate::object::id::{CidrId, GroupId, GroupName, NodeId};
 
 /// A named set of nodes and cidrs.
 #[derive(Clone, Debug, PartialEq, Eq)]
