@@ -14,6 +14,7 @@ fn main() -> Result<(), Box<dyn error::Error>> {
     let descriptors = protox::compile(FILES, [ROOT])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("rampart_descriptor.bin"), descriptors.encode_to_vec())?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    // Parts of answers are shared by many streams: a copy of one is a count.
+    tonic_prost_build::configure().bytes(".rampart.v1.FollowResponse").compile_fds(descriptors)?;
     Ok(())
 }

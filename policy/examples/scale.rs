@@ -21,16 +21,15 @@ fn measure(parts: NetworkParts) {
     println!("{} cidrs, {} rules, default {}", parts.cidrs.len(), parts.rules.len(), parts.default);
     let network = timed("load", || Network::from_parts(parts).expect("a valid network"));
     let matrix = timed("compile", || Matrix::compile(&network).expect("within limits"));
-    timed("check", || matrix.check_slices(&network)).unwrap_or_else(|error| println!("  {error}: {}", error.limit));
+    timed("check", || matrix.check()).unwrap_or_else(|error| println!("  {error}: {}", error.limit));
     let node = network.nodes().values().next_back().expect("there are nodes").id;
-    let old = timed("slice", || matrix.slice(&network, Revision(1), node, None).expect("an active node"));
-    let new = timed("slice again", || matrix.slice(&network, Revision(2), node, Some(&old)).expect("an active node"));
+    let old = timed("slice", || matrix.slice(node, Revision(1)).expect("an active node"));
+    let new = timed("slice again", || matrix.slice(node, Revision(2)).expect("an active node"));
     let delta = timed("diff", || old.diff(&new));
     let mut held = old.clone();
     timed("apply", || held.apply(delta).expect("a valid delta"));
     println!(
-        "  {} classes; {} prefixes, {} cells, {} rules, {} peers in the slice",
-        matrix.classes().count(),
+        "  {} prefixes, {} cells, {} rules, {} peers in the slice",
         old.prefixes.len(),
         old.cells.len(),
         old.rules.len(),

@@ -2,7 +2,7 @@
 
 use policy::{
     Action, Cell, Cells, Change, ClassId, DefaultPolicy, DeltaError, Matrix, Network, NodeId, Peer, Prefixes,
-    PublicKey, Revision, RuleId, RuleSpec, Slice, SliceDelta, SliceRule, arbitrary, interpret,
+    PublicKey, Revision, RuleId, RuleSpec, Slice, SliceCidr, SliceDelta, SliceRule, arbitrary, interpret,
 };
 use proptest::prelude::*;
 
@@ -23,7 +23,7 @@ proptest! {
             let matrix = Matrix::compile(&network).unwrap();
             for &node in network.nodes().keys() {
                 let old = held.remove(&node);
-                let Some(new) = matrix.slice(&network, revision, node, old.as_ref()) else { continue };
+                let Some(new) = matrix.slice(node, revision) else { continue };
                 prop_assert_eq!(new.validate(), Ok(()));
                 let mut followed = new.clone();
                 if let Some(old) = old {
@@ -35,7 +35,6 @@ proptest! {
                     again.apply(back).unwrap();
                     prop_assert_eq!(&again, &old);
                 }
-                // Ids may differ from those of a slice made afresh; verdicts do not.
                 let known = arbitrary::addresses(&network);
                 let own = new.local.addresses.iter().next().unwrap();
                 for address in addresses.iter().map(|index| *index.get(&known)) {
@@ -62,13 +61,12 @@ proptest! {
             let matrix = Matrix::compile(&network).unwrap();
             for &node in network.nodes().keys() {
                 let old = held.remove(&node);
-                let built = old.as_ref().map(|(built, _)| built);
-                let Some(new) = matrix.slice(&network, Revision(number as u64 + 1), node, built) else { continue };
+                let Some(new) = matrix.slice(node, Revision(number as u64 + 1)) else { continue };
                 let mut followed = counted(&new);
                 if let Some((built, counted)) = old {
                     let good = built.diff(&new);
                     for (kind, a, b) in &spoils {
-                        let bad = spoiled(&built, good.clone(), *kind, a, b);
+                        let bad = arbitrary::sealed(Some(&built), spoiled(&built, good.clone(), *kind, a, b));
                         let (mut whole, mut touched) = (built.clone(), counted.clone());
                         prop_assert_eq!(touched.apply(bad.clone()), whole.apply(bad), "kind {}", kind);
                         prop_assert_eq!(touched, whole);
@@ -86,8 +84,8 @@ proptest! {
     fn an_unchanged_slice_has_an_empty_delta(network in arbitrary::network()) {
         let matrix = Matrix::compile(&network).unwrap();
         for &node in network.nodes().keys() {
-            let Some(old) = matrix.slice(&network, Revision(1), node, None) else { continue };
-            let new = matrix.slice(&network, Revision(2), node, Some(&old)).unwrap();
+            let Some(old) = matrix.slice(node, Revision(1)) else { continue };
+            let new = matrix.slice(node, Revision(2)).unwrap();
             prop_assert!(old.diff(&new).is_empty());
         }
     }
@@ -96,7 +94,8 @@ proptest! {
 /// The slice as a node has it that follows: what is counted of it is at hand.
 fn counted(slice: &Slice) -> Slice {
     let mut counted = Slice::from_snapshot(slice.to_delta()).unwrap();
-    let nothing = SliceDelta { from: slice.revision, revision: slice.revision, ..SliceDelta::default() };
+    let (revision, digest) = (slice.revision, slice.digest);
+    let nothing = SliceDelta { from: revision, base: digest, revision, digest, ..SliceDelta::default() };
     counted.apply(nothing).unwrap();
     counted
 }
@@ -131,7 +130,7 @@ fn spoiled(
         (2, _, _) => delta.rules.clear(),
         (3, Some((_, rule)), _) => delta.rules.extend([(RuleId(0), rule)]),
         (4, _, _) => delta.removed_cidrs.extend(pick(old.cidrs.keys().copied(), a)),
-        (5, _, _) => delta.cidrs.extend([(policy::CidrId(0), "other".parse().unwrap())]),
+        (5, _, _) => delta.cidrs.extend([(policy::CidrId(0), other_cidr(old))]),
         (6, _, Some((_, peer))) => delta.peers.extend([(NodeId(9_999), peer)]),
         (7, _, Some((_, peer))) => delta.peers.extend([(NodeId(9_999), Peer { public_key: other_key, ..peer })]),
         (8, _, Some((id, peer))) => {
@@ -142,7 +141,7 @@ fn spoiled(
         (9, _, Some((id, _))) => delta.removed_peers.extend([id]),
         (10, _, _) => delta.cells.push(set(class(a), class(b), cell)),
         (11, _, _) => delta.cells.push(set(class(a), class(b), of_rule(Action::Allow, 9_999))),
-        (12, _, _) => delta.removed_classes.push(class(a)),
+        (12, _, _) => delta.removed_prefixes.extend(pick(old.prefixes.keys().copied(), a)),
         (13, _, Some((id, mut peer))) => {
             peer.allowed_ips.extend(["10.42.9.1/24".parse::<ipnet::IpNet>().unwrap()]);
             delta.peers.extend([(id, peer)]);
@@ -171,6 +170,13 @@ fn spoiled(
         _ => {}
     }
     delta
+}
+
+/// A cidr like one of the slice, elsewhere.
+fn other_cidr(old: &Slice) -> SliceCidr {
+    let prefixes = Prefixes::from_nets(["10.42.250.0/24".parse().unwrap()]).unwrap();
+    let is_routed = old.cidrs.values().any(|cidr| cidr.is_routed);
+    SliceCidr { name: "other".parse().unwrap(), prefixes, is_routed }
 }
 
 /// Three cidrs with a node each, and nothing allowed.
@@ -211,9 +217,9 @@ fn allow(network: &mut Network, name: &str, from: &str, to: &str, service: &str)
     network.rule_named(&name.parse().unwrap()).unwrap().id
 }
 
-fn slice(network: &Network, node: &str, revision: u64, previous: Option<&Slice>) -> Slice {
+fn slice(network: &Network, node: &str, revision: u64) -> Slice {
     let node = network.node_named(&node.parse().unwrap()).unwrap().id;
-    Matrix::compile(network).unwrap().slice(network, Revision(revision), node, previous).unwrap()
+    Matrix::compile(network).unwrap().slice(node, Revision(revision)).unwrap()
 }
 
 /// Breaks if one rule between two cidrs costs more than that rule and its cell, or is heard where it does not matter.
@@ -221,19 +227,19 @@ fn slice(network: &Network, node: &str, revision: u64, previous: Option<&Slice>)
 fn one_rule_is_one_rule_and_one_cell() {
     let mut network = triangle();
     allow(&mut network, "ping", "any", "any", "icmp");
-    let old: Vec<Slice> = ["web1", "app1", "db1"].iter().map(|node| slice(&network, node, 1, None)).collect();
+    let old: Vec<Slice> = ["web1", "app1", "db1"].iter().map(|node| slice(&network, node, 1)).collect();
     let rule = allow(&mut network, "web-to-app", "cidr:web", "cidr:app", "tcp/8080");
     for (node, old) in ["web1", "app1"].iter().zip(&old) {
-        let new = slice(&network, node, 2, Some(old));
+        let new = slice(&network, node, 2);
         let delta = old.diff(&new);
         assert_eq!(delta.rules.keys().copied().collect::<Vec<_>>(), [rule]);
         assert_eq!(delta.cells.len(), 1);
         let nothing_else = SliceDelta { rules: Default::default(), cells: Vec::new(), ..delta.clone() };
         assert!(nothing_else.is_empty(), "{nothing_else:#?}");
-        let back = new.diff(&slice(&network, node, 3, Some(&new)));
+        let back = new.diff(&slice(&network, node, 3));
         assert!(back.is_empty());
     }
-    assert!(old[2].diff(&slice(&network, "db1", 2, Some(&old[2]))).is_empty());
+    assert!(old[2].diff(&slice(&network, "db1", 2)).is_empty());
 }
 
 /// Breaks if what concerns others is told to a node, or two nodes that share a class are told apart for nothing.
@@ -242,15 +248,15 @@ fn a_slice_holds_what_concerns_its_node() {
     let mut network = triangle();
     allow(&mut network, "a", "node:app1", "node:db1", "tcp/1");
     allow(&mut network, "b", "10.42.2.128/25", "cidr:db", "tcp/2");
-    let web = slice(&network, "web1", 1, None);
+    let web = slice(&network, "web1", 1);
     assert_eq!(web.rules.len(), 0);
     assert_eq!(web.cells.len(), 0);
-    assert_eq!(web.prefixes.len(), 6, "one prefix per cidr and family: {:?}", web.prefixes);
+    assert_eq!(web.prefixes.len(), 6 + 2, "one prefix per cidr and family, and its own: {:?}", web.prefixes);
     assert_eq!(web.peers.len(), 0);
-    let app = slice(&network, "app1", 1, None);
+    let app = slice(&network, "app1", 1);
     assert_eq!(app.rules.len(), 1, "app1 is not in the upper half of its cidr");
     assert_eq!(app.peers.len(), 1);
-    let db = slice(&network, "db1", 1, None);
+    let db = slice(&network, "db1", 1);
     assert_eq!(db.rules.len(), 2);
     assert_eq!(
         db.prefixes.len(),
@@ -265,13 +271,15 @@ fn a_slice_holds_what_concerns_its_node() {
 fn a_bad_delta_is_refused_whole() {
     let mut network = triangle();
     let first = allow(&mut network, "first", "cidr:web", "cidr:app", "tcp/1");
-    let old = slice(&network, "web1", 7, None);
+    let old = slice(&network, "web1", 7);
     allow(&mut network, "second", "cidr:web", "cidr:app", "tcp/2");
-    let new = slice(&network, "web1", 8, Some(&old));
+    let new = slice(&network, "web1", 8);
     let good = old.diff(&new);
     let check = |what: &str, spoil: &dyn Fn(&mut SliceDelta)| {
         let mut delta = good.clone();
         spoil(&mut delta);
+        let (from, revision) = (delta.from, delta.revision);
+        let delta = SliceDelta { from, revision, ..arbitrary::sealed(Some(&old), delta) };
         for mut held in [old.clone(), counted(&old)] {
             let error = held.apply(delta.clone()).expect_err(what);
             assert!(!error.to_string().is_empty());
@@ -289,8 +297,13 @@ fn a_bad_delta_is_refused_whole() {
     check("a destination is unknown", &|delta| delta.cells[0].destinations.push(unknown));
     check("no sources", &|delta| delta.cells[0].sources.clear());
     check("a cell is set twice", &|delta| delta.cells.push(delta.cells[0].clone()));
-    check("a class is removed that lives", &|delta| delta.removed_classes.push(old.cells.keys().next().unwrap().0));
-    check("a class is removed that is not there", &|delta| delta.removed_classes.push(unknown));
+    check("a prefix is removed that is not told apart", &|delta| {
+        delta.removed_prefixes.extend(old.prefixes.keys().take(1));
+    });
+    check("a prefix is of the node's own class", &|delta| {
+        let cidr = *old.cidrs.keys().next().unwrap();
+        delta.prefixes.extend([("10.42.2.9/32".parse().unwrap(), (ClassId::OWN, cidr))]);
+    });
     check("a cidr is removed that lives", &|delta| delta.removed_cidrs.extend(old.cidrs.keys().take(1)));
     check("a prefix is of an unknown cidr", &|delta| {
         delta.prefixes.extend([("10.42.9.0/24".parse().unwrap(), (ClassId(1), policy::CidrId(99)))]);
@@ -314,5 +327,26 @@ fn a_bad_delta_is_refused_whole() {
     assert!(matches!(Slice::from_snapshot(good.clone()), Err(DeltaError::NotWhole(_))));
     let mut whole = new.to_delta();
     whole.cells[0].cell = Cell { otherwise: policy::Verdict::UNKNOWN_SOURCE, entries: Vec::new() };
-    assert!(matches!(Slice::from_snapshot(whole), Err(DeltaError::Cell(_))));
+    assert!(matches!(Slice::from_snapshot(arbitrary::sealed(None, whole)), Err(DeltaError::Cell(_))));
+}
+
+/// Breaks if a delta that was made for another slice of the same revision is applied: two controllers may have given one
+/// number to two revisions.
+#[test]
+fn a_delta_for_another_slice_of_the_same_revision_is_refused() {
+    let (mut here, mut there) = (triangle(), triangle());
+    allow(&mut here, "here", "cidr:web", "cidr:app", "tcp/1");
+    allow(&mut there, "there", "cidr:web", "cidr:app", "tcp/2");
+    let held = slice(&here, "web1", 7);
+    let old = slice(&there, "web1", 7);
+    allow(&mut there, "second", "cidr:app", "cidr:web", "tcp/3");
+    let delta = old.diff(&slice(&there, "web1", 8));
+    for mut slice in [held.clone(), counted(&held)] {
+        assert!(matches!(slice.apply(delta.clone()), Err(DeltaError::Base { .. })));
+        assert_eq!(slice, held);
+        // One that says otherwise leads to another digest than it names.
+        let lying = SliceDelta { base: held.digest, ..delta.clone() };
+        assert!(matches!(slice.apply(lying), Err(DeltaError::Digest { .. })));
+        assert_eq!(slice, held);
+    }
 }

@@ -43,7 +43,7 @@ fn every_kind_of_verdict_and_object_comes_up() {
         count("literal prefix".into(), network.rules().values().flat_map(|rule| &rule.from).filter(literal).count());
         let matrix = Matrix::compile(&network).unwrap();
         for &node in network.nodes().keys() {
-            let Some(slice) = matrix.slice(&network, Revision(1), node, None) else { continue };
+            let Some(slice) = matrix.slice(node, Revision(1)) else { continue };
             count("slice".into(), 1);
             count("peer".into(), slice.peers.len());
             count("stranger".into(), network.nodes().len() - 1 - slice.peers.len());

@@ -61,17 +61,17 @@ fn add_clients(network: &mut Network, first: usize, count: usize) {
 fn a_node_with_too_many_sets_of_services_is_named() {
     let mut network = network();
     add_clients(&mut network, 0, limit::MAX_SLICE_PAGES);
-    assert_eq!(Matrix::compile(&network).unwrap().check_slices(&network), Ok(()));
+    assert_eq!(Matrix::compile(&network).unwrap().check(), Ok(()));
     add_clients(&mut network, limit::MAX_SLICE_PAGES, 1);
     let matrix = Matrix::compile(&network).unwrap();
-    let error = matrix.check_slices(&network).unwrap_err();
+    let error = matrix.check().unwrap_err();
     assert_eq!(error.node.as_ref(), "hub");
     let what = Bounded::SlicePages;
     assert_eq!(error.limit, LimitError { what, count: limit::MAX_SLICE_PAGES + 1, limit: limit::MAX_SLICE_PAGES });
     assert!(error.limit.to_string().contains("share their services"), "{}", error.limit);
     // The node itself would have refused it.
     let node = network.node_named(&"hub".parse().unwrap()).unwrap().id;
-    assert!(matrix.slice(&network, Revision(1), node, None).unwrap().validate().is_err());
+    assert!(matrix.slice(node, Revision(1)).unwrap().validate().is_err());
 }
 
 /// Breaks if what no active node has to hold is refused.
@@ -80,5 +80,5 @@ fn a_node_that_is_off_needs_no_room() {
     let mut network = network();
     add_clients(&mut network, 0, limit::MAX_SLICE_PAGES + 1);
     apply(&mut network, Change::DisableNode { name: "hub".parse().unwrap() });
-    assert_eq!(Matrix::compile(&network).unwrap().check_slices(&network), Ok(()));
+    assert_eq!(Matrix::compile(&network).unwrap().check(), Ok(()));
 }

@@ -33,7 +33,7 @@ proptest! {
     ) {
         let matrix = Matrix::compile(&network).unwrap();
         for (node, flow) in &flows {
-            let slice = matrix.slice(&network, Revision(1), *node, None).unwrap();
+            let slice = matrix.slice(*node, Revision(1)).unwrap();
             prop_assert_eq!(slice.validate(), Ok(()));
             if slice.stands_for(flow.source) || slice.stands_for(flow.destination) {
                 prop_assert_eq!(slice.verdict(flow), interpret(&network, flow), "{}", flow);

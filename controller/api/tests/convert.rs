@@ -3,9 +3,9 @@
 use controller_api::{ConvertError, v1};
 use ipnet::IpNet;
 use policy::{
-    Action, Addresses, Cell, CellEntry, Cells, Change, CidrId, ClassId, DefaultPolicy, Endpoint, Local, Matrix, Mode,
+    Action, Addresses, Cell, CellEntry, Cells, Change, CidrId, ClassId, DefaultPolicy, Digest, Local, Matrix, Mode,
     Network, NetworkParts, NodeId, Peer, Prefixes, PublicKey, Reason, Revision, Rule, RuleId, RuleSpec, Selector,
-    ServiceRange, SliceDelta, SliceRule, Verdict,
+    ServiceRange, SliceCidr, SliceDelta, SliceRule, Verdict,
 };
 use prost::Message;
 
@@ -83,10 +83,7 @@ fn changes() -> Vec<Change> {
         Change::RenameNode { from: text("app0"), to: text("app1") },
         Change::DisableNode { name: text("app1") },
         Change::EnableNode { name: text("app1") },
-        Change::SetEndpoint {
-            name: text("web1"),
-            endpoint: Some(Endpoint { address: text("[2001:db8::1]:51820"), fixed: true }),
-        },
+        Change::SetEndpoint { name: text("web1"), endpoint: Some(text("[2001:db8::1]:51820")) },
         Change::SetEndpoint { name: text("app1"), endpoint: None },
         Change::AddMember { group: text("front"), member: text("node:app1") },
         Change::RemoveMember { group: text("front"), member: text("node:app1") },
@@ -147,13 +144,18 @@ fn every_change_comes_back_as_it_was() {
 
 #[test]
 fn what_is_the_controllers_own_no_admin_can_ask_for() {
-    let observed = Endpoint { address: text("192.0.2.1:1"), fixed: false };
-    for change in [
-        Change::ActivateNode { name: text("web1"), public_key: key(1) },
-        Change::SetEndpoint { name: text("web1"), endpoint: Some(observed) },
-    ] {
-        assert!(v1::Change::try_from(&change).is_err(), "{change:?}");
-    }
+    let change = Change::ActivateNode { name: text("web1"), public_key: key(1) };
+    assert!(v1::Change::try_from(&change).is_err(), "{change:?}");
+}
+
+#[test]
+fn an_endpoint_that_an_older_controller_observed_is_not_configured() {
+    let mut network = v1::Network::from(&network());
+    let node = network.nodes.iter_mut().find(|node| node.name == "web1").expect("a node");
+    assert!(node.endpoint_fixed);
+    node.endpoint_fixed = false;
+    let network = Network::try_from(network).expect("a network");
+    assert_eq!(network.node_named(&text("web1")).expect("a node").endpoint, None);
 }
 
 #[test]
@@ -171,7 +173,7 @@ fn the_slices_of_a_network_come_back_as_they_were() {
     let network = network();
     let matrix = Matrix::compile(&network).expect("a matrix");
     for node in network.nodes().keys() {
-        let delta = matrix.slice(&network, Revision(9), *node, None).expect("an active node").to_delta();
+        let delta = matrix.slice(*node, Revision(9)).expect("an active node").to_delta();
         assert_eq!(SliceDelta::try_from(wire(&v1::Update::from(&delta))).expect("a delta"), delta);
     }
 }
@@ -194,21 +196,30 @@ fn delta() -> SliceDelta {
     };
     SliceDelta {
         from: Revision(8),
+        base: Digest::from_bytes([7; 16]),
         revision: Revision(u64::MAX),
+        digest: Digest::from_bytes([9; 16]),
         local: Some(Local {
             node: NodeId(1),
             name: text("web1"),
             network: text("corp"),
             addresses: addresses("10.42.1.7", ""),
             roots: prefixes(&["10.42.0.0/16"]),
-            external_routes: [text("192.168.8.0/24")].into(),
+            is_split: true,
+            external_routes: Default::default(),
             gateway_for: [text("192.168.7.0/24"), text("2001:db8::/32")].into(),
+            requires: ["schedule".to_owned()].into(),
         }),
         peers: [(NodeId(2), peer(None)), (NodeId(3), peer(Some("[2001:db8::1]:51820")))].into(),
         removed_peers: [NodeId(4)].into(),
-        cidrs: [(CidrId(5), text("web"))].into(),
+        cidrs: [(CidrId(5), SliceCidr { name: text("web"), prefixes: prefixes(&["10.42.1.0/24"]), is_routed: true })]
+            .into(),
         removed_cidrs: [CidrId(6)].into(),
-        rules: [(RuleId(4), SliceRule { name: text("r"), action: Action::Deny, log: true })].into(),
+        rules: [(
+            RuleId(4),
+            SliceRule { name: text("r"), action: Action::Deny, log: true, requires: ["moon".to_owned()].into() },
+        )]
+        .into(),
         removed_rules: [RuleId(8)].into(),
         prefixes: [(text("10.42.1.0/24"), (ClassId(1), CidrId(5))), (text("::/0"), (ClassId(2), CidrId(5)))].into(),
         removed_prefixes: [text("10.42.9.0/24")].into(),
@@ -220,7 +231,6 @@ fn delta() -> SliceDelta {
                 entries: vec![entry(6, 0, 65535, verdict), entry(17, 53, 53, Verdict::NO_RULE)],
             },
         }],
-        removed_classes: vec![ClassId(9)],
     }
 }
 
@@ -288,6 +298,10 @@ fn malformed_deltas_are_refused_by_field() {
     check(&|update| update.prefixes[0].class = 0, "prefix.class");
     check(&|update| update.prefixes[1] = update.prefixes[0].clone(), "update.prefixes");
     check(&|update| update.rules[0].name.clear(), "rule.name");
+    check(&|update| update.cidrs[0].prefixes = None, "cidr.prefixes");
+    check(&|update| update.base.truncate(15), "update.base");
+    check(&|update| update.digest.push(0), "update.digest");
+    check(&|update| update.cells[0].sources[0] = 0, "cells.sources");
     check(&|update| update.cells[0].otherwise = None, "cells.otherwise");
     check(&|update| update.cells[0].entries[0].protocol = 256, "entry.protocol");
     check(&|update| update.cells[0].entries[0].high = 65_536, "entry.high");
@@ -314,7 +328,7 @@ proptest::proptest! {
         proptest::prop_assert_eq!(back.to_parts(), network.to_parts());
         let matrix = Matrix::compile(&network).expect("a matrix");
         for node in network.nodes().keys() {
-            if let Some(slice) = matrix.slice(&network, Revision(1), *node, None) {
+            if let Some(slice) = matrix.slice(*node, Revision(1)) {
                 let delta = slice.to_delta();
                 let back = SliceDelta::try_from(wire(&v1::Update::from(&delta))).expect("a delta");
                 proptest::prop_assert_eq!(back, delta);

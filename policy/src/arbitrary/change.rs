@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use crate::{
-    Action, Change, CidrName, Endpoint, GroupName, MemberSpec, NodeName, Prefixes, PublicKey, RuleSpec, SelectorSpec,
-    Service, ServiceName, ServiceSpec, check_prefix,
+    Action, Change, CidrName, GroupName, MemberSpec, NodeName, Prefixes, PublicKey, RuleSpec, SelectorSpec, Service,
+    ServiceName, ServiceSpec, check_prefix,
 };
 
 /// Any change, whether or not some network takes it.
@@ -29,7 +29,7 @@ pub fn change() -> impl Strategy<Value = Change> {
         2 => node().prop_map(|name| Change::EnableNode { name }),
         1 => node().prop_map(|name| Change::DeleteNode { name }),
         1 => (node(), prop::option::of(1_u16..)).prop_map(|(name, port)| {
-            let endpoint = port.map(|port| Endpoint { address: ([192, 0, 2, 7], port).into(), fixed: port % 2 == 0 });
+            let endpoint = port.map(|port| ([192, 0, 2, 7], port).into());
             Change::SetEndpoint { name, endpoint }
         }),
         2 => add_group(),

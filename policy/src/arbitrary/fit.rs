@@ -136,17 +136,19 @@ impl Fit<'_> {
 }
 
 /// The name if it is known, else one that is.
-fn known<'a, T: Hash + Ord + Clone + 'a>(name: T, known: impl Iterator<Item = &'a T> + Clone) -> T {
-    match known.clone().any(|other| *other == name) {
+fn known<'a, T: Hash + Ord + Clone + 'a>(name: T, known: impl Iterator<Item = &'a T>) -> T {
+    let known: Vec<&T> = known.collect();
+    match known.contains(&&name) {
         true => name,
-        false => pick(&name, known).cloned().unwrap_or(name),
+        false => pick(&name, known.into_iter()).cloned().unwrap_or(name),
     }
 }
 
 /// One of the items, always the same for the same seed.
-fn pick<'a, T>(seed: &impl Hash, items: impl Iterator<Item = &'a T> + Clone) -> Option<&'a T> {
+fn pick<'a, T>(seed: &impl Hash, items: impl Iterator<Item = &'a T>) -> Option<&'a T> {
+    let items: Vec<&T> = items.collect();
     let mut hasher = DefaultHasher::new();
     seed.hash(&mut hasher);
-    let count = u64::try_from(items.clone().count()).ok().filter(|count| *count > 0)?;
-    items.into_iter().nth(usize::try_from(hasher.finish() % count).ok()?)
+    let count = u64::try_from(items.len()).ok().filter(|count| *count > 0)?;
+    items.get(usize::try_from(hasher.finish() % count).ok()?).copied()
 }

@@ -19,8 +19,10 @@ use crate::{
 mod change;
 mod fit;
 pub mod law;
+mod seal;
 
 pub use change::{change, prefix, rule, selector, service};
+pub use seal::sealed;
 
 /// Any valid network: of either default, of one family or both, with roots from /0 to small.
 pub fn network() -> impl Strategy<Value = Network> {

@@ -1,9 +1,11 @@
 //! Changes, in the words of whoever makes them.
 
+use std::net::SocketAddr;
+
 use super::{ChangeError, DefaultPolicy, Network, Warning};
 use crate::object::id::{CidrName, GroupName, NodeName, RuleName, ServiceName};
 use crate::object::key::PublicKey;
-use crate::object::node::{Endpoint, NodeState};
+use crate::object::node::NodeState;
 use crate::object::prefix::{Addresses, Prefixes};
 use crate::object::rule::RuleSpec;
 use crate::object::selector::MemberSpec;
@@ -63,7 +65,7 @@ pub enum Change {
     },
     SetEndpoint {
         name: NodeName,
-        endpoint: Option<Endpoint>,
+        endpoint: Option<SocketAddr>,
     },
     AddGroup {
         name: GroupName,
@@ -103,6 +105,7 @@ impl Network {
         const DONE: Result<Vec<Warning>, ChangeError> = Ok(Vec::new());
         match change {
             Change::SetDefault(default) => {
+                self.touched.header |= self.default != *default;
                 self.default = *default;
                 DONE
             }

@@ -1,7 +1,6 @@
 //! Changes of cidrs. The new place is tried, judged by what it moves, and taken back if the judgement is bad.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 use ipnet::IpNet;
 
@@ -54,8 +53,9 @@ impl Network {
         let prefixes = self.cidrs[&id].prefixes;
         let inside: BTreeSet<NodeId> =
             self.nodes_in(prefixes.iter()).into_iter().filter(|(_, cidr)| *cidr == id).map(|(node, _)| node).collect();
-        let nodes = self.nodes.values().filter(|node| inside.contains(&node.id) || node.gateway_for.contains(&id));
-        let groups = self.groups.values().filter(|group| group.cidrs.contains(&id));
+        let nodes: BTreeSet<NodeId> = inside.into_iter().chain(self.index.gateways_of(id)).collect();
+        let nodes = nodes.iter().filter_map(|id| self.nodes.get(id));
+        let groups = self.index.groups_of_cidr(id).filter_map(|id| self.groups.get(&id));
         let mut users: Vec<Named> = nodes.map(|node| Named::new(Kind::Node, &node.name)).collect();
         users.extend(groups.map(|group| Named::new(Kind::Group, &group.name)));
         users.extend(self.rules_that_name(Selector::Cidr(id)));
@@ -92,20 +92,6 @@ impl Network {
             self.put_cidr(id, old);
         }
         judged
-    }
-
-    /// Replaces a cidr without judging.
-    pub(super) fn put_cidr(&mut self, id: CidrId, new: Option<Cidr>) -> Option<Cidr> {
-        let cidrs = Arc::make_mut(&mut self.cidrs);
-        let old = cidrs.remove(&id);
-        if let Some(old) = &old {
-            self.index.remove_cidr(old);
-        }
-        if let Some(new) = new {
-            self.index.insert_cidr(&new);
-            cidrs.insert(id, new);
-        }
-        old
     }
 
     /// Whether the prefixes lie where the roots allow them, and are nobody else's.

@@ -1,12 +1,11 @@
 //! Changes of groups.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
 use super::{ChangeError, Kind, Named, Network, Warning};
 use crate::limit::{self, Bounded};
 use crate::object::group::Group;
-use crate::object::id::{CidrId, GroupId, GroupName, NodeId};
+use crate::object::id::{CidrId, GroupId, GroupName, NodeId, RuleId};
 use crate::object::rule::Action;
 use crate::object::selector::{Hint, MemberSpec, Selector, SelectorSpec};
 
@@ -45,7 +44,7 @@ impl Network {
             }
         }
         self.check_group(&group)?;
-        self.put_group(group);
+        self.put_group(group.id, Some(group));
         self.next_id = next_id;
         Ok(())
     }
@@ -54,7 +53,7 @@ impl Network {
         let group = self.find_group(from)?.clone();
         if from != to {
             self.check_group_name_free(to)?;
-            self.put_group(Group { name: to.clone(), ..group });
+            self.put_group(group.id, Some(Group { name: to.clone(), ..group }));
         }
         Ok(())
     }
@@ -62,8 +61,7 @@ impl Network {
     pub(super) fn delete_group(&mut self, name: &GroupName) -> Result<(), ChangeError> {
         let id = self.find_group(name)?.id;
         Self::check_unused(Named::new(Kind::Group, name), self.rules_that_name(Selector::Group(id)))?;
-        Arc::make_mut(&mut self.groups).remove(&id);
-        Arc::make_mut(&mut self.index.groups).remove(name);
+        self.put_group(id, None);
         Ok(())
     }
 
@@ -73,7 +71,7 @@ impl Network {
             return Err(ChangeError::MemberPresent { group: group.clone(), member: member.clone() });
         }
         self.check_group(&changed)?;
-        self.put_group(changed);
+        self.put_group(changed.id, Some(changed));
         Ok(())
     }
 
@@ -91,7 +89,8 @@ impl Network {
         let mut warnings = Vec::new();
         if changed.is_empty() {
             let (id, selector) = (Selector::Group(changed.id), SelectorSpec::Group(group.clone()));
-            for rule in self.rules.values().filter(|rule| rule.from.contains(&id) || rule.to.contains(&id)) {
+            let named: BTreeSet<RuleId> = self.index.rules_from(id).chain(self.index.rules_to(id)).collect();
+            for rule in named.iter().filter_map(|id| self.rules.get(id)) {
                 let (rule, selector, action) = (rule.name.clone(), selector.clone(), rule.action);
                 match action {
                     Action::Deny => return Err(ChangeError::EmptyDeny { rule, selector }),
@@ -99,7 +98,7 @@ impl Network {
                 }
             }
         }
-        self.put_group(changed);
+        self.put_group(changed.id, Some(changed));
         Ok(warnings)
     }
 
@@ -125,22 +124,12 @@ impl Network {
     /// Whether a group's members are there, and not too many.
     pub(super) fn check_group(&self, group: &Group) -> Result<(), ChangeError> {
         let dangling = |kind, id| ChangeError::Dangling { by: Named::new(Kind::Group, &group.name), kind, id };
-        if let Some(id) = group.nodes.iter().find(|id| !self.nodes.contains_key(id)) {
+        if let Some(id) = group.nodes.iter().find(|id| !self.nodes.contains_key(*id)) {
             return Err(dangling(Kind::Node, id.0));
         }
-        if let Some(id) = group.cidrs.iter().find(|id| !self.cidrs.contains_key(id)) {
+        if let Some(id) = group.cidrs.iter().find(|id| !self.cidrs.contains_key(*id)) {
             return Err(dangling(Kind::Cidr, id.0));
         }
         Ok(Bounded::Members.check(group.nodes.len() + group.cidrs.len(), limit::MAX_MEMBERS)?)
-    }
-
-    /// Replaces a group without judging.
-    pub(super) fn put_group(&mut self, group: Group) {
-        let names = Arc::make_mut(&mut self.index.groups);
-        if let Some(old) = self.groups.get(&group.id) {
-            names.remove(&old.name);
-        }
-        names.insert(group.name.clone(), group.id);
-        Arc::make_mut(&mut self.groups).insert(group.id, group);
     }
 }

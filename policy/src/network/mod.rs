@@ -1,14 +1,13 @@
 //! A network: the objects of one policy, always valid.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
-use std::sync::Arc;
 
 use ipnet::IpNet;
 use thiserror::Error;
 
+use crate::Map;
 use crate::object::cidr::Cidr;
 use crate::object::group::Group;
 use crate::object::id::{
@@ -25,8 +24,10 @@ mod cidrs;
 mod error;
 mod groups;
 mod index;
+mod marks;
 mod nodes;
 mod parts;
+mod rows;
 mod rules;
 #[cfg(test)]
 mod tests;
@@ -34,7 +35,9 @@ mod tests;
 pub use change::Change;
 pub use error::Named;
 pub use error::{ChangeError, Kind, Warning};
+pub(crate) use marks::Marks;
 pub use parts::NetworkParts;
+pub use rows::{Header, Replacement, Rows};
 
 use index::Index;
 
@@ -72,20 +75,36 @@ impl FromStr for DefaultPolicy {
     }
 }
 
-/// The objects of one policy. A clone shares them until one of the two changes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The objects of one policy. A clone costs nothing, and shares what neither of the two changes.
+#[derive(Clone, Debug)]
 pub struct Network {
     name: NetworkName,
     roots: Prefixes,
     default: DefaultPolicy,
     next_id: u32,
-    cidrs: Arc<BTreeMap<CidrId, Cidr>>,
-    nodes: Arc<BTreeMap<NodeId, Node>>,
-    groups: Arc<BTreeMap<GroupId, Group>>,
-    services: Arc<BTreeMap<ServiceId, NamedService>>,
-    rules: Arc<BTreeMap<RuleId, Rule>>,
+    cidrs: Map<CidrId, Cidr>,
+    nodes: Map<NodeId, Node>,
+    groups: Map<GroupId, Group>,
+    services: Map<ServiceId, NamedService>,
+    rules: Map<RuleId, Rule>,
     index: Index,
+    /// Since [`Network::take_touched`] was called last.
+    touched: Rows,
 }
+
+/// The index follows from the objects, and what was touched is no part of the policy.
+impl PartialEq for Network {
+    fn eq(&self, other: &Self) -> bool {
+        let objects = |network: &Self| {
+            let Self { name: _, roots, default, next_id, cidrs, nodes, groups, services, rules, index: _, touched: _ } =
+                network.clone();
+            (roots, default, next_id, cidrs, nodes, groups, services, rules)
+        };
+        self.name == other.name && objects(self) == objects(other)
+    }
+}
+
+impl Eq for Network {}
 
 impl Network {
     /// A network without objects.
@@ -95,12 +114,13 @@ impl Network {
             roots,
             default,
             next_id: 1,
-            cidrs: Arc::default(),
-            nodes: Arc::default(),
-            groups: Arc::default(),
-            services: Arc::default(),
-            rules: Arc::default(),
+            cidrs: Map::new(),
+            nodes: Map::new(),
+            groups: Map::new(),
+            services: Map::new(),
+            rules: Map::new(),
             index: Index::default(),
+            touched: Rows::default(),
         })
     }
 
@@ -116,24 +136,29 @@ impl Network {
         self.default
     }
 
-    pub fn cidrs(&self) -> &BTreeMap<CidrId, Cidr> {
+    pub fn cidrs(&self) -> &Map<CidrId, Cidr> {
         &self.cidrs
     }
 
-    pub fn nodes(&self) -> &BTreeMap<NodeId, Node> {
+    pub fn nodes(&self) -> &Map<NodeId, Node> {
         &self.nodes
     }
 
-    pub fn groups(&self) -> &BTreeMap<GroupId, Group> {
+    pub fn groups(&self) -> &Map<GroupId, Group> {
         &self.groups
     }
 
-    pub fn services(&self) -> &BTreeMap<ServiceId, NamedService> {
+    pub fn services(&self) -> &Map<ServiceId, NamedService> {
         &self.services
     }
 
-    pub fn rules(&self) -> &BTreeMap<RuleId, Rule> {
+    pub fn rules(&self) -> &Map<RuleId, Rule> {
         &self.rules
+    }
+
+    /// What the changes since the last call have touched; a refused one may have touched more than it changed.
+    pub fn take_touched(&mut self) -> Rows {
+        std::mem::take(&mut self.touched)
     }
 
     pub fn cidr_named(&self, name: &CidrName) -> Option<&Cidr> {
@@ -158,7 +183,7 @@ impl Network {
 
     /// The deepest cidr that contains the address.
     pub fn cidr_of(&self, address: IpAddr) -> Option<&Cidr> {
-        let (_, id) = longest_match(&*self.index.prefixes, IpNet::from(address))?;
+        let (_, id) = longest_match(&self.index.prefixes, IpNet::from(address))?;
         self.cidrs.get(id)
     }
 

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::Arc;
 
 use ipnet::IpNet;
 
@@ -56,10 +55,13 @@ impl Network {
             expires_at: None,
         };
         self.check_node(&node)?;
-        for group in Arc::make_mut(&mut self.groups).values_mut().filter(|group| groups.contains(&group.id)) {
-            group.nodes.insert(node.id);
+        let id = node.id;
+        self.put_node(id, Some(node));
+        for group in groups {
+            let mut group = self.groups[&group].clone();
+            group.nodes.insert(id);
+            self.put_group(group.id, Some(group));
         }
-        self.put_node(node.id, Some(node));
         self.next_id = next_id;
         Ok(())
     }
@@ -100,7 +102,7 @@ impl Network {
 
     pub(super) fn delete_node(&mut self, name: &NodeName) -> Result<(), ChangeError> {
         let id = self.find_node(name)?.id;
-        let groups = self.groups.values().filter(|group| group.nodes.contains(&id));
+        let groups = self.index.groups_of_node(id).filter_map(|id| self.groups.get(&id));
         let mut users: Vec<Named> = groups.map(|group| Named::new(Kind::Group, &group.name)).collect();
         users.extend(self.rules_that_name(Selector::Node(id)));
         Self::check_unused(Named::new(Kind::Node, name), users)?;
@@ -125,18 +127,6 @@ impl Network {
         match self.node_named(name) {
             Some(_) => Err(ChangeError::NameTaken(Named::new(Kind::Node, name))),
             None => Ok(()),
-        }
-    }
-
-    /// Replaces a node without judging.
-    pub(super) fn put_node(&mut self, id: NodeId, new: Option<Node>) {
-        let nodes = Arc::make_mut(&mut self.nodes);
-        if let Some(old) = nodes.remove(&id) {
-            self.index.remove_node(&old);
-        }
-        if let Some(new) = new {
-            self.index.insert_node(&new);
-            nodes.insert(id, new);
         }
     }
 

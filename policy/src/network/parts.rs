@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{ChangeError, DefaultPolicy, Kind, Named, Network};
+use super::{ChangeError, DefaultPolicy, Kind, Named, Network, Rows};
 use crate::limit::{self, Bounded};
 use crate::object::cidr::Cidr;
 use crate::object::group::Group;
@@ -54,16 +54,17 @@ impl Network {
         }
         for group in groups {
             network.check_group(&group)?;
-            network.put_group(group);
+            network.put_group(group.id, Some(group));
         }
         for service in services {
             Self::check_service(&service)?;
-            network.put_service(service);
+            network.put_service(service.id, Some(service));
         }
         for rule in rules {
             network.check_rule(&rule)?;
-            network.put_rule(rule);
+            network.put_rule(rule.id, Some(rule));
         }
+        network.touched = Rows::default();
         Ok(network)
     }
 

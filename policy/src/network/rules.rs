@@ -1,7 +1,6 @@
 //! Changes of rules and of named services.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
 use super::{ChangeError, Kind, Named, Network, Warning};
 use crate::limit::{self, Bounded};
@@ -38,7 +37,7 @@ impl Network {
             comment: comment.clone(),
         };
         let warnings = self.check_rule(&rule)?;
-        self.put_rule(rule);
+        self.put_rule(rule.id, Some(rule));
         self.next_id = next_id;
         Ok(warnings)
     }
@@ -49,8 +48,7 @@ impl Network {
             return Err(ChangeError::Unknown(Named::new(Kind::Rule, name), hint));
         };
         let id = rule.id;
-        Arc::make_mut(&mut self.rules).remove(&id);
-        Arc::make_mut(&mut self.index.rules).remove(name);
+        self.put_rule(id, None);
         Ok(())
     }
 
@@ -62,18 +60,17 @@ impl Network {
         let (id, next_id) = self.fresh_id()?;
         let service = NamedService { id: ServiceId(id), name: name.clone(), services: services.to_vec() };
         Self::check_service(&service)?;
-        self.put_service(service);
+        self.put_service(service.id, Some(service));
         self.next_id = next_id;
         Ok(())
     }
 
     pub(super) fn delete_service(&mut self, name: &ServiceName) -> Result<(), ChangeError> {
         let id = self.find_service(name)?.id;
-        let users = self.rules.values().filter(|rule| rule.services.contains(&ServiceRef::Named(id)));
+        let users = self.index.rules_with(id).filter_map(|id| self.rules.get(&id));
         let users = users.map(|rule| Named::new(Kind::Rule, &rule.name)).collect();
         Self::check_unused(Named::new(Kind::Service, name), users)?;
-        Arc::make_mut(&mut self.services).remove(&id);
-        Arc::make_mut(&mut self.index.services).remove(name);
+        self.put_service(id, None);
         Ok(())
     }
 
@@ -101,8 +98,8 @@ impl Network {
 
     /// The rules that name an object in `from` or `to`.
     pub(super) fn rules_that_name(&self, selector: Selector) -> Vec<Named> {
-        let rules = self.rules.values().filter(|rule| rule.from.contains(&selector) || rule.to.contains(&selector));
-        rules.map(|rule| Named::new(Kind::Rule, &rule.name)).collect()
+        let rules: BTreeSet<RuleId> = self.index.rules_from(selector).chain(self.index.rules_to(selector)).collect();
+        rules.iter().filter_map(|id| self.rules.get(id)).map(|rule| Named::new(Kind::Rule, &rule.name)).collect()
     }
 
     /// Whether a rule is sound and what it names is there.
@@ -168,18 +165,6 @@ impl Network {
             return Err(ChangeError::EmptyService(service.name.clone()));
         }
         Ok(Bounded::ServicesEach.check(service.services.len(), limit::MAX_SERVICES_EACH)?)
-    }
-
-    /// Adds a rule without judging.
-    pub(super) fn put_rule(&mut self, rule: Rule) {
-        Arc::make_mut(&mut self.index.rules).insert(rule.name.clone(), rule.id);
-        Arc::make_mut(&mut self.rules).insert(rule.id, rule);
-    }
-
-    /// Adds a named service without judging.
-    pub(super) fn put_service(&mut self, service: NamedService) {
-        Arc::make_mut(&mut self.index.services).insert(service.name.clone(), service.id);
-        Arc::make_mut(&mut self.services).insert(service.id, service);
     }
 
     /// The id for a new object, and the next id once that is taken.

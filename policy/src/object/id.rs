@@ -46,12 +46,42 @@ ids! {
     RuleId(u32);
     /// Id of a named service; never 0.
     ServiceId(u32);
-    /// Id of a class of addresses; never 0. The ids of a matrix and those of a slice are unrelated.
-    ClassId(u32);
+    /// Id of a class of addresses; never 0. It follows from what the class is.
+    ClassId(u64);
     /// A commit of the controller's store; 0: none.
     Revision(u64);
     /// A switch of one node's tables; 0: none yet.
     Generation(u64);
+}
+
+impl ClassId {
+    /// The class of the node's own addresses, in its slice.
+    pub const OWN: Self = Self(1 << 32);
+    /// The class of its IPv6 address, where that is not the one of its IPv4 address.
+    pub const OWN_V6: Self = Self(Self::OWN.0 + 1);
+
+    /// Set in the ids of classes that are told apart within a cidr.
+    pub(crate) const MARKED: u64 = 1 << 63;
+
+    /// Whether it is the id of a class that is told apart within a cidr.
+    pub const fn is_marked(self) -> bool {
+        self.0 & Self::MARKED != 0
+    }
+
+    /// The class of the addresses of a cidr that nothing tells apart.
+    pub const fn of_cidr(cidr: CidrId) -> Self {
+        Self(cidr.0 as u64)
+    }
+
+    /// The inverse of [`ClassId::of_cidr`].
+    pub const fn cidr(self) -> Option<CidrId> {
+        if self.0 < Self::OWN.0 { Some(CidrId(self.0 as u32)) } else { None }
+    }
+
+    /// Whether it is one of the classes of the node's own addresses.
+    pub fn is_own(self) -> bool {
+        self == Self::OWN || self == Self::OWN_V6
+    }
 }
 
 macro_rules! names {

@@ -1,6 +1,7 @@
 //! The objects of a policy, each by itself: what the operator writes, parsed.
 
 pub(crate) mod cidr;
+pub(crate) mod digest;
 pub(crate) mod group;
 pub(crate) mod id;
 pub(crate) mod key;

@@ -19,7 +19,8 @@ pub struct Node {
     pub state: NodeState,
     /// External cidrs whose gateway this node can be.
     pub gateway_for: BTreeSet<CidrId>,
-    pub endpoint: Option<Endpoint>,
+    /// Where its WireGuard is reached, if an operator has said so.
+    pub endpoint: Option<SocketAddr>,
     /// Seconds since the epoch.
     pub expires_at: Option<u64>,
 }
@@ -44,12 +45,4 @@ impl fmt::Display for NodeState {
             Self::Expired => "expired",
         })
     }
-}
-
-/// Where a node's WireGuard is reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Endpoint {
-    pub address: SocketAddr,
-    /// An operator's word, which what is observed does not replace.
-    pub fixed: bool,
 }

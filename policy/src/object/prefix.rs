@@ -7,6 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use thiserror::Error;
 
+use crate::Map;
+
 /// Text or a pair of prefixes that is refused.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum PrefixError {
@@ -252,12 +254,12 @@ impl<V> Sorted<V> for imbl::OrdMap<IpNet, V> {
 }
 
 /// The longest prefix of the map that contains `prefix` and is shorter.
-pub(crate) fn longest_above<V>(map: &BTreeMap<IpNet, V>, prefix: IpNet) -> Option<(IpNet, &V)> {
+pub(crate) fn longest_above<V>(map: &impl Sorted<V>, prefix: IpNet) -> Option<(IpNet, &V)> {
     longest_match(map, prefix.supernet()?)
 }
 
 /// The prefixes of the map inside `outer` (not `outer` itself) that no other of them contains.
-pub(crate) fn outermost_below<V>(map: &BTreeMap<IpNet, V>, outer: IpNet) -> Vec<(IpNet, &V)> {
+pub(crate) fn outermost_below<V>(map: &Map<IpNet, V>, outer: IpNet) -> Vec<(IpNet, &V)> {
     let mut found: Vec<(IpNet, &V)> = Vec::new();
     let last = IpNet::from(outer.broadcast());
     for (&prefix, value) in map.range(outer..=last) {
@@ -331,7 +333,7 @@ mod tests {
     fn longest_match_finds_what_a_scan_finds() {
         let texts =
             ["0.0.0.0/0", "10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24", "10.1.2.255/32", "10.3.0.0/16", "fd00::/8"];
-        let map: BTreeMap<IpNet, ()> = texts.iter().map(|text| (text.parse().unwrap(), ())).collect();
+        let map: Map<IpNet, ()> = texts.iter().map(|text| (text.parse::<IpNet>().unwrap(), ())).collect();
         let probes = [
             "10.1.2.255/32",
             "10.1.2.254/32",

@@ -53,6 +53,12 @@ pub struct Rule {
     pub comment: String,
 }
 
+impl Rule {
+    pub(crate) fn is_enforced(&self) -> bool {
+        self.mode == Mode::Enforce
+    }
+}
+
 /// A rule as its author writes it: names, not ids.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleSpec {

@@ -1,189 +1,206 @@
-//! From the matrix to one node's slice.
+//! From matrices to slices and deltas. What is alike for many nodes is one fragment, which is found and written once.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
-use ipnet::IpNet;
+use super::delta::rectangles;
+use super::digest::{of_cell, of_prefix};
+use super::{Local, Slice, SliceDelta, SliceRule};
+use crate::matrix::{Cell, Matrix, Role, Share};
+use crate::object::digest::Digest;
+use crate::object::id::{CidrId, NodeId, Revision, RuleId};
+use crate::peer::{Peer, served};
+use imbl::ordmap::DiffItem;
 
-use super::{Local, Map, Peer, Slice, SliceRule};
-use crate::matrix::{Cell, Cross, Matrix, Place};
-use crate::network::Network;
-use crate::object::id::{CidrId, ClassId, NodeId, Revision, RuleId};
-use crate::object::node::{Node, NodeState};
-
-/// Index of a class of the slice that has no id yet.
-type Draft = usize;
-
-/// The cells of the classes that the node stands for.
-type Crosses = BTreeMap<ClassId, Cross>;
-
-/// See [`Matrix::slice`].
-pub(crate) fn build(
-    matrix: &Matrix,
-    network: &Network,
-    revision: Revision,
-    node: NodeId,
-    previous: Option<&Slice>,
-) -> Option<Slice> {
-    let node = network.nodes().get(&node).filter(|node| node.state == NodeState::Active)?;
-    let own = matrix.stands.classes_of(node.id);
-    let crosses: Crosses = own.iter().map(|&(class, _)| (class, matrix.cross(class))).collect();
-    let drafts = merge(matrix, &own, &crosses);
-    let prefixes = outermost(matrix, &drafts);
-    let ids = number(&prefixes, previous);
-    let cells = cells(matrix, &own, &crosses, |place| ids[drafts[place]]);
-    let cidrs: BTreeSet<CidrId> = prefixes.iter().map(|&(_, _, cidr)| cidr).collect();
-    let named = |cidr: CidrId| Some((cidr, network.cidrs().get(&cidr)?.name.clone()));
-    Some(Slice {
-        revision,
-        local: local(matrix, network, node).into(),
-        peers: peers(matrix, network, node.id, &crosses),
-        cidrs: cidrs.into_iter().filter_map(named).collect(),
-        rules: rules(network, &cells),
-        prefixes: prefixes.into_iter().map(|(prefix, draft, cidr)| (prefix, (ids[draft], cidr))).collect(),
-        cells,
-        kept: Default::default(),
-    })
+/// A part of a delta, and what it adds to the digest of a slice.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Fragment {
+    /// Without revisions and digests.
+    pub rows: SliceDelta,
+    pub difference: Digest,
 }
 
-/// Merges the classes that no cell of the node tells apart: the class of the slice for each place of the matrix.
-///
-/// A class of the slice never spans two cidrs, although two may look alike from here: else the first rule that tells them
-/// apart would move all their prefixes to other classes, and the node would hear of each.
-fn merge(matrix: &Matrix, own: &BTreeSet<Place>, crosses: &Crosses) -> Vec<Draft> {
-    /// What must be equal for two places in one cidr to share a class.
-    #[derive(PartialEq, Eq, PartialOrd, Ord)]
-    enum Key<'a> {
-        /// The number of a distinct cross.
-        Own(usize),
-        /// (own class, whether it is the source, number of a distinct cell).
-        Other(&'a [(ClassId, bool, usize)]),
+impl Fragment {
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
     }
-    let mut numbers: HashMap<&Cell, usize> = HashMap::new();
-    let mut seen: BTreeMap<ClassId, Vec<(ClassId, bool, usize)>> = BTreeMap::new();
-    for (&own, cross) in crosses {
-        for (line, is_source) in [(&cross.row, true), (&cross.column, false)] {
-            for (&other, cell) in line {
-                let next = numbers.len();
-                let number = *numbers.entry(cell.as_ref()).or_insert(next);
-                seen.entry(other).or_default().push((own, is_source, number));
+
+    /// What every node is told of the cidrs. `old`: what it knows; `None`: nothing.
+    pub fn of_cidrs(old: Option<&Matrix>, new: &Matrix) -> Self {
+        let mut rows = SliceDelta::default();
+        for id in touched_cidrs(old, new) {
+            let before = old.and_then(|old| old.slice_cidr(id));
+            match new.slice_cidr(id) {
+                Some(cidr) if before.as_ref() != Some(&cidr) => drop(rows.cidrs.insert(id, cidr)),
+                None if before.is_some() => drop(rows.removed_cidrs.insert(id)),
+                _ => {}
             }
         }
+        let before = old.map(Matrix::common).unwrap_or_default();
+        Self { rows, difference: new.common() - before }
     }
-    let alike = |class: ClassId| crosses.values().position(|cross| Some(cross) == crosses.get(&class));
-    let mut known: BTreeMap<(CidrId, Key<'_>), Draft> = BTreeMap::new();
-    let mut draft = |place: &Place| {
-        let (class, cidr) = *place;
-        let key = match own.contains(place).then(|| alike(class)).flatten() {
-            Some(cross) => Key::Own(cross),
-            None => Key::Other(seen.get(&class).map_or(&[], Vec::as_slice)),
-        };
-        let next = known.len();
-        *known.entry((cidr, key)).or_insert(next)
-    };
-    matrix.places().iter().map(&mut draft).collect()
-}
 
-/// The prefixes that say something else than the one around them, in order.
-fn outermost(matrix: &Matrix, drafts: &[Draft]) -> Vec<(IpNet, Draft, CidrId)> {
-    let mut kept: Vec<(IpNet, Draft, CidrId)> = Vec::new();
-    let mut around: Vec<(IpNet, Draft)> = Vec::new();
-    for &(prefix, place) in matrix.placed() {
-        let (draft, (_, cidr)) = (drafts[place], matrix.places()[place]);
-        while around.last().is_some_and(|(outer, _)| !outer.contains(&prefix)) {
-            around.pop();
-        }
-        // Equal classes are of equal cidrs.
-        if around.last().is_none_or(|&(_, outer)| outer != draft) {
-            kept.push((prefix, draft, cidr));
-            around.push((prefix, draft));
-        }
-    }
-    kept
-}
-
-/// Gives each class an id: that of the class which had most of its prefixes before, or one that was in no use.
-fn number(prefixes: &[(IpNet, Draft, CidrId)], previous: Option<&Slice>) -> Vec<ClassId> {
-    let drafts = prefixes.iter().map(|&(_, draft, _)| draft + 1).max().unwrap_or(0);
-    let mut ids: Vec<Option<ClassId>> = vec![None; drafts];
-    let mut used: BTreeSet<ClassId> = BTreeSet::new();
-    if let Some(previous) = previous {
-        used = previous.classes();
-        let mut shared: HashMap<(Draft, ClassId), usize> = HashMap::new();
-        for (prefix, draft, _) in prefixes {
-            if let Some(&(class, _)) = previous.prefixes.get(prefix) {
-                *shared.entry((*draft, class)).or_default() += 1;
+    /// What every node of a role is told of rules, cells and peers. `old`: what it stood for and what it knows.
+    pub fn of_role(
+        old: Option<(&Matrix, &Arc<Role>)>,
+        new: (&Matrix, &Arc<Role>),
+        changed: Option<&BTreeSet<NodeId>>,
+    ) -> Self {
+        let (matrix, role) = new;
+        let share = matrix.share(role);
+        let before = old.map(|(matrix, role)| matrix.share(role)).unwrap_or_default();
+        let mut rows = SliceDelta::default();
+        (rows.prefixes, rows.removed_prefixes) = changes(&before.prefixes, &share.prefixes);
+        let (mut cells, closed) = changes(&before.cells, &share.cells);
+        cells.extend(closed.into_iter().map(|pair| (pair, Arc::new(Cell::CLOSED))));
+        rows.cells = rectangles(cells.iter().map(|(pair, cell)| (*pair, cell.as_ref())));
+        for id in before.rules.union(&share.rules) {
+            let known = old.filter(|_| before.rules.contains(id)).and_then(|(matrix, _)| rule(matrix, *id));
+            match rule(matrix, *id).filter(|_| share.rules.contains(id)) {
+                Some(rule) if known.as_ref() != Some(&rule) => drop(rows.rules.insert(*id, rule)),
+                None if known.is_some() => drop(rows.removed_rules.insert(*id)),
+                _ => {}
             }
         }
-        let mut claims: Vec<_> = shared.into_iter().collect();
-        claims.sort_unstable_by_key(|&((draft, class), count)| (std::cmp::Reverse(count), draft, class));
-        let mut given = HashSet::new();
-        for ((draft, class), _) in claims {
-            if ids[draft].is_none() && given.insert(class) {
-                ids[draft] = Some(class);
-            }
-        }
+        let known = old.map(|(matrix, role)| share_digest(matrix, &matrix.share(role))).unwrap_or_default();
+        let mut difference = share_digest(matrix, &share) - known;
+        difference += peers(old, new, changed, &mut rows);
+        Self { rows, difference }
     }
-    let mut fresh = (1..).map(ClassId).filter(|id| !used.contains(id));
-    ids.into_iter().map(|id| id.or_else(|| fresh.next()).unwrap_or_default()).collect()
+
+    /// What only one node is told. `old`: what it knows.
+    pub fn of_node(old: Option<&Matrix>, new: &Matrix, node: NodeId) -> Option<Self> {
+        let local = local(new, node)?;
+        let before = old.and_then(|old| self::local(old, node));
+        let difference = local.digest() - before.as_ref().map(Local::digest).unwrap_or_default();
+        let local = Some(local).filter(|local| before.as_ref() != Some(local));
+        Some(Self { rows: SliceDelta { local, ..SliceDelta::default() }, difference })
+    }
 }
 
-/// The cells of the slice; `id` gives the class of the slice for the index of a place.
-fn cells(
-    matrix: &Matrix,
-    own: &BTreeSet<Place>,
-    crosses: &Crosses,
-    id: impl Fn(usize) -> ClassId,
-) -> Map<(ClassId, ClassId), Cell> {
-    let places = matrix.places();
-    let ids_of = |class: ClassId| {
-        let first = places.partition_point(|place| place.0 < class);
-        let last = places.partition_point(|place| place.0 <= class);
-        (first..last).map(&id).collect::<BTreeSet<_>>()
-    };
-    let mut cells = Map::new();
-    for place in own {
-        let (Some(cross), Ok(index)) = (crosses.get(&place.0), places.binary_search(place)) else { continue };
-        let own = id(index);
-        for (line, is_source) in [(&cross.row, true), (&cross.column, false)] {
-            for (&class, cell) in line {
-                for other in ids_of(class) {
-                    let pair = if is_source { (own, other) } else { (other, own) };
-                    cells.entry(pair).or_insert_with(|| cell.as_ref().clone());
-                }
-            }
-        }
+impl Matrix {
+    /// Everything that a node needs; none if it is not active.
+    pub fn slice(&self, node: NodeId, revision: Revision) -> Option<Slice> {
+        Slice::assembled(self.snapshot(node, revision)?).ok()
     }
-    cells
+
+    /// The same as a delta from nothing.
+    pub fn snapshot(&self, node: NodeId, revision: Revision) -> Option<SliceDelta> {
+        self.delta(None, node, (Revision::default(), revision))
+    }
+
+    /// What turns the slice that a node had in `old` into the one that it has here; with no `old` everything. `revisions`:
+    /// of the two. None if the node is not active.
+    pub fn delta(&self, old: Option<&Matrix>, node: NodeId, revisions: (Revision, Revision)) -> Option<SliceDelta> {
+        let role = self.role(node)?;
+        let known = old.and_then(|old| Some((old, old.role(node)?)));
+        let old = known.map(|(old, _)| old);
+        let (cidrs, own) = (Fragment::of_cidrs(old, self), Fragment::of_node(old, self, node)?);
+        let shared = Fragment::of_role(known, (self, role), None);
+        let SliceDelta { cidrs, removed_cidrs, .. } = cidrs.rows;
+        Some(SliceDelta {
+            from: if known.is_some() { revisions.0 } else { Revision::default() },
+            base: old.and_then(|old| old.digest(node)).unwrap_or_default(),
+            revision: revisions.1,
+            digest: self.digest(node)?,
+            local: own.rows.local,
+            cidrs,
+            removed_cidrs,
+            ..shared.rows
+        })
+    }
+
+    /// Of a node's slice; none if it is not active.
+    pub fn digest(&self, node: NodeId) -> Option<Digest> {
+        let role = self.role(node)?;
+        let shared = share_digest(self, &self.share(role)) + self.peers_digest(role);
+        Some(self.common() + shared + local(self, node)?.digest())
+    }
 }
 
-fn local(matrix: &Matrix, network: &Network, node: &Node) -> Local {
-    Local {
-        node: node.id,
+fn local(matrix: &Matrix, id: NodeId) -> Option<Local> {
+    let network = matrix.network();
+    let (node, role) = (network.nodes().get(&id)?, matrix.role(id)?);
+    Some(Local {
+        node: id,
         name: node.name.clone(),
         network: network.name().clone(),
         addresses: node.addresses,
+        is_split: role.is_split(),
         roots: *network.roots(),
-        external_routes: matrix.stands.elsewhere(node.id).collect(),
-        gateway_for: matrix.stands.behind(node.id).collect(),
-    }
+        external_routes: BTreeSet::new(),
+        gateway_for: served(network, node),
+        requires: BTreeSet::new(),
+    })
 }
 
-/// The nodes that stand for a class with which some service is allowed, in either direction.
-fn peers(matrix: &Matrix, network: &Network, node: NodeId, crosses: &Crosses) -> Map<NodeId, Peer> {
-    let cells = crosses.values().flat_map(|cross| cross.row.iter().chain(&cross.column));
-    let open: BTreeSet<ClassId> = cells.filter(|(_, cell)| cell.allows_any()).map(|(class, _)| *class).collect();
-    let nodes: BTreeSet<NodeId> = open.into_iter().flat_map(|class| matrix.stands.nodes_in(class)).collect();
-    let others = nodes.into_iter().filter(|other| *other != node);
-    others.filter_map(|other| Some((other, matrix.stands.peer(network, other)?))).collect()
+fn rule(matrix: &Matrix, id: RuleId) -> Option<SliceRule> {
+    let rule = matrix.network().rules().get(&id)?;
+    Some(SliceRule { name: rule.name.clone(), action: rule.action, log: rule.log, requires: BTreeSet::new() })
 }
 
-fn rules(network: &Network, cells: &Map<(ClassId, ClassId), Cell>) -> Map<RuleId, SliceRule> {
-    let distinct: BTreeSet<&Cell> = cells.values().collect();
-    let ids: BTreeSet<RuleId> =
-        distinct.into_iter().flat_map(Cell::verdicts).filter_map(|verdict| verdict.rule).collect();
-    let rule = |id| {
-        let rule = network.rules().get(&id)?;
-        Some((id, SliceRule { name: rule.name.clone(), action: rule.action, log: rule.log }))
+/// Of everything in a role's share but its peers. A share is kept as long as no rule in it is touched.
+fn share_digest(matrix: &Matrix, share: &Share) -> Digest {
+    *share.digest.get_or_init(|| {
+        let prefixes = share.prefixes.iter().map(|(net, place)| of_prefix(*net, *place));
+        let cells = share.cells.iter().map(|(pair, cell)| of_cell(*pair, cell));
+        let rules = share.rules.iter().filter_map(|id| Some(rule(matrix, *id)?.digest(*id)));
+        prefixes.chain(cells).chain(rules).sum()
+    })
+}
+
+/// The peers that came, went or are others now; returns what they add to the digest. `changed`: the nodes that stand for
+/// other classes or are other peers, if that is known.
+fn peers(
+    old: Option<(&Matrix, &Arc<Role>)>,
+    (matrix, role): (&Matrix, &Arc<Role>),
+    changed: Option<&BTreeSet<NodeId>>,
+    rows: &mut SliceDelta,
+) -> Digest {
+    let candidates = match (old, changed) {
+        (Some((old, old_role)), Some(changed)) => &matrix.opened_otherwise(role, old, old_role) | changed,
+        (Some((old, old_role)), None) => &old.peers(old_role) | &matrix.peers(role),
+        (None, _) => matrix.peers(role),
     };
-    ids.into_iter().filter_map(rule).collect()
+    let mut difference = Digest::default();
+    for id in candidates {
+        let known = old.filter(|(matrix, role)| matrix.is_peer(role, id));
+        let known = known.and_then(|(matrix, _)| Peer::of(matrix.network(), id));
+        match Peer::of(matrix.network(), id).filter(|_| matrix.is_peer(role, id)) {
+            Some(peer) if known.as_ref() != Some(&peer) => {
+                difference += peer.digest(id);
+                rows.peers.insert(id, peer);
+            }
+            None if known.is_some() => drop(rows.removed_peers.insert(id)),
+            _ => continue,
+        }
+        difference -= known.map(|known| known.digest(id)).unwrap_or_default();
+    }
+    difference
+}
+
+/// Cidrs that two matrices may have to say different things of.
+fn touched_cidrs(old: Option<&Matrix>, new: &Matrix) -> BTreeSet<CidrId> {
+    let Some(old) = old else { return new.network().cidrs().keys().copied().collect() };
+    let differ = old.network().cidrs().diff(new.network().cidrs()).map(|item| match item {
+        DiffItem::Add(id, _) | DiffItem::Remove(id, _) | DiffItem::Update { new: (id, _), .. } => *id,
+    });
+    let mut cidrs: BTreeSet<CidrId> = differ.collect();
+    // Whether an external one is routed depends on its gateways.
+    for network in [old.network(), new.network()] {
+        let gateways = network.gateways();
+        let nodes = gateways.iter().filter_map(|id| network.nodes().get(id));
+        cidrs.extend(nodes.flat_map(|node| node.gateway_for.iter()));
+    }
+    cidrs
+}
+
+/// The entries of `new` that `old` lacks or has otherwise, and the keys that only `old` has.
+fn changes<K: Ord + Copy, V: Clone + PartialEq>(
+    old: &BTreeMap<K, V>,
+    new: &BTreeMap<K, V>,
+) -> (BTreeMap<K, V>, BTreeSet<K>) {
+    let set = new.iter().filter(|&(key, value)| old.get(key) != Some(value));
+    let removed = old.keys().filter(|key| !new.contains_key(*key));
+    (set.map(|(key, value)| (*key, value.clone())).collect(), removed.copied().collect())
 }

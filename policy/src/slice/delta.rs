@@ -4,28 +4,33 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 
-use super::{Local, Map, Peer, Slice, SliceRule};
-use crate::matrix::Cell;
-use crate::object::id::{CidrId, CidrName, ClassId, NodeId, Revision, RuleId};
+use super::{Local, Slice, SliceRule};
+use crate::Map;
+use crate::matrix::{Cell, SliceCidr};
+use crate::object::digest::Digest;
+use crate::object::id::{CidrId, ClassId, NodeId, Revision, RuleId};
+use crate::peer::Peer;
 
-/// What turns the slice of revision `from` into that of `revision`. With `from` 0 it is a whole slice.
+/// What turns the slice of revision `from` with the digest `base` into that of `revision` with `digest`. With `from` 0 it
+/// is a whole slice.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SliceDelta {
     pub from: Revision,
+    pub base: Digest,
     pub revision: Revision,
-    /// Present in a whole slice, and when it changed.
+    pub digest: Digest,
+    /// Present in a whole slice, and when it changed. Its `external_routes` are empty: they follow from the cidrs.
     pub local: Option<Local>,
     pub peers: BTreeMap<NodeId, Peer>,
     pub removed_peers: BTreeSet<NodeId>,
-    pub cidrs: BTreeMap<CidrId, CidrName>,
+    pub cidrs: BTreeMap<CidrId, SliceCidr>,
     pub removed_cidrs: BTreeSet<CidrId>,
     pub rules: BTreeMap<RuleId, SliceRule>,
     pub removed_rules: BTreeSet<RuleId>,
+    /// Prefixes that are told apart within cidrs.
     pub prefixes: BTreeMap<IpNet, (ClassId, CidrId)>,
     pub removed_prefixes: BTreeSet<IpNet>,
     pub cells: Vec<Cells>,
-    /// Classes that no prefix uses any more; their cells are gone.
-    pub removed_classes: Vec<ClassId>,
 }
 
 /// Every ordered pair of a source and a destination gets this cell. One that denies everything with `no-rule` makes the
@@ -35,6 +40,64 @@ pub struct Cells {
     pub sources: Vec<ClassId>,
     pub destinations: Vec<ClassId>,
     pub cell: Cell,
+}
+
+impl Slice {
+    /// What turns this slice into `new`: `old.apply(old.diff(&new))` gives `new`.
+    pub fn diff(&self, new: &Slice) -> SliceDelta {
+        let (mut peers, mut removed_peers) = changes(&self.peers, &new.peers);
+        match &new.itself {
+            Some(peer) if self.itself.as_ref() != Some(peer) => drop(peers.insert(new.local.node, peer.clone())),
+            None if self.itself.is_some() => drop(removed_peers.insert(self.local.node)),
+            _ => {}
+        }
+        let (cidrs, removed_cidrs) = changes(&self.cidrs, &new.cidrs);
+        let (rules, removed_rules) = changes(&self.rules, &new.rules);
+        let (prefixes, removed_prefixes) = changes(&self.marked, &new.marked);
+        let (mut cells, closed) = changes(&self.cells, &new.cells);
+        cells.extend(closed.into_iter().map(|pair| (pair, Cell::CLOSED)));
+        let local = new.local.as_sent();
+        SliceDelta {
+            from: self.revision,
+            base: self.digest,
+            revision: new.revision,
+            digest: new.digest,
+            local: (self.local.as_sent() != local).then_some(local),
+            peers,
+            removed_peers,
+            cidrs,
+            removed_cidrs,
+            rules,
+            removed_rules,
+            prefixes,
+            removed_prefixes,
+            cells: rectangles(cells.iter().map(|(pair, cell)| (*pair, cell))),
+        }
+    }
+
+    /// The whole slice as a delta from nothing.
+    pub fn to_delta(&self) -> SliceDelta {
+        let mut peers = whole(&self.peers);
+        peers.extend(self.itself.clone().map(|peer| (self.local.node, peer)));
+        SliceDelta {
+            revision: self.revision,
+            digest: self.digest,
+            local: Some(self.local.as_sent()),
+            peers,
+            cidrs: whole(&self.cidrs),
+            rules: whole(&self.rules),
+            prefixes: whole(&self.marked),
+            cells: rectangles(self.cells.iter().map(|(pair, cell)| (*pair, cell))),
+            ..SliceDelta::default()
+        }
+    }
+}
+
+impl Local {
+    /// Without what follows from the cidrs.
+    pub(super) fn as_sent(&self) -> Self {
+        Self { external_routes: BTreeSet::new(), ..self.clone() }
+    }
 }
 
 /// The entries of `new` that `old` lacks or has otherwise, and the keys that only `old` has.
@@ -48,68 +111,18 @@ fn whole<K: Ord + Copy, V: Clone>(map: &Map<K, V>) -> BTreeMap<K, V> {
     map.iter().map(|(key, value)| (*key, value.clone())).collect()
 }
 
-impl Slice {
-    /// What turns this slice into `new`: `old.apply(old.diff(&new))` gives `new`.
-    pub fn diff(&self, new: &Slice) -> SliceDelta {
-        let (peers, removed_peers) = changes(&self.peers, &new.peers);
-        let (cidrs, removed_cidrs) = changes(&self.cidrs, &new.cidrs);
-        let (rules, removed_rules) = changes(&self.rules, &new.rules);
-        let (prefixes, removed_prefixes) = changes(&self.prefixes, &new.prefixes);
-        let kept = new.classes();
-        let gone: Vec<ClassId> = self.classes().difference(&kept).copied().collect();
-        let lives = |(source, destination): &(ClassId, ClassId)| kept.contains(source) && kept.contains(destination);
-        let (mut cells, closed) = changes(&self.cells, &new.cells);
-        cells.extend(closed.into_iter().filter(lives).map(|pair| (pair, Cell::CLOSED)));
-        SliceDelta {
-            from: self.revision,
-            revision: new.revision,
-            local: (self.local != new.local).then(|| (*new.local).clone()),
-            peers,
-            removed_peers,
-            cidrs,
-            removed_cidrs,
-            rules,
-            removed_rules,
-            prefixes,
-            removed_prefixes,
-            cells: rectangles(&cells),
-            removed_classes: gone,
-        }
-    }
-
-    /// The whole slice as a delta from nothing.
-    pub fn to_delta(&self) -> SliceDelta {
-        SliceDelta {
-            from: Revision::default(),
-            revision: self.revision,
-            local: Some((*self.local).clone()),
-            peers: whole(&self.peers),
-            cidrs: whole(&self.cidrs),
-            rules: whole(&self.rules),
-            prefixes: whole(&self.prefixes),
-            cells: rectangles(&self.cells),
-            ..SliceDelta::default()
-        }
-    }
-
-    /// The classes that prefixes have.
-    pub(super) fn classes(&self) -> BTreeSet<ClassId> {
-        self.prefixes.values().map(|&(class, _)| class).collect()
-    }
-}
-
 impl SliceDelta {
     /// Whether it says nothing but the revision.
     pub fn is_empty(&self) -> bool {
-        let nothing = Self { from: self.from, revision: self.revision, ..Self::default() };
-        *self == nothing
+        let Self { from, base, revision, digest, .. } = *self;
+        *self == Self { from, base, revision, digest, ..Self::default() }
     }
 }
 
 /// Groups equal cells into products of sources and destinations: one rule between two cidrs is one product.
-fn rectangles<'a>(cells: impl IntoIterator<Item = (&'a (ClassId, ClassId), &'a Cell)>) -> Vec<Cells> {
+pub(super) fn rectangles<'a>(cells: impl IntoIterator<Item = ((ClassId, ClassId), &'a Cell)>) -> Vec<Cells> {
     let mut rows: BTreeMap<(&Cell, ClassId), Vec<ClassId>> = BTreeMap::new();
-    for (&(source, destination), cell) in cells {
+    for ((source, destination), cell) in cells {
         rows.entry((cell, source)).or_default().push(destination);
     }
     let mut products: BTreeMap<(&Cell, Vec<ClassId>), Vec<ClassId>> = BTreeMap::new();

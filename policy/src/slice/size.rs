@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Room, Slice};
+use super::Slice;
 use crate::limit::{self, Bounded, LimitError};
-use crate::matrix::{Cell, CellEntry};
+use crate::matrix::{Cell, CellEntry, Room};
 use crate::object::id::ClassId;
 use crate::object::service::protocol;
 use crate::object::verdict::Verdict;

@@ -7,13 +7,15 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::size::{Run, Size, runs};
-use super::{Local, Map, Peer, Room, Slice, SliceRule, Touched};
-use crate::matrix::Cell;
-use crate::object::id::{CidrId, CidrName, ClassId, NodeId, RuleId};
+use super::{Local, Slice, SliceRule, Touched};
+use crate::Map;
+use crate::matrix::{Cell, Room, SliceCidr};
+use crate::object::id::{CidrId, ClassId, NodeId, RuleId};
 use crate::object::key::PublicKey;
 use crate::object::prefix::check_prefix;
 use crate::object::rule::Action;
 use crate::object::verdict::Verdict;
+use crate::peer::Peer;
 
 /// The tally of a slice, if there is one. Slices are equal whether they have one or not.
 #[derive(Clone, Default)]
@@ -64,9 +66,10 @@ pub(super) struct Tally {
 struct Parts {
     local: Arc<Local>,
     peers: Map<NodeId, Peer>,
-    cidrs: Map<CidrId, CidrName>,
+    cidrs: Map<CidrId, SliceCidr>,
     rules: Map<RuleId, SliceRule>,
     prefixes: Map<IpNet, (ClassId, CidrId)>,
+    marked: Map<IpNet, (ClassId, CidrId)>,
     cells: Map<(ClassId, ClassId), Cell>,
 }
 
@@ -101,6 +104,9 @@ impl Tally {
     pub(super) fn followed(&self, old: &Slice, new: &Slice, touched: &Touched) -> Self {
         let mut tally = self.clone();
         tally.of = Parts::of(new);
+        if touched.marked && !touched.addresses {
+            tally.places = Arc::new(Places { classes: new.classes(), ..(*tally.places).clone() });
+        }
         if touched.addresses {
             tally.places = Arc::new(Places::of(new));
             tally.count_peers(new);
@@ -133,6 +139,7 @@ impl Tally {
     pub(super) fn proves(&self, new: &Slice, touched: &Touched) -> bool {
         let cidr = |id: &CidrId| if new.cidrs.contains_key(id) { id.0 != 0 } else { !self.places.cidrs.contains(id) };
         !touched.addresses
+            && !touched.marked
             && touched.peers.iter().all(|id| self.proves_peer(new, *id))
             && touched.cidrs.iter().all(cidr)
             && touched.rules.iter().all(|id| self.proves_rule(new, *id))
@@ -229,8 +236,9 @@ impl Tally {
 
 impl Parts {
     fn of(slice: &Slice) -> Self {
-        let Slice { revision: _, local, peers, cidrs, rules, prefixes, cells, kept: _ } = slice.clone();
-        Self { local, peers, cidrs, rules, prefixes, cells }
+        let Slice { revision: _, digest: _, local, peers, cidrs, rules, prefixes, cells, marked, itself: _, kept: _ } =
+            slice.clone();
+        Self { local, peers, cidrs, rules, prefixes, marked, cells }
     }
 
     fn are_those_of(&self, slice: &Slice) -> bool {
@@ -239,6 +247,7 @@ impl Parts {
             && self.cidrs.ptr_eq(&slice.cidrs)
             && self.rules.ptr_eq(&slice.rules)
             && self.prefixes.ptr_eq(&slice.prefixes)
+            && self.marked.ptr_eq(&slice.marked)
             && self.cells.ptr_eq(&slice.cells)
     }
 }
@@ -302,7 +311,7 @@ mod tests {
                 let matrix = Matrix::compile(&network).unwrap();
                 for &node in network.nodes().keys() {
                     let old = held.remove(&node);
-                    let Some(new) = matrix.slice(&network, Revision(number as u64 + 1), node, old.as_ref()) else { continue };
+                    let Some(new) = matrix.slice(node, Revision(number as u64 + 1)) else { continue };
                     let mut followed = match &old {
                         Some(old) => old.clone(),
                         None => Slice::from_snapshot(new.to_delta()).unwrap(),
@@ -314,7 +323,8 @@ mod tests {
                     prop_assert_eq!(counts(tally), counts(&Tally::of(&new)));
                     prop_assert_eq!(tally.size(&followed), new.size());
                     let mut by_hand = followed.clone();
-                    by_hand.cidrs.insert(CidrId(9_999), "other".parse().unwrap());
+                    let cidr = by_hand.cidrs.values().next().cloned().expect("the node is in one");
+                    by_hand.cidrs.insert(CidrId(9_999), cidr);
                     prop_assert!(by_hand.kept.of(&by_hand).is_none(), "what was counted is of another slice");
                     held.insert(node, followed);
                 }

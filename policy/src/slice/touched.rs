@@ -5,14 +5,18 @@ use std::sync::Arc;
 
 use imbl::ordmap::DiffItem;
 
-use super::{Map, Peer, Slice};
+use super::Slice;
+use crate::Map;
 use crate::object::id::{CidrId, ClassId, NodeId, RuleId};
+use crate::peer::Peer;
 
 /// Where two slices are not alike. Found at the cost of what differs, where one was made from the other.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Touched {
     /// What an address is, or who stands for it: prefixes, what is local, and the peers that are gateways.
     pub addresses: bool,
+    /// What is told apart within cidrs, if only where the node's own addresses hide it.
+    pub marked: bool,
     pub peers: BTreeSet<NodeId>,
     pub cidrs: BTreeSet<CidrId>,
     pub rules: BTreeSet<RuleId>,
@@ -28,6 +32,7 @@ impl Touched {
         let gateways = both.any(|(slice, peer)| peer.is_some_and(|peer| is_gateway(slice, peer)));
         Self {
             addresses: local || gateways || !same(&old.prefixes, &new.prefixes),
+            marked: !same(&old.marked, &new.marked),
             peers,
             cidrs: keys(&old.cidrs, &new.cidrs),
             rules: keys(&old.rules, &new.rules),

@@ -1,16 +1,15 @@
 //! A slice or a delta from elsewhere is whole and within limits, or refused.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
+use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 use thiserror::Error;
 
 use super::size::Size;
-use super::tally::{Kept, Tally};
-use super::{Cells, Local, Map, Slice, SliceDelta, Touched};
-use crate::limit::{self, Bounded, LimitError};
+use super::{Local, Slice};
+use crate::limit::LimitError;
 use crate::matrix::{Cell, CellError};
+use crate::object::digest::Digest;
 use crate::object::id::{ClassId, Revision};
 use crate::object::prefix::{PrefixError, check_prefix};
 
@@ -37,8 +36,12 @@ pub enum DeltaError {
     Cell(#[from] CellError),
     #[error("a product of cells has no sources or no destinations")]
     EmptyProduct,
-    #[error("class {0} is removed, but a prefix has it")]
-    LivingClass(ClassId),
+    #[error("the prefix `{0}` is told apart within its cidr, but `{1}` is not the id of such a class")]
+    PlainClass(IpNet, ClassId),
+    #[error("the delta is for a slice with the digest {base}, and this one has {digest}; ask for a whole slice")]
+    Base { base: Digest, digest: Digest },
+    #[error("the digest of the slice is {found}, and not {expected} as the sender has it; ask for a whole slice")]
+    Digest { expected: Digest, found: Digest },
     #[error("{0} has the id 0")]
     ZeroId(&'static str),
     #[error("a prefix is malformed")]
@@ -52,131 +55,6 @@ pub enum DeltaError {
 }
 
 impl Slice {
-    /// Applies a delta whole, or refuses it and stays as it is. What follows a slice that came in the same way is checked
-    /// by what it touches.
-    pub fn apply(&mut self, delta: SliceDelta) -> Result<(), DeltaError> {
-        if delta.from != self.revision {
-            return Err(DeltaError::From { from: delta.from, revision: self.revision });
-        }
-        let mut next = self.clone();
-        next.change(delta)?;
-        let touched = Touched::between(self, &next);
-        let tally = match self.kept.of(self) {
-            Some(tally) => {
-                let tally = tally.followed(self, &next, &touched);
-                if !tally.proves(&next, &touched) {
-                    next.validate()?;
-                }
-                tally
-            }
-            None => {
-                next.validate()?;
-                Tally::of(&next)
-            }
-        };
-        next.kept = Kept::new(tally);
-        *self = next;
-        Ok(())
-    }
-
-    /// The inverse of [`Slice::to_delta`].
-    pub fn from_snapshot(mut delta: SliceDelta) -> Result<Slice, DeltaError> {
-        let local = match delta.local.take() {
-            Some(local) if delta.from == Revision::default() => local,
-            _ => return Err(DeltaError::NotWhole(delta.from)),
-        };
-        let mut slice = Slice {
-            revision: delta.revision,
-            local: local.into(),
-            peers: Map::new(),
-            cidrs: Map::new(),
-            rules: Map::new(),
-            prefixes: Map::new(),
-            cells: Map::new(),
-            kept: Kept::default(),
-        };
-        slice.change(delta)?;
-        slice.validate()?;
-        slice.kept = Kept::new(Tally::of(&slice));
-        Ok(slice)
-    }
-
-    fn change(&mut self, delta: SliceDelta) -> Result<(), DeltaError> {
-        let SliceDelta {
-            from: _,
-            revision,
-            local,
-            peers,
-            removed_peers,
-            cidrs,
-            removed_cidrs,
-            rules,
-            removed_rules,
-            prefixes,
-            removed_prefixes,
-            cells,
-            removed_classes,
-        } = delta;
-        // Only a delta that removes classes need know them all.
-        let before = if removed_classes.is_empty() { BTreeSet::new() } else { self.classes() };
-        self.revision = revision;
-        if let Some(local) = local {
-            self.local = local.into();
-        }
-        merge("peer", &mut self.peers, peers, &removed_peers)?;
-        merge("cidr", &mut self.cidrs, cidrs, &removed_cidrs)?;
-        merge("rule", &mut self.rules, rules, &removed_rules)?;
-        merge("prefix", &mut self.prefixes, prefixes, &removed_prefixes)?;
-        self.remove_classes(&before, &removed_classes)?;
-        self.set_cells(cells)
-    }
-
-    fn remove_classes(&mut self, before: &BTreeSet<ClassId>, removed: &[ClassId]) -> Result<(), DeltaError> {
-        if removed.is_empty() {
-            return Ok(());
-        }
-        let (after, gone) = (self.classes(), removed.iter().copied().collect::<BTreeSet<_>>());
-        for class in removed {
-            if after.contains(class) {
-                return Err(DeltaError::LivingClass(*class));
-            }
-            if !before.contains(class) {
-                return Err(DeltaError::NotThere(format!("class {class}")));
-            }
-        }
-        if gone.len() != removed.len() {
-            return Err(DeltaError::Twice("a removed class".to_owned()));
-        }
-        let is_gone = |(source, destination): &(ClassId, ClassId)| gone.contains(source) || gone.contains(destination);
-        let doomed: Vec<_> = self.cells.keys().filter(|pair| is_gone(pair)).copied().collect();
-        doomed.iter().for_each(|pair| drop(self.cells.remove(pair)));
-        Ok(())
-    }
-
-    fn set_cells(&mut self, cells: Vec<Cells>) -> Result<(), DeltaError> {
-        let mut seen = BTreeSet::new();
-        for Cells { sources, destinations, cell } in cells {
-            if sources.is_empty() || destinations.is_empty() {
-                return Err(DeltaError::EmptyProduct);
-            }
-            // Before the product is made: it may be far larger than the message that it came in.
-            let count = sources.len().saturating_mul(destinations.len()).saturating_add(seen.len());
-            Bounded::SliceCells.check(count, limit::MAX_SLICE_CELLS)?;
-            for &source in &sources {
-                for &destination in &destinations {
-                    if !seen.insert((source, destination)) {
-                        return Err(DeltaError::CellTwice(source, destination));
-                    }
-                    match cell.is_closed() {
-                        true => self.cells.remove(&(source, destination)),
-                        false => self.cells.insert((source, destination), cell.clone()),
-                    };
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Refuses a slice that refers to what is not in it, that contradicts itself, or that a node has no room for.
     pub fn validate(&self) -> Result<(), DeltaError> {
         let classes = self.classes();
@@ -209,6 +87,11 @@ impl Slice {
                 return Err(DeltaError::Dangling(format!("the prefix `{prefix}`"), format!("cidr {cidr}")));
             }
         }
+        // Nobody else is of the classes of the node's own addresses, or of those of a whole cidr.
+        if let Some((prefix, (class, _))) = self.marked.iter().find(|(_, (class, _))| !class.is_marked()) {
+            return Err(DeltaError::PlainClass(*prefix, *class));
+        }
+        debug_assert!(self.is_placed());
         let Local { external_routes, gateway_for, .. } = &*self.local;
         let peers = self.peers.values().flat_map(|peer| &peer.allowed_ips);
         for &prefix in external_routes.iter().chain(gateway_for).chain(peers) {
@@ -266,23 +149,4 @@ impl Slice {
         }
         Ok(())
     }
-}
-
-/// Applies one part of a delta to one part of a slice.
-fn merge<K: Ord + Clone + fmt::Display, V: Clone>(
-    what: &str,
-    current: &mut Map<K, V>,
-    set: BTreeMap<K, V>,
-    removed: &BTreeSet<K>,
-) -> Result<(), DeltaError> {
-    for key in removed {
-        if set.contains_key(key) {
-            return Err(DeltaError::Twice(format!("{what} {key}")));
-        }
-        if current.remove(key).is_none() {
-            return Err(DeltaError::NotThere(format!("{what} {key}")));
-        }
-    }
-    current.extend(set);
-    Ok(())
 }

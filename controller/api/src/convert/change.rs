@@ -2,13 +2,12 @@
 
 use std::net::SocketAddr;
 
-use policy::{Change, Endpoint, RuleSpec};
+use policy::{Change, RuleSpec};
 
 use super::{ConvertError, action, default_policy, parse, parse_all, print_all, required};
 use crate::v1::{self, change::Kind};
 
-/// Refuses the two that no admin can ask for: a node becomes active by redeeming its invitation, and an observed endpoint is
-/// what the controller saw.
+/// Refuses the one that no admin can ask for: a node becomes active by redeeming its invitation.
 impl TryFrom<&Change> for v1::Change {
     type Error = ConvertError;
 
@@ -50,17 +49,7 @@ impl TryFrom<&Change> for v1::Change {
             Change::DeleteNode { name } => Kind::DeleteNode(name.to_string()),
             Change::SetEndpoint { name, endpoint } => Kind::SetEndpoint(v1::SetEndpoint {
                 node: name.to_string(),
-                endpoint: match endpoint {
-                    None => String::new(),
-                    Some(Endpoint { address, fixed: true }) => address.to_string(),
-                    Some(Endpoint { address, fixed: false }) => {
-                        return Err(ConvertError::invalid(
-                            "change.set_endpoint",
-                            address,
-                            "only the controller observes",
-                        ));
-                    }
-                },
+                endpoint: endpoint.map(|endpoint| endpoint.to_string()).unwrap_or_default(),
             }),
             Change::AddGroup { name, members } => {
                 Kind::AddGroup(v1::AddGroup { name: name.to_string(), members: print_all(members) })
@@ -121,7 +110,7 @@ impl TryFrom<v1::Change> for Change {
             Kind::EnableNode(name) => Self::EnableNode { name: parse("enable_node", &name)? },
             Kind::DeleteNode(name) => Self::DeleteNode { name: parse("delete_node", &name)? },
             Kind::SetEndpoint(v1::SetEndpoint { node, endpoint }) => {
-                Self::SetEndpoint { name: parse("set_endpoint.node", &node)?, endpoint: fixed_endpoint(&endpoint)? }
+                Self::SetEndpoint { name: parse("set_endpoint.node", &node)?, endpoint: configured(&endpoint)? }
             }
             Kind::AddGroup(v1::AddGroup { name, members }) => Self::AddGroup {
                 name: parse("add_group.name", &name)?,
@@ -151,13 +140,8 @@ impl TryFrom<v1::Change> for Change {
     }
 }
 
-/// What an operator sets is fixed.
-fn fixed_endpoint(text: &str) -> Result<Option<Endpoint>, ConvertError> {
-    if text.is_empty() {
-        return Ok(None);
-    }
-    let address: SocketAddr = parse("set_endpoint.endpoint", text)?;
-    Ok(Some(Endpoint { address, fixed: true }))
+fn configured(text: &str) -> Result<Option<SocketAddr>, ConvertError> {
+    if text.is_empty() { Ok(None) } else { parse("set_endpoint.endpoint", text).map(Some) }
 }
 
 impl From<&RuleSpec> for v1::AddRule {

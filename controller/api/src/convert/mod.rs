@@ -14,8 +14,12 @@ use policy::{Action, Addresses, DefaultPolicy, NodeState, Prefixes, PublicKey};
 use crate::v1;
 
 mod change;
+mod follow;
 mod object;
 mod slice;
+
+pub use follow::{FollowError, Followed, endpoints_to_wire};
+pub use slice::{digest_from_wire, digest_to_wire};
 
 /// A message that says nothing that policy has a word for.
 #[derive(Debug, thiserror::Error)]

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 use policy::{
-    Cidr, CidrId, Endpoint, Group, GroupId, Mode, NamedService, Network, NetworkParts, Node, NodeId, Rule, RuleId,
-    Selector, ServiceId,
+    Cidr, CidrId, Group, GroupId, Mode, NamedService, Network, NetworkParts, Node, NodeId, Rule, RuleId, Selector,
+    ServiceId,
 };
 
 use super::{
@@ -52,8 +52,8 @@ impl From<&Node> for v1::Node {
             public_key: public_key.as_ref().map(|key| key.as_bytes().to_vec()).unwrap_or_default(),
             state: v1::NodeState::from(*state).into(),
             gateway_for: gateway_for.iter().map(|cidr| cidr.0).collect(),
-            endpoint: endpoint.as_ref().map(|endpoint| endpoint.address.to_string()).unwrap_or_default(),
-            endpoint_fixed: endpoint.as_ref().is_some_and(|endpoint| endpoint.fixed),
+            endpoint: endpoint.map(|endpoint| endpoint.to_string()).unwrap_or_default(),
+            endpoint_fixed: endpoint.is_some(),
             expires_at: expires_at.unwrap_or(0),
         }
     }
@@ -74,11 +74,8 @@ impl TryFrom<v1::Node> for Node {
             endpoint_fixed,
             expires_at,
         } = node;
-        let endpoint = if endpoint.is_empty() {
-            None
-        } else {
-            Some(Endpoint { address: parse("node.endpoint", &endpoint)?, fixed: endpoint_fixed })
-        };
+        // Observed ones are no part of the policy; older stores have some.
+        let endpoint = if endpoint_fixed { Some(parse("node.endpoint", &endpoint)?) } else { None };
         Ok(Self {
             id: id("node.id", number, NodeId)?,
             name: parse("node.name", &name)?,

@@ -6,18 +6,20 @@ use std::fmt::Display;
 
 use ipnet::IpNet;
 use policy::{
-    Cell, CellEntry, Cells, CidrId, CidrName, ClassId, Local, NodeId, Peer, Reason, Revision, RuleId, ServiceRange,
-    SliceDelta, SliceRule, Verdict,
+    Cell, CellEntry, Cells, CidrId, ClassId, Digest, Local, NodeId, Peer, Reason, Revision, RuleId, ServiceRange,
+    SliceCidr, SliceDelta, SliceRule, Verdict,
 };
 
-use super::{ConvertError, action, id, narrow, parse, prefixes_to_nets, public_key, required};
+use super::{ConvertError, action, id, length_error, narrow, parse, prefixes_to_nets, public_key, required};
 use crate::v1;
 
 impl From<&SliceDelta> for v1::Update {
     fn from(delta: &SliceDelta) -> Self {
         let SliceDelta {
             from,
+            base,
             revision,
+            digest,
             local,
             peers,
             removed_peers,
@@ -28,15 +30,16 @@ impl From<&SliceDelta> for v1::Update {
             prefixes,
             removed_prefixes,
             cells,
-            removed_classes,
         } = delta;
         Self {
             from: from.0,
+            base: digest_to_wire(*base),
             revision: revision.0,
+            digest: digest_to_wire(*digest),
             local: local.as_ref().map(v1::Local::from),
             peers: peers.iter().map(|(node, peer)| peer_to_wire(*node, peer)).collect(),
             removed_peers: removed_peers.iter().map(|node| node.0).collect(),
-            cidrs: cidrs.iter().map(|(id, name)| v1::SliceCidr { id: id.0, name: name.to_string() }).collect(),
+            cidrs: cidrs.iter().map(|(id, cidr)| cidr_to_wire(*id, cidr)).collect(),
             removed_cidrs: removed_cidrs.iter().map(|cidr| cidr.0).collect(),
             rules: rules.iter().map(|(id, rule)| rule_to_wire(*id, rule)).collect(),
             removed_rules: removed_rules.iter().map(|rule| rule.0).collect(),
@@ -50,7 +53,6 @@ impl From<&SliceDelta> for v1::Update {
                 .collect(),
             removed_prefixes: removed_prefixes.iter().map(v1::Prefix::from).collect(),
             cells: cells.iter().map(v1::Cells::from).collect(),
-            removed_classes: removed_classes.iter().map(|class| class.0).collect(),
         }
     }
 }
@@ -61,7 +63,9 @@ impl TryFrom<v1::Update> for SliceDelta {
     fn try_from(update: v1::Update) -> Result<Self, Self::Error> {
         let v1::Update {
             from,
+            base,
             revision,
+            digest,
             local,
             peers,
             removed_peers,
@@ -72,11 +76,12 @@ impl TryFrom<v1::Update> for SliceDelta {
             prefixes,
             removed_prefixes,
             cells,
-            removed_classes,
         } = update;
         Ok(Self {
             from: Revision(from),
+            base: digest_from_wire("update.base", &base)?,
             revision: Revision(revision),
+            digest: digest_from_wire("update.digest", &digest)?,
             local: local.map(Local::try_from).transpose()?,
             peers: map("update.peers", peers.into_iter().map(peer_from_wire))?,
             removed_peers: list("update.removed_peers", removed_peers, NodeId)?,
@@ -87,9 +92,21 @@ impl TryFrom<v1::Update> for SliceDelta {
             prefixes: map("update.prefixes", prefixes.into_iter().map(prefix_from_wire))?,
             removed_prefixes: prefixes_to_nets(removed_prefixes)?,
             cells: cells.into_iter().map(Cells::try_from).collect::<Result<_, _>>()?,
-            removed_classes: list("update.removed_classes", removed_classes, ClassId)?,
         })
     }
+}
+
+/// Nothing for that of nothing.
+pub fn digest_to_wire(digest: Digest) -> Vec<u8> {
+    if digest == Digest::default() { Vec::new() } else { digest.to_bytes().to_vec() }
+}
+
+/// The inverse of [`digest_to_wire`].
+pub fn digest_from_wire(field: &'static str, bytes: &[u8]) -> Result<Digest, ConvertError> {
+    if bytes.is_empty() {
+        return Ok(Digest::default());
+    }
+    bytes.try_into().map(Digest::from_bytes).map_err(|_| length_error(field, bytes, "16"))
 }
 
 /// Things by their keys, none of which is given twice.
@@ -108,15 +125,30 @@ fn map<K: Ord + Display, V>(
     Ok(map)
 }
 
-fn cidr_from_wire(cidr: v1::SliceCidr) -> Result<(CidrId, CidrName), ConvertError> {
-    let v1::SliceCidr { id: number, name } = cidr;
-    Ok((id("cidr.id", number, CidrId)?, parse("cidr.name", &name)?))
+fn cidr_to_wire(id: CidrId, cidr: &SliceCidr) -> v1::SliceCidr {
+    let SliceCidr { name, prefixes, is_routed } = cidr;
+    v1::SliceCidr { id: id.0, name: name.to_string(), prefixes: Some(prefixes.into()), routed: *is_routed }
+}
+
+fn cidr_from_wire(cidr: v1::SliceCidr) -> Result<(CidrId, SliceCidr), ConvertError> {
+    let v1::SliceCidr { id: number, name, prefixes, routed } = cidr;
+    let prefixes = required("cidr.prefixes", prefixes)?.try_into()?;
+    let cidr = SliceCidr { name: parse("cidr.name", &name)?, prefixes, is_routed: routed };
+    Ok((id("cidr.id", number, CidrId)?, cidr))
 }
 
 fn prefix_from_wire(prefix: v1::SlicePrefix) -> Result<(IpNet, (ClassId, CidrId)), ConvertError> {
     let v1::SlicePrefix { prefix, class, cidr } = prefix;
     let prefix = IpNet::try_from(required("prefix.prefix", prefix)?)?;
-    Ok((prefix, (id("prefix.class", class, ClassId)?, id("prefix.cidr", cidr, CidrId)?)))
+    Ok((prefix, (class_from_wire("prefix.class", class)?, id("prefix.cidr", cidr, CidrId)?)))
+}
+
+fn class_from_wire(field: &'static str, class: u64) -> Result<ClassId, ConvertError> {
+    if class == 0 { Err(ConvertError::Missing { field }) } else { Ok(ClassId(class)) }
+}
+
+fn classes(field: &'static str, classes: Vec<u64>) -> Result<Vec<ClassId>, ConvertError> {
+    classes.into_iter().map(|class| class_from_wire(field, class)).collect()
 }
 
 fn list<T, C: FromIterator<T>>(
@@ -129,15 +161,17 @@ fn list<T, C: FromIterator<T>>(
 
 impl From<&Local> for v1::Local {
     fn from(local: &Local) -> Self {
-        let Local { node, name, network, addresses, roots, external_routes, gateway_for } = local;
+        let Local { node, name, network, addresses, is_split, roots, external_routes: _, gateway_for, requires } =
+            local;
         Self {
             node: node.0,
             name: name.to_string(),
             network: network.to_string(),
             addresses: Some(addresses.into()),
             roots: Some(roots.into()),
-            external_routes: external_routes.iter().map(v1::Prefix::from).collect(),
             gateway_for: gateway_for.iter().map(v1::Prefix::from).collect(),
+            split: *is_split,
+            requires: requires.iter().cloned().collect(),
         }
     }
 }
@@ -146,15 +180,17 @@ impl TryFrom<v1::Local> for Local {
     type Error = ConvertError;
 
     fn try_from(local: v1::Local) -> Result<Self, Self::Error> {
-        let v1::Local { node, name, network, addresses, roots, external_routes, gateway_for } = local;
+        let v1::Local { node, name, network, addresses, roots, gateway_for, split, requires } = local;
         Ok(Self {
             node: id("local.node", node, NodeId)?,
             name: parse("local.name", &name)?,
             network: parse("local.network", &network)?,
             addresses: required("local.addresses", addresses)?.try_into()?,
             roots: required("local.roots", roots)?.try_into()?,
-            external_routes: prefixes_to_nets(external_routes)?,
+            is_split: split,
+            external_routes: Default::default(),
             gateway_for: prefixes_to_nets(gateway_for)?,
+            requires: requires.into_iter().collect(),
         })
     }
 }
@@ -183,13 +219,20 @@ fn peer_from_wire(peer: v1::Peer) -> Result<(NodeId, Peer), ConvertError> {
 }
 
 fn rule_to_wire(id: RuleId, rule: &SliceRule) -> v1::SliceRule {
-    let SliceRule { name, action, log } = rule;
-    v1::SliceRule { id: id.0, name: name.to_string(), action: v1::Action::from(*action).into(), log: *log }
+    let SliceRule { name, action, log, requires } = rule;
+    v1::SliceRule {
+        id: id.0,
+        name: name.to_string(),
+        action: v1::Action::from(*action).into(),
+        log: *log,
+        requires: requires.iter().cloned().collect(),
+    }
 }
 
 fn rule_from_wire(rule: v1::SliceRule) -> Result<(RuleId, SliceRule), ConvertError> {
-    let v1::SliceRule { id: number, name, action: verb, log } = rule;
-    let rule = SliceRule { name: parse("rule.name", &name)?, action: action("rule.action", verb)?, log };
+    let v1::SliceRule { id: number, name, action: verb, log, requires } = rule;
+    let (name, action) = (parse("rule.name", &name)?, action("rule.action", verb)?);
+    let rule = SliceRule { name, action, log, requires: requires.into_iter().collect() };
     Ok((id("rule.id", number, RuleId)?, rule))
 }
 
@@ -212,8 +255,8 @@ impl TryFrom<v1::Cells> for Cells {
     fn try_from(cells: v1::Cells) -> Result<Self, Self::Error> {
         let v1::Cells { sources, destinations, otherwise, entries } = cells;
         Ok(Self {
-            sources: list("cells.sources", sources, ClassId)?,
-            destinations: list("cells.destinations", destinations, ClassId)?,
+            sources: classes("cells.sources", sources)?,
+            destinations: classes("cells.destinations", destinations)?,
             cell: Cell {
                 otherwise: required("cells.otherwise", otherwise)?.try_into()?,
                 entries: entries.into_iter().map(CellEntry::try_from).collect::<Result<_, _>>()?,

@@ -1,13 +1,11 @@
 //! Room in the table of a node that finds out what an address is: a tree of blocks, each of which reads one byte of the
 //! address, and of paths, along which nothing branches.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{Add, Mul};
 
 use ipnet::IpNet;
 
-use super::{Peer, Slice};
-use crate::object::prefix::longest_match;
+use crate::limit::{self, Bounded, LimitError};
 
 /// What an address table is made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,9 +40,10 @@ pub fn stride_room(prefixes: impl IntoIterator<Item = IpNet>) -> Room {
 }
 
 impl Room {
-    /// The less of both, each by itself.
-    pub(crate) fn min(self, other: Self) -> Self {
-        Self { blocks: self.blocks.min(other.blocks), paths: self.paths.min(other.paths) }
+    /// Refuses more than a node's table has.
+    pub(crate) fn check(self) -> Result<(), LimitError> {
+        Bounded::SliceBlocks.check(self.blocks, limit::MAX_SLICE_BLOCKS)?;
+        Bounded::SlicePaths.check(self.paths, limit::MAX_SLICE_PATHS)
     }
 }
 
@@ -91,41 +90,6 @@ impl Block {
     fn parting(self, other: Self) -> Self {
         let shared = (self.path ^ other.path).leading_zeros() / 8;
         Self::at(self.path, shared.min(self.bytes).min(other.bytes))
-    }
-}
-
-impl Slice {
-    /// The peers that stand for more than themselves.
-    fn gateways(&self) -> impl Iterator<Item = &Peer> {
-        self.peers.values().filter(|peer| !peer.allowed_ips.is_disjoint(&self.local.external_routes))
-    }
-
-    /// An upper bound of what the address table of the node has, which is made of all prefixes at which class, cidr or
-    /// holder may change. The same for every node that stands for the same classes.
-    pub fn room(&self) -> Room {
-        let local = &self.local;
-        let routes = local.external_routes.iter().chain(&local.gateway_for);
-        let gateways = self.gateways().flat_map(|peer| &peer.allowed_ips);
-        stride_room(self.prefixes.keys().chain(routes).chain(gateways).copied()) + OWN_ROOM
-    }
-
-    /// How many kinds of addresses the table tells apart because a gateway holds them.
-    pub fn held_leaves(&self) -> usize {
-        let local = &self.local;
-        let mut holders: BTreeMap<IpNet, Option<usize>> =
-            local.external_routes.iter().chain(&local.gateway_for).map(|&net| (net, None)).collect();
-        for (number, peer) in self.gateways().enumerate() {
-            holders.extend(peer.allowed_ips.iter().map(|&net| (net, Some(number))));
-        }
-        if holders.is_empty() {
-            return 0;
-        }
-        let held = self.prefixes.keys().chain(holders.keys()).filter_map(|&net| {
-            let gateway = (*longest_match(&holders, net)?.1)?;
-            let (_, place) = longest_match(&self.prefixes, net)?;
-            Some((place, gateway))
-        });
-        held.collect::<BTreeSet<_>>().len()
     }
 }
 
