@@ -8,7 +8,7 @@ use controller_api::defaults::{
 };
 use serde::Deserialize;
 
-use crate::nearest::nearest;
+use controller_api::nearest::nearest;
 
 /// One setting, for the sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

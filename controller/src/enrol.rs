@@ -2,13 +2,10 @@
 //! the callers'.
 
 use controller_api::identity::Identity;
-use controller_api::invitation::Subject;
+use controller_api::invitation::{INVITATION_MAX, Subject};
 use policy::{Change, ChangeError, Network, NodeName, NodeState};
 
 use crate::record::{Admin, Credential, Invitation, Invitee, KeyHash, Keys, Records, SecretHash};
-
-/// Longest life of an invitation, seconds: 30 days.
-pub const INVITATION_MAX: u64 = 30 * 86_400;
 
 /// Why nobody was invited.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -87,7 +84,9 @@ pub fn invite(
 
 fn nearest(network: &Network, name: &NodeName) -> String {
     let known = network.nodes().values().map(|node| node.name.as_ref());
-    crate::nearest::nearest(name.as_ref(), known).map(|near| format!(" (did you mean `{near}`?)")).unwrap_or_default()
+    controller_api::nearest::nearest(name.as_ref(), known)
+        .map(|near| format!(" (did you mean `{near}`?)"))
+        .unwrap_or_default()
 }
 
 /// Lets the holder of a secret in. `Ok((_, false))`: the same keys had been let in before, and nothing changed.

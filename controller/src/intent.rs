@@ -7,11 +7,12 @@ use controller_api::identity::Identity;
 use controller_api::invitation::Subject;
 use policy::{Change, ChangeError, Endpoint, LimitError, Network, NodeId, NodeLimitError, Revision};
 
-use crate::audit::{Actor, describe};
+use crate::audit::Actor;
 use crate::enrol::{self, InviteError, RedeemError, Redeemed};
 use crate::record::{KeyHash, Keys, Records, SecretHash};
 use crate::state::State;
 use crate::store::{AuditLine, StoreError};
+use controller_api::command::describe;
 
 /// Most changes in one request.
 pub const CHANGES_MAX: usize = 10_000;
@@ -252,7 +253,7 @@ impl Draft {
         let invitee = crate::record::Invitee::Admin(name.to_owned());
         let invited = self.records.invitations.values().any(|invitation| invitation.invitee == invitee);
         if !self.records.admins.contains_key(name) && !invited {
-            let hint = crate::nearest::nearest(name, self.records.admins.keys().map(String::as_str));
+            let hint = controller_api::nearest::nearest(name, self.records.admins.keys().map(String::as_str));
             let hint = hint.map(|near| format!(" (did you mean `{near}`?)")).unwrap_or_default();
             return Err(Refusal::UnknownAdmin { name: name.to_owned(), hint });
         }

@@ -6,11 +6,10 @@
 //! grpc::sync  ┘          (pure)   (disk)  (memory)  └► answers
 //! ```
 //!
-//! Two programs: `controllerd` ([`init`], [`serve`]) and `meshctl` ([`cli`]).
+//! The program is `controllerd` ([`init`], [`serve`]).
 
 pub mod audit;
 pub mod authority;
-pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod enrol;
@@ -20,7 +19,6 @@ pub mod grpc;
 pub mod init;
 pub mod intent;
 pub mod metrics;
-mod nearest;
 pub mod publish;
 pub mod record;
 pub mod serve;

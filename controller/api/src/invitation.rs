@@ -23,6 +23,8 @@ const VERSION: u32 = 1;
 const CHECKSUM: usize = 4;
 /// More endpoints than this are nobody's invitation.
 const ENDPOINTS_MAX: usize = 16;
+/// Longest life of an invitation, seconds: 30 days.
+pub const INVITATION_MAX: u64 = 30 * 86_400;
 
 /// An invitation of a node or an admin.
 #[derive(Clone, Debug, PartialEq, Eq)]

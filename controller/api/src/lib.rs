@@ -5,6 +5,7 @@
 //! - [`tls`], [`identity`]: certificates of the network's own authority, and whom they name.
 //! - [`invitation`]: the one line that lets a machine or an admin in; [`refusal`]: what keeps a node out.
 //! - [`client`], [`endpoint`]: how to reach a controller.
+//! - [`command`]: a change in an admin's words; [`nearest`]: the word that was meant.
 //! - [`defaults`]: every number and path that both sides take for granted.
 
 /// Generated from `proto/rampart/v1`.
@@ -21,11 +22,13 @@ pub mod v1 {
 }
 
 pub mod client;
+pub mod command;
 pub mod convert;
 pub mod defaults;
 pub mod endpoint;
 pub mod identity;
 pub mod invitation;
+pub mod nearest;
 pub mod refusal;
 pub mod tls;
 

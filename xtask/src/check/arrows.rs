@@ -9,9 +9,10 @@ use serde_json::Value;
 use crate::process::output;
 
 /// Every crate, and all that it may depend on, for whatever purpose. `tests` may depend on anything.
-const ARROWS: [(&str, &[&str]); 7] = [
+const ARROWS: [(&str, &[&str]); 8] = [
     ("controller", &["controller-api", "policy"]),
     ("controller-api", &["policy"]),
+    ("controller-cli", &["controller-api", "policy"]),
     ("ebpf", &["ebpf-common"]),
     ("ebpf-common", &[]),
     ("node", &["controller-api", "policy", "ebpf-common"]),
@@ -19,6 +20,8 @@ const ARROWS: [(&str, &[&str]); 7] = [
     ("xtask", &[]),
 ];
 const SINK: &str = "tests";
+/// Tests of the first start the second.
+const TESTED_WITH: [(&str, &str); 1] = [("controller-cli", "controller")];
 
 pub(super) fn findings() -> Result<Vec<String>> {
     let text = output(Command::new("cargo").args(["metadata", "--no-deps", "--format-version", "1"]))?;
@@ -32,9 +35,12 @@ fn crates(metadata: &Value) -> Result<BTreeMap<String, BTreeSet<String>>> {
     let name = |value: &Value| value["name"].as_str().unwrap_or_default().to_owned();
     // Only dependencies of ours have a path.
     let ours = |dependency: &&Value| dependency["path"].is_string();
+    let for_tests = |package: &Value, dependency: &Value| {
+        dependency["kind"] == "dev" && TESTED_WITH.contains(&(&*name(package), &*name(dependency)))
+    };
     let dependencies = |package: &Value| {
         let all = package["dependencies"].as_array().map(Vec::as_slice).unwrap_or_default();
-        all.iter().filter(ours).map(name).collect()
+        all.iter().filter(ours).filter(|dependency| !for_tests(package, dependency)).map(name).collect()
     };
     Ok(packages.iter().map(|package| (name(package), dependencies(package))).collect())
 }
@@ -74,6 +80,7 @@ mod tests {
         check("policy", "policy", 0);
         check("ebpf", "policy", 1);
         check("node", "controller", 1);
+        check("controller-cli", "controller", 1);
         check("policy", "tests", 1);
         check("xtask", "policy", 1);
         check("stranger", "policy", 1);

@@ -3,7 +3,7 @@
 use clap::{Args, CommandFactory as _};
 use clap_complete::Shell;
 
-use super::{Cli, Failure, output};
+use crate::{Cli, Failure, output};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\

@@ -21,7 +21,7 @@ pub(crate) struct LifetimeError {
 const UNITS: [(char, u64); 5] = [('w', 604_800), ('d', 86_400), ('h', 3_600), ('m', 60), ('s', 1)];
 
 /// An invitation lasts no longer; refused here, before anything is added for it.
-const LONGEST: u64 = crate::enrol::INVITATION_MAX;
+const LONGEST: u64 = controller_api::invitation::INVITATION_MAX;
 
 impl FromStr for Lifetime {
     type Err = LifetimeError;

@@ -7,9 +7,9 @@ use controller_api::v1;
 use policy::{Network, NodeId, NodeState};
 use serde::Serialize;
 
-use super::output::{self, OutputArgs, Row};
-use super::time::{self, ago, timestamp_or_none};
-use super::{Failure, Session};
+use crate::output::{self, OutputArgs, Row};
+use crate::time::{self, ago, timestamp_or_none};
+use crate::{Failure, Session};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -128,7 +128,7 @@ impl Row for StatusRow {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::fixture::{self, name};
+    use crate::fixture::{self, name};
 
     #[test]
     fn a_node_that_has_not_enforced_what_it_was_sent_is_behind() {

@@ -49,7 +49,7 @@ Examples:
 
 Exit status: 0 done, 1 failed, 2 usage, 3 difference found, 4 denied, 5 controller unreachable."
 )]
-pub struct Cli {
+struct Cli {
     #[command(flatten)]
     connection: ConnectionArgs,
     #[command(subcommand)]
@@ -224,8 +224,7 @@ pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Runs `meshctl` with the process's arguments.
-pub fn main() -> ExitCode {
+fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -271,6 +270,7 @@ fn complain(label: &str, colour: &str, text: &str) {
 mod tests {
     use clap::CommandFactory as _;
     use controller_api::invitation::{Invitation, Secret, Subject};
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -383,6 +383,18 @@ mod tests {
             for part in expected {
                 assert!(text.contains(part), "`{line}` does not say `{part}`:\n{text}");
             }
+        }
+    }
+
+    proptest! {
+        /// Breaks if the audit log has words that `meshctl` does not know.
+        #[test]
+        fn changes_are_what_meshctl_takes(change in ::policy::arbitrary::change()) {
+            let line = controller_api::command::describe(&change);
+            let asked = !line.starts_with("node join ") && !line.starts_with("node seen ");
+            let words = std::iter::once("meshctl").chain(line.split_whitespace());
+            let parsed = Cli::try_parse_from(words);
+            prop_assert!(!asked || parsed.is_ok(), "{}: {:?}", line, parsed.err());
         }
     }
 }

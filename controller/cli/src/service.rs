@@ -4,8 +4,8 @@ use clap::Subcommand;
 use policy::{Change, NamedService, Network, Rule, Service, ServiceName, ServiceRef};
 use serde::Serialize;
 
-use super::output::{self, OutputArgs, Row, words};
-use super::{Failure, Session};
+use crate::output::{self, OutputArgs, Row, words};
+use crate::{Failure, Session};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -91,7 +91,7 @@ impl Row for ServiceRow {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::fixture;
+    use crate::fixture;
 
     #[test]
     fn a_service_shows_what_it_stands_for_and_who_names_it() {

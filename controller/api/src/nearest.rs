@@ -1,7 +1,7 @@
 //! "Did you mean …?"
 
 /// The known word that a mistyped one most likely stands for; `None` if none is near.
-pub(crate) fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let near = word.chars().count().div_ceil(3).max(1);
     known
         .into_iter()

@@ -9,9 +9,9 @@ use controller_api::v1;
 use policy::{Addresses, Change, CidrName, Endpoint, GroupName, Network, Node, NodeName};
 use serde::Serialize;
 
-use super::output::{self, OutputArgs, Row, unknown, words};
-use super::time::{Lifetime, timestamp, timestamp_or_none};
-use super::{Failure, Session, say};
+use crate::output::{self, OutputArgs, Row, unknown, words};
+use crate::time::{Lifetime, timestamp, timestamp_or_none};
+use crate::{Failure, Session, say};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -319,7 +319,7 @@ impl Row for NodeDetails {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::fixture::{self, name};
+    use crate::fixture::{self, name};
 
     #[test]
     fn a_list_is_in_the_order_of_names() {

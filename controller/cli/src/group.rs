@@ -4,8 +4,8 @@ use clap::Subcommand;
 use policy::{Change, Group, GroupName, MemberSpec, Network, Rule, Selector};
 use serde::Serialize;
 
-use super::output::{self, OutputArgs, Row, unknown, words};
-use super::{Failure, Session};
+use crate::output::{self, OutputArgs, Row, unknown, words};
+use crate::{Failure, Session};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -146,7 +146,7 @@ impl Row for GroupRow {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::fixture;
+    use crate::fixture;
 
     #[test]
     fn a_group_shows_its_members_and_who_names_it() {

@@ -6,8 +6,8 @@ use clap::{Args, ValueEnum};
 use comfy_table::{Table, presets};
 use serde::Serialize;
 
-use super::Failure;
-use crate::nearest::nearest;
+use crate::Failure;
+use controller_api::nearest::nearest;
 
 /// How to print data.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

@@ -7,8 +7,8 @@ use ipnet::IpNet;
 use policy::{Change, Cidr, CidrId, CidrName, Network, Prefixes, parse_prefix};
 use serde::Serialize;
 
-use super::output::{self, OutputArgs, Row, flags, words};
-use super::{Failure, Session};
+use crate::output::{self, OutputArgs, Row, flags, words};
+use crate::{Failure, Session};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -240,7 +240,7 @@ fn branch_lines(branches: &[Branch], indent: &str, lines: &mut Vec<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::fixture;
+    use crate::fixture;
 
     #[test]
     fn a_list_is_in_the_order_of_addresses() {

@@ -4,9 +4,9 @@ use clap::{Args, Subcommand};
 use policy::{Action, Change, Mode, Network, Rule, RuleName, RuleSpec, Selector, SelectorSpec, ServiceSpec};
 use serde::Serialize;
 
-use super::output::{self, OutputArgs, Row, flags, unknown, words};
-use super::time::timestamp_or_none;
-use super::{Failure, Session};
+use crate::output::{self, OutputArgs, Row, flags, unknown, words};
+use crate::time::timestamp_or_none;
+use crate::{Failure, Session};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -206,7 +206,7 @@ impl Row for RuleDetails {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::fixture;
+    use crate::fixture;
 
     #[test]
     fn a_list_is_in_the_order_in_which_rules_decide() {

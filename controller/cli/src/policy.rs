@@ -10,9 +10,9 @@ use policy::{
 };
 use serde::Serialize;
 
-use super::matrix::{Table, VerdictText};
-use super::output::{self, OutputArgs, unknown};
-use super::{Failure, Session};
+use crate::matrix::{Table, VerdictText};
+use crate::output::{self, OutputArgs, unknown};
+use crate::{Failure, Session};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -252,7 +252,7 @@ impl Answer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::fixture;
+    use crate::fixture;
 
     fn explain(words: &[&str]) -> Explain {
         #[derive(clap::Parser)]

@@ -7,8 +7,8 @@ use comfy_table::presets;
 use policy::{Action, Cell, CidrId, CidrName, Matrix, Network, Reason, Revision, ServiceRange, Verdict};
 use serde::Serialize;
 
-use super::cidr::in_order;
-use super::output;
+use crate::cidr::in_order;
+use crate::output;
 
 /// More columns than this are no table that anybody can read: pairs are listed instead.
 const COLUMNS_MAX: usize = 10;
@@ -282,7 +282,7 @@ mod tests {
     use policy::{CellEntry, RuleId};
 
     use super::*;
-    use crate::cli::fixture::{self, name};
+    use crate::fixture::{self, name};
 
     fn table(from: &[&str], to: &[&str]) -> Table {
         let network = fixture::network();

@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use tonic::transport::Channel;
 use zeroize::Zeroizing;
 
-use super::connection::timed;
-use super::{Failure, time, with_sources};
+use crate::connection::timed;
+use crate::{Failure, time, with_sources};
 
 const PROFILE: &str = "admin.toml";
 const KEY: &str = "key.pem";

@@ -5,9 +5,9 @@ use controller_api::defaults::AUDIT_LIMIT;
 use controller_api::v1;
 use serde::Serialize;
 
-use super::output::{self, OutputArgs, Row};
-use super::time::timestamp;
-use super::{Failure, Session};
+use crate::output::{self, OutputArgs, Row};
+use crate::time::timestamp;
+use crate::{Failure, Session};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {

@@ -13,11 +13,11 @@ use controller_api::v1::enrol_client::EnrolClient;
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-use super::connection::{ConnectionArgs, timed};
-use super::identity::{self, AdminIdentity, Profile};
-use super::output::{self, OutputArgs, Row};
-use super::time::{self, Lifetime, timestamp, timestamp_or_none};
-use super::{Failure, Session, say};
+use crate::connection::{ConnectionArgs, timed};
+use crate::identity::{self, AdminIdentity, Profile};
+use crate::output::{self, OutputArgs, Row};
+use crate::time::{self, Lifetime, timestamp, timestamp_or_none};
+use crate::{Failure, Session, say};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {

@@ -11,8 +11,8 @@ use policy::{Change, Network, Revision};
 use tonic::Request;
 use tonic::transport::Channel;
 
-use super::identity::AdminIdentity;
-use super::{Failure, say, time, warn};
+use crate::identity::AdminIdentity;
+use crate::{Failure, say, time, warn};
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Connection")]

@@ -1,7 +1,0 @@
-//! `meshctl`, the admin's tool.
-
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    controller::cli::main()
-}
