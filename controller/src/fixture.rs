@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use policy::{Action, Change, DefaultPolicy, Matrix, Network, NodeId, Prefixes, PublicKey, Revision, RuleSpec};
 
-use crate::record::{Credential, KeyHash, Records};
 use crate::state::State;
+use crate::store::account::{Accounts, Credential, KeyHash};
 
 pub(crate) const NOW: u64 = 1_700_000_000;
 
@@ -85,6 +85,6 @@ pub(crate) fn state(revision: u64, network: &Network) -> State {
         revision: Revision(revision),
         network: Arc::new(network.clone()),
         matrix: Arc::new(Matrix::compile(network).expect("within limits")),
-        records: Arc::new(Records { credentials, ..Records::default() }),
+        accounts: Arc::new(Accounts { credentials, ..Accounts::default() }),
     }
 }

@@ -10,11 +10,11 @@ use controller_api::tls;
 use ipnet::IpNet;
 use policy::{ChangeError, DefaultPolicy, Network, NetworkName, Prefixes};
 
-use crate::audit::Actor;
-use crate::authority::{self, Authority, AuthorityError};
-use crate::record::{self, Records, Settings};
+use crate::access::authority::{self, Authority, AuthorityError};
+use crate::change::audit::Actor;
+use crate::store::account::{Accounts, Settings};
 use crate::store::sqlite::SqliteStore;
-use crate::store::{AuditLine, Commit, Precondition, Store, StoreError};
+use crate::store::{AuditLine, Commit, Precondition, Store, StoreError, rows};
 
 /// Within the state directory.
 pub const DATABASE: &str = "controller.db";
@@ -112,11 +112,11 @@ pub fn found(store: &dyn Store, network: &Network, settings: Settings, now: u64)
     for endpoint in endpoints {
         change.push_str(&format!(" --endpoint {endpoint}"));
     }
-    let records = Records { settings, ..Records::default() };
+    let accounts = Accounts { settings, ..Accounts::default() };
     let commit = Commit {
         request: None,
         preconditions: vec![Precondition::At(policy::Revision(0))],
-        ops: record::diff(None, (network, &records)),
+        ops: rows::diff(None, (network, &accounts)),
         audit: vec![AuditLine { actor: Actor::Root.to_string(), change }],
         time: now,
     };
@@ -166,7 +166,7 @@ mod tests {
         let store = SqliteStore::open(&directory.join(DATABASE)).expect("the store");
         let state = State::load(&store).expect("a state");
         assert_eq!(state.network.default(), DefaultPolicy::Deny);
-        let settings = &state.records.settings;
+        let settings = &state.accounts.settings;
         assert_eq!(settings.endpoints, ["controller.example:7443"]);
         Authority::open(&directory, state.network.name(), Some(&settings.authority)).expect("the authority");
         let names: Vec<_> = fs::read_dir(&directory)

@@ -210,7 +210,7 @@ impl Metrics {
     }
 }
 
-/// Records the time since `start`.
+/// Accounts the time since `start`.
 pub fn since(histogram: &Histogram, start: std::time::Instant) {
     let elapsed: Duration = start.elapsed();
     histogram.observe(elapsed.as_secs_f64());

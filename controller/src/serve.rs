@@ -13,20 +13,21 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::audit::Actor;
-use crate::authority::Authority;
+use crate::access::authority::Authority;
+use crate::change::Request;
+use crate::change::audit::Actor;
+use crate::change::writer::{self, Ask};
 use crate::clock;
 use crate::config::Config;
-use crate::grpc::listener::{Tls, accept_tls, accept_unix, bind_unix};
-use crate::grpc::{self, Context, place};
+use crate::follow::Followers;
+use crate::grpc::{self, Context};
 use crate::init::DATABASE;
-use crate::intent::Intent;
 use crate::metrics::{self, Metrics};
-use crate::publish::Followers;
+use crate::socket::tls::{self as tls_socket, Tls};
+use crate::socket::{admission, unix};
 use crate::state::{self, State};
 use crate::store::Store;
 use crate::store::sqlite::SqliteStore;
-use crate::writer::{self, Ask};
 
 /// How often certificates and what is known of nodes are looked after.
 const HOUSEKEEPING: Duration = Duration::from_secs(60);
@@ -56,7 +57,7 @@ impl Controller {
         let (publisher, current) = state::channel(state);
         let started = writer::spawn(Arc::clone(&store), publisher, Arc::clone(&metrics), clock);
         let (writer, thread) = started.context("failed to start the writer's thread")?;
-        writer.ask(Ask::new(Actor::Controller, Intent::Start)).await?;
+        writer.ask(Ask::new(Actor::Controller, Request::Start)).await?;
         let followers = Followers::new();
         let refusals = Arc::default();
         let context = Context { current, writer, followers, store, authority, metrics, clock, stop, refusals };
@@ -87,7 +88,7 @@ pub fn serve(config: &Config) -> Result<()> {
 fn raise_file_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map(|()| hard));
-    let needed = place::FILES as u64;
+    let needed = admission::FILES as u64;
     match raised {
         Ok(limit) if limit < needed => tracing::warn!(
             limit,
@@ -108,17 +109,20 @@ async fn run(config: &Config) -> Result<Ended> {
     let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&database)?);
     let (stopper, stop) = watch::channel(false);
     let authority = |state: &State| {
-        let (network, settings) = (state.network.name(), &state.records.settings);
+        let (network, settings) = (state.network.name(), &state.accounts.settings);
         Ok(Authority::open(&config.state_dir, network, Some(&settings.authority))?)
     };
     let listener = listen(config.listen).await?;
     let scraped = metrics::bind(config.metrics).await.with_context(|| {
         format!("failed to serve metrics at `{}`; choose another address with `--metrics`", config.metrics)
     })?;
-    let socket = bind_unix(&config.socket)?;
+    let socket = unix::bind(&config.socket)?;
     let Controller { context, writer } = Controller::start(store, authority, clock::now, stop.clone()).await?;
     let tls = Tls::new(server_config(&context.authority)?);
-    let incoming = vec![accept_tls(listener, tls.clone(), &context), accept_unix(socket, Arc::clone(&context.metrics))];
+    let incoming = vec![
+        tls_socket::accept(listener, tls.clone(), context.accepts(), &context.metrics),
+        unix::accept(socket, Arc::clone(&context.metrics)),
+    ];
     let routes = grpc::routes(&context).await?;
     let mut servers = tokio::spawn(grpc::serve(routes, incoming, stop.clone()));
     let metrics = tokio::spawn(serve_metrics(scraped, &context, stop.clone()));

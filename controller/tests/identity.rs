@@ -5,7 +5,7 @@ mod common;
 use std::time::Duration;
 
 use common::{Follower, Keys, TestController, parse};
-use controller::authority::{Authority, CertificateRequest};
+use controller::access::authority::{Authority, CertificateRequest};
 use controller::clock;
 use controller_api::client::{self, ConnectError};
 use controller_api::identity::Identity;

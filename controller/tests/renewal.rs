@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Keys, TestController};
-use controller::authority::CertificateRequest;
+use controller::access::authority::CertificateRequest;
 use controller::clock;
 use controller_api::defaults::ADMIN_CERTIFICATE_LIFETIME;
 use controller_api::identity::{Identity, validity};

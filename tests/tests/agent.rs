@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Follower, LIMIT, TestController, parse};
-use controller::authority::CertificateRequest;
+use controller::access::authority::CertificateRequest;
 use controller::clock;
 use controller_api::identity as names;
 use controller_api::v1::invite_request::Subject;

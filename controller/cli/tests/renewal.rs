@@ -9,7 +9,7 @@ use std::process::{Output, Stdio};
 
 use base64::Engine as _;
 use common::{Keys, TestController};
-use controller::authority::CertificateRequest;
+use controller::access::authority::CertificateRequest;
 use controller::clock;
 use controller_api::defaults::ADMIN_CERTIFICATE_LIFETIME;
 use controller_api::identity::{Identity, validity};

@@ -11,14 +11,14 @@ use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 use tonic::{Request, Response, Status};
 
-use super::gate::Caller;
 use super::{Context, refused, text};
-use crate::audit::Actor;
-use crate::authority::CertificateRequest;
-use crate::intent::Intent;
-use crate::record::SecretHash;
+use crate::access::authority::CertificateRequest;
+use crate::access::caller::Caller;
+use crate::change;
+use crate::change::audit::Actor;
+use crate::change::writer::Ask;
 use crate::store;
-use crate::writer::Ask;
+use crate::store::account::SecretHash;
 
 /// Most audit entries in one answer.
 const AUDIT_MAX: usize = 10_000;
@@ -36,7 +36,7 @@ impl AdminService {
         Self { context }
     }
 
-    async fn ask(&self, ask: Ask) -> Result<crate::writer::Answer, Status> {
+    async fn ask(&self, ask: Ask) -> Result<crate::change::writer::Answer, Status> {
         self.context.writer.ask(ask).await.map_err(|refusal| refused(&refusal))
     }
 }
@@ -72,10 +72,10 @@ impl Admin for AdminService {
             .map_err(|error| invalid(&error))?;
         let id = (!request_id.is_empty() && !dry_run).then_some(request_id);
         let ask = Ask {
-            request: id.map(|id| store::Request { id: format!("change/{id}"), digest }),
+            id: id.map(|id| store::RequestId { id: format!("change/{id}"), digest }),
             expected: (expected_revision != 0).then_some(Revision(expected_revision)),
             dry_run,
-            ..Ask::new(actor, Intent::Change(changes))
+            ..Ask::new(actor, change::Request::Change(changes))
         };
         let answer = self.ask(ask).await?;
         let warnings = answer.outcome.warnings;
@@ -87,7 +87,7 @@ impl Admin for AdminService {
         let v1::InviteRequest { subject, expires_in, endpoints } = request.into_inner();
         let subject = subject_of(subject)?;
         let state = self.context.current.get();
-        let endpoints = if endpoints.is_empty() { state.records.settings.endpoints.clone() } else { endpoints };
+        let endpoints = if endpoints.is_empty() { state.accounts.settings.endpoints.clone() } else { endpoints };
         let endpoints = check_endpoints(&endpoints)?;
         let mut random = [0; 32];
         getrandom::fill(&mut random)
@@ -95,8 +95,8 @@ impl Admin for AdminService {
         let secret = Secret::new(random);
         let expires_in = if expires_in == 0 { INVITATION_LIFETIME.as_secs() } else { expires_in };
         let expires_at = self.context.now().saturating_add(expires_in);
-        let intent = Intent::Invite { subject: subject.clone(), hash: SecretHash(secret.hash()), expires_at };
-        self.ask(Ask::new(actor, intent)).await?;
+        let asked = change::Request::Invite { subject: subject.clone(), hash: SecretHash(secret.hash()), expires_at };
+        self.ask(Ask::new(actor, asked)).await?;
         let invitation = Invitation {
             network: state.network.name().clone(),
             subject,
@@ -130,7 +130,7 @@ impl Admin for AdminService {
 
     async fn list_admins(&self, _: Request<v1::ListAdminsRequest>) -> Result<Response<v1::ListAdminsResponse>, Status> {
         let state = self.context.current.get();
-        let admins = state.records.admins.iter().map(|(name, admin)| v1::AdminAccount {
+        let admins = state.accounts.admins.iter().map(|(name, admin)| v1::AdminAccount {
             name: name.clone(),
             certificate_expires_at: admin.certificate_expires_at,
             revoked: admin.revoked,
@@ -144,7 +144,7 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::RevokeAdminResponse>, Status> {
         let actor = actor(&request)?;
         let v1::RevokeAdminRequest { name } = request.into_inner();
-        self.ask(Ask::new(actor, Intent::RevokeAdmin(name))).await?;
+        self.ask(Ask::new(actor, change::Request::RevokeAdmin(name))).await?;
         Ok(Response::new(v1::RevokeAdminResponse {}))
     }
 
@@ -161,8 +161,9 @@ impl Admin for AdminService {
         let request = CertificateRequest::parse(&certificate_request).map_err(|error| invalid(&error))?;
         let now = self.context.now();
         let certificate_expires_at = now + ADMIN_CERTIFICATE_LIFETIME.as_secs();
-        let intent = Intent::RenewAdmin { name: name.clone(), requested: request.key(), certificate_expires_at };
-        self.ask(Ask::new(Actor::Admin(name.clone()), intent)).await?;
+        let asked =
+            change::Request::RenewAdmin { name: name.clone(), requested: request.key(), certificate_expires_at };
+        self.ask(Ask::new(Actor::Admin(name.clone()), asked)).await?;
         let certificate = self
             .context
             .authority

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use policy::{NodeId, NodeName};
 
-use crate::audit::Actor;
-use crate::intent::Intent;
-use crate::writer::{Ask, Writer};
+use crate::change::Request;
+use crate::change::audit::Actor;
+use crate::change::writer::{Ask, Writer};
 
 /// Between two commits of one node's endpoint.
 pub const INTERVAL: Duration = Duration::from_secs(10);
@@ -60,7 +60,7 @@ impl Endpoints {
     }
 
     async fn store(&self, node: NodeId, name: NodeName, address: SocketAddr) {
-        let ask = Ask::new(Actor::Node(name.clone()), Intent::Observe { node, address });
+        let ask = Ask::new(Actor::Node(name.clone()), Request::Observe { node, address });
         match self.writer.ask(ask).await {
             Ok(answer) if answer.outcome.changed => tokio::time::sleep(self.interval).await,
             Ok(_) => {}
@@ -76,13 +76,13 @@ impl Endpoints {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::change::writer;
     use crate::fixture::{NOW, id, network, parse};
     use crate::init::found;
     use crate::metrics::Metrics;
-    use crate::record::Settings;
     use crate::state::{self, State};
+    use crate::store::account::Settings;
     use crate::store::memory::MemoryStore;
-    use crate::writer;
 
     #[tokio::test]
     async fn a_node_that_moves_back_and_forth_is_few_commits_and_the_last_one_counts() {

@@ -11,16 +11,17 @@ use controller_api::v1::enrol_server::Enrol;
 use policy::PublicKey;
 use tonic::{Request, Response, Status};
 
-use super::listener::Peer;
-use super::throttle::Throttle;
 use super::{Context, refused, text};
-use crate::audit::Actor;
-use crate::authority::CertificateRequest;
-use crate::enrol::RedeemError;
-use crate::intent::{Intent, Refusal};
+use crate::access::authority::CertificateRequest;
+use crate::change;
+use crate::change::audit::Actor;
+use crate::change::enrol::RedeemError;
+use crate::change::request::Refusal;
+use crate::change::writer::Ask;
 use crate::metrics;
-use crate::record::{Keys, SecretHash};
-use crate::writer::Ask;
+use crate::socket::principal::Principal;
+use crate::socket::throttle::Throttle;
+use crate::store::account::{Keys, SecretHash};
 
 /// The service `Enrol`.
 #[derive(Debug)]
@@ -45,12 +46,12 @@ impl EnrolService {
         };
         let now = self.context.now();
         let keys = Keys { certificate: request.key(), wireguard };
-        let intent = Intent::Redeem {
+        let asked = change::Request::Redeem {
             hash: SecretHash(secret.hash()),
             keys,
             certificate_expires_at: now + ADMIN_CERTIFICATE_LIFETIME.as_secs(),
         };
-        let answer = self.context.writer.ask(Ask::new(Actor::Controller, intent)).await;
+        let answer = self.context.writer.ask(Ask::new(Actor::Controller, asked)).await;
         let redeemed = answer
             .map_err(|refusal| marked(&refusal))?
             .outcome
@@ -88,7 +89,7 @@ fn marked(refusal: &Refusal) -> Status {
 #[tonic::async_trait]
 impl Enrol for EnrolService {
     async fn redeem(&self, request: Request<v1::RedeemRequest>) -> Result<Response<v1::RedeemResponse>, Status> {
-        let ip = request.extensions().get::<Peer>().and_then(Peer::ip);
+        let ip = request.extensions().get::<Principal>().and_then(Principal::ip);
         let result = self.enrol(request.into_inner()).await;
         match &result {
             Ok(response) => {

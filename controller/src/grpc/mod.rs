@@ -13,27 +13,24 @@ use tonic::service::{Routes, RoutesBuilder};
 use tonic::transport::Server;
 use tonic::{Code, Status};
 
-use crate::authority::Authority;
-use crate::enrol::{InviteError, RedeemError};
-use crate::intent::Refusal;
+use crate::access::authority::Authority;
+use crate::access::caller::identify;
+use crate::access::gate::{Door, Gate};
+use crate::change::enrol::{InviteError, RedeemError};
+use crate::change::request::Refusal;
+use crate::change::writer::Writer;
+use crate::follow::Followers;
 use crate::metrics::Metrics;
-use crate::publish::Followers;
+use crate::socket::connection::Incoming;
+use crate::socket::throttle::Throttle;
+use crate::socket::tls::Accepts;
 use crate::state::Current;
 use crate::store::{Store, StoreError};
-use crate::writer::Writer;
 
 pub mod admin;
 pub mod endpoints;
 pub mod enrol;
-pub mod gate;
-pub mod listener;
-pub mod place;
 pub mod sync;
-pub mod throttle;
-
-use gate::{Door, Gate};
-use listener::Incoming;
-use throttle::Throttle;
 
 /// Calls at one time on one connection: a node has one stream and now and then a call.
 const STREAMS: u32 = 64;
@@ -63,6 +60,12 @@ pub struct Context {
 impl Context {
     fn now(&self) -> u64 {
         (self.clock)()
+    }
+
+    /// Whether whoever is behind a connection may call now.
+    pub fn accepts(&self) -> Accepts {
+        let (current, clock) = (self.current.clone(), self.clock);
+        Arc::new(move |principal| identify(principal, &current.get(), clock()).is_ok())
     }
 
     fn gate(&self, door: Door) -> Gate {
@@ -185,13 +188,14 @@ mod tests {
     use policy::Change;
 
     use super::*;
-    use crate::audit::Actor;
+    use crate::change::Request;
+    use crate::change::audit::Actor;
+    use crate::change::draft::Draft;
     use crate::fixture::{NOW, add_cidr, network, parse, state};
-    use crate::intent::{Draft, Intent};
 
     fn said(changes: Vec<Change>) -> String {
         let mut draft = Draft::of(&state(1, &network()));
-        let refusal = draft.apply(&Actor::Root, &Intent::Change(changes), NOW).expect_err("refused");
+        let refusal = draft.apply(&Actor::Root, &Request::Change(changes), NOW).expect_err("refused");
         refused(&refusal).message().to_owned()
     }
 

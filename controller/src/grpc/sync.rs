@@ -20,17 +20,17 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::endpoints::{self, Endpoints};
-use super::gate::{Caller, NodeCaller, identify};
-use super::listener::Peer;
-use super::throttle::Throttle;
 use super::{Context, refused, text};
-use crate::audit::Actor;
-use crate::authority::CertificateRequest;
-use crate::intent::Intent;
+use crate::access::authority::CertificateRequest;
+use crate::access::caller::{Caller, NodeCaller, identify};
+use crate::change;
+use crate::change::audit::Actor;
+use crate::change::writer::Ask;
+use crate::follow::{ERROR_MAX, Follow, Replaced, Reporter, Step};
 use crate::metrics;
-use crate::publish::{ERROR_MAX, Follow, Replaced, Reporter, Step};
+use crate::socket::principal::Principal;
+use crate::socket::throttle::Throttle;
 use crate::state::{Current, State};
-use crate::writer::Ask;
 
 /// How long a node may take to say hello on its stream.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -84,8 +84,8 @@ impl Sync for SyncService {
         let v1::RenewRequest { certificate_request } = request.into_inner();
         let request =
             CertificateRequest::parse(&certificate_request).map_err(|error| Status::invalid_argument(text(&error)))?;
-        let intent = Intent::Rekey { node: node.id, shown: node.certificate.key, requested: request.key() };
-        let ask = Ask::new(Actor::Node(node.name), intent);
+        let asked = change::Request::Rekey { node: node.id, shown: node.certificate.key, requested: request.key() };
+        let ask = Ask::new(Actor::Node(node.name), asked);
         self.context.writer.ask(ask).await.map_err(|refusal| refused(&refusal))?;
         let certificate = self
             .context
@@ -130,7 +130,7 @@ impl Sync for SyncService {
 
     async fn leave(&self, request: Request<v1::LeaveRequest>) -> Result<Response<v1::LeaveResponse>, Status> {
         let node = node(&request)?;
-        let ask = Ask::new(Actor::Node(node.name), Intent::Leave(node.id));
+        let ask = Ask::new(Actor::Node(node.name), change::Request::Leave(node.id));
         self.context.writer.ask(ask).await.map_err(|refusal| refused(&refusal))?;
         Ok(Response::new(v1::LeaveResponse {}))
     }
@@ -235,11 +235,11 @@ impl Session {
     }
 
     fn identify(&self, state: &State) -> Result<Caller, Status> {
-        let peer = Peer::Certified {
+        let principal = Principal::Certified {
             address: SocketAddr::new(self.node.address, 0),
             certificate: self.node.certificate.clone(),
         };
-        identify(&peer, state, self.context.now())
+        identify(&principal, state, self.context.now())
     }
 
     /// Waits until the node has had no part in the network for as long as it may take to hear so.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use policy::Revision;
 
-use super::{AuditLine, Commit, Entry, KEY_MAX, Key, Op, Precondition, REQUEST_ID_MAX, Request, Store, StoreError};
+use super::{AuditLine, Commit, Entry, KEY_MAX, Key, Op, Precondition, REQUEST_ID_MAX, RequestId, Store, StoreError};
 
 macro_rules! store_contract {
     ($make:expr) => {
@@ -42,8 +42,8 @@ fn commit(ops: impl Into<Vec<Op>>) -> Commit {
     Commit { ops: ops.into(), time: NOW, ..Commit::default() }
 }
 
-fn request(id: &str, content: u8) -> Request {
-    Request { id: id.to_owned(), digest: [content; 32] }
+fn request(id: &str, content: u8) -> RequestId {
+    RequestId { id: id.to_owned(), digest: [content; 32] }
 }
 
 pub(crate) fn starts_empty(store: &dyn Store) {

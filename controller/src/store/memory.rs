@@ -6,8 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use policy::Revision;
 
 use super::{
-    AuditEntry, Commit, Committed, Entry, Key, Op, Precondition, Request, Snapshot, Store, StoreError, Watch, Watchers,
-    check_lengths,
+    AuditEntry, Commit, Committed, Entry, Key, Op, Precondition, RequestId, Snapshot, Store, StoreError, Watch,
+    Watchers, check_lengths,
 };
 
 /// Rows, log and audit in memory.
@@ -37,7 +37,7 @@ impl MemoryStore {
 }
 
 impl Inner {
-    fn request(&self, request: &Request) -> Result<Option<Revision>, StoreError> {
+    fn request(&self, request: &RequestId) -> Result<Option<Revision>, StoreError> {
         match self.requests.get(&request.id) {
             None => Ok(None),
             Some((digest, revision)) if *digest == request.digest => Ok(Some(Revision(*revision))),
@@ -106,7 +106,7 @@ impl Store for MemoryStore {
         Ok(Committed { revision, replayed: false })
     }
 
-    fn request(&self, request: &Request) -> Result<Option<Revision>, StoreError> {
+    fn request(&self, request: &RequestId) -> Result<Option<Revision>, StoreError> {
         self.inner().request(request)
     }
 

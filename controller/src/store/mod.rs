@@ -11,9 +11,11 @@ use std::time::Duration;
 
 use policy::Revision;
 
+pub mod account;
 #[cfg(test)]
 pub(crate) mod contract;
 pub mod memory;
+pub mod rows;
 pub mod sqlite;
 
 /// Longest key in bytes.
@@ -89,7 +91,7 @@ pub enum Precondition {
 
 /// A caller's name for what it asks: asked again, it is not done again.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Request {
+pub struct RequestId {
     pub id: String,
     /// SHA-256 of what was asked: the same id for something else is refused.
     pub digest: [u8; 32],
@@ -115,7 +117,7 @@ pub struct AuditEntry {
 /// One revision to be: all of it, or nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Commit {
-    pub request: Option<Request>,
+    pub request: Option<RequestId>,
     pub preconditions: Vec<Precondition>,
     pub ops: Vec<Op>,
     pub audit: Vec<AuditLine>,
@@ -144,7 +146,7 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Preconditions, rows, request id and audit lines in one transaction.
     fn commit(&self, commit: &Commit) -> Result<Committed, StoreError>;
     /// The revision at which this request was done, if it was and is not compacted away.
-    fn request(&self, request: &Request) -> Result<Option<Revision>, StoreError>;
+    fn request(&self, request: &RequestId) -> Result<Option<Revision>, StoreError>;
     /// Every revision after this one, in order: those that are, then those to come.
     fn watch(&self, after: Revision) -> Result<Watch, StoreError>;
     /// Forgets what revisions before this one changed, and their request ids; never rows or audit lines.

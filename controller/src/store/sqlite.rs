@@ -12,8 +12,8 @@ use policy::Revision;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension as _, Transaction, TransactionBehavior, params};
 
 use super::{
-    AuditEntry, Commit, Committed, Entry, Key, Op, Precondition, Request, Snapshot, Store, StoreError, Watch, Watchers,
-    check_lengths,
+    AuditEntry, Commit, Committed, Entry, Key, Op, Precondition, RequestId, Snapshot, Store, StoreError, Watch,
+    Watchers, check_lengths,
 };
 
 /// "RMPT": tells `file` and us whose database it is.
@@ -182,14 +182,14 @@ fn head(connection: &Connection) -> rusqlite::Result<(u64, u64)> {
     connection.query_row("SELECT revision, compacted FROM head", [], |row| Ok((row.get(0)?, row.get(1)?)))
 }
 
-fn find_request(connection: &Connection, request: &Request) -> rusqlite::Result<Option<([u8; 32], u64)>> {
+fn find_request(connection: &Connection, request: &RequestId) -> rusqlite::Result<Option<([u8; 32], u64)>> {
     connection
         .prepare_cached("SELECT digest, revision FROM request WHERE id = ?1")?
         .query_row([&request.id], |row| Ok((row.get(0)?, row.get(1)?)))
         .optional()
 }
 
-fn same_request(found: Option<([u8; 32], u64)>, request: &Request) -> Result<Option<Revision>, StoreError> {
+fn same_request(found: Option<([u8; 32], u64)>, request: &RequestId) -> Result<Option<Revision>, StoreError> {
     match found {
         None => Ok(None),
         Some((digest, revision)) if digest == request.digest => Ok(Some(Revision(revision))),
@@ -246,7 +246,7 @@ fn write(transaction: &Transaction<'_>, revision: u64, commit: &Commit) -> rusql
         };
         log.execute(params![revision, position, op.key().as_str(), value])?;
     }
-    if let Some(Request { id, digest }) = &commit.request {
+    if let Some(RequestId { id, digest }) = &commit.request {
         transaction.execute("INSERT INTO request VALUES (?1, ?2, ?3)", params![id, digest, revision])?;
     }
     let mut audit = transaction.prepare_cached("INSERT INTO audit VALUES (?1, ?2, ?3, ?4, ?5)")?;
@@ -318,7 +318,7 @@ impl Store for SqliteStore {
         Ok(Committed { revision, replayed: false })
     }
 
-    fn request(&self, request: &Request) -> Result<Option<Revision>, StoreError> {
+    fn request(&self, request: &RequestId) -> Result<Option<Revision>, StoreError> {
         let inner = self.inner();
         same_request(find_request(&inner.connection, request).map_err(self.failed("be read"))?, request)
     }

@@ -7,14 +7,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use controller::authority::{Authority, CertificateRequest};
+use controller::access::authority::{Authority, CertificateRequest};
 use controller::clock;
-use controller::grpc::listener::{Tls, accept_tls, accept_unix, bind_unix};
 use controller::grpc::{self, Context};
 use controller::init;
-use controller::record::Settings;
 use controller::serve::Controller;
+use controller::socket::tls::Tls;
+use controller::socket::{tls as tls_socket, unix};
 use controller::store::Store;
+use controller::store::account::Settings;
 use controller::store::memory::MemoryStore;
 use controller_api::client;
 use controller_api::identity::Identity;
@@ -92,8 +93,8 @@ impl TestController {
         let config = tls::server_config(&server, context.authority.certificate()).expect("a configuration");
         let socket = directory.path().join("controller.sock");
         let incoming = vec![
-            accept_tls(listener, Tls::new(config), &context),
-            accept_unix(bind_unix(&socket).expect("a socket"), Arc::clone(&context.metrics)),
+            tls_socket::accept(listener, Tls::new(config), context.accepts(), &context.metrics),
+            unix::accept(unix::bind(&socket).expect("a socket"), Arc::clone(&context.metrics)),
         ];
         let routes = grpc::routes(&context).await.expect("routes");
         tokio::spawn(grpc::serve(routes, incoming, stop));

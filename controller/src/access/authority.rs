@@ -22,7 +22,7 @@ use sha2::{Digest as _, Sha256};
 use x509_parser::prelude::{FromDer as _, X509Certificate, X509CertificationRequest};
 use zeroize::Zeroizing;
 
-use crate::record::KeyHash;
+use crate::store::account::KeyHash;
 
 /// Within the state directory.
 pub const KEY_FILE: &str = "authority.key";
@@ -109,12 +109,6 @@ impl fmt::Debug for CertificateRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CertificateRequest").field("key", &self.key).finish_non_exhaustive()
     }
-}
-
-/// The hash of the public key in a certificate (DER) that was verified before. `None`: it cannot be parsed.
-pub fn key_of_certificate(der: &[u8]) -> Option<KeyHash> {
-    let (_, certificate) = X509Certificate::from_der(der).ok()?;
-    Some(KeyHash(Sha256::digest(certificate.tbs_certificate.subject_pki.raw).into()))
 }
 
 /// The authority of one network.
@@ -282,6 +276,7 @@ fn write_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), AuthorityError>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::socket::principal::key_of_certificate;
     use controller_api::identity::validity;
     use policy::NodeId;
 

@@ -8,9 +8,9 @@ use std::time::Duration;
 use controller_api::identity::Identity;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use super::listener::Peer;
+use super::principal::Principal;
 use crate::metrics::Metrics;
-use crate::record::KeyHash;
+use crate::store::account::KeyHash;
 
 /// Handshakes at one time; connections beyond wait in the kernel's queue.
 pub const HANDSHAKES: usize = 1_024;
@@ -33,9 +33,9 @@ pub const FILES: usize = HANDSHAKES + CERTIFIED + ANONYMOUS + REFUSED + OTHER_FI
 /// How often connections are inspected. Who is not accepted for a whole round is sent away: time enough to hear why.
 pub const ROUND: Duration = Duration::from_secs(5);
 
-/// All places.
+/// Connections that there are, and room for more.
 #[derive(Clone, Debug)]
-pub struct Places(Arc<Shared>);
+pub struct Admission(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
@@ -50,12 +50,12 @@ struct Shared {
 struct Held {
     taken: u64,
     /// Oldest first.
-    by: BTreeMap<Holder, Vec<Entry>>,
+    by: BTreeMap<Counted, Vec<Entry>>,
 }
 
-/// Whose connections are counted together. One who is refused takes no place from the one who has the name now.
+/// Whose connections are counted together. One who is refused takes no room from the one who has the name now.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Holder {
+enum Counted {
     Accepted(Identity),
     Refused(Identity, KeyHash),
 }
@@ -63,25 +63,25 @@ enum Holder {
 #[derive(Debug)]
 struct Entry {
     number: u64,
-    peer: Peer,
+    principal: Principal,
     /// Was not accepted at the last inspection.
     struck: bool,
     /// Dropped to close the connection.
     _close: oneshot::Sender<()>,
 }
 
-/// A place, for as long as this lives.
+/// An admitted connection, for as long as this lives.
 #[derive(Debug)]
-pub struct Place {
+pub struct Admitted {
     _permit: OwnedSemaphorePermit,
-    places: Places,
-    holder: Option<(Holder, u64)>,
+    admission: Admission,
+    counted: Option<(Counted, u64)>,
 }
 
 /// Is done when the connection is to be closed.
 pub type Close = oneshot::Receiver<()>;
 
-impl Places {
+impl Admission {
     pub fn new(metrics: Arc<Metrics>) -> Self {
         Self(Arc::new(Shared {
             certified: Arc::new(Semaphore::new(CERTIFIED)),
@@ -92,46 +92,46 @@ impl Places {
         }))
     }
 
-    /// A place for this caller, unless there are too many. Who has too many of its own loses the oldest, which may well be
+    /// Room for this caller, unless there are too many. Who has too many of its own loses the oldest, which may well be
     /// dead: nobody is kept out by what it left behind.
-    pub fn take(&self, peer: &Peer, accepted: bool) -> Option<(Place, Option<Close>)> {
-        let (places, holder) = match (peer, accepted) {
-            (Peer::Root | Peer::Anonymous { .. }, _) => (&self.0.anonymous, None),
-            (Peer::Certified { certificate, .. }, true) => {
-                (&self.0.certified, Some(Holder::Accepted(certificate.identity.clone())))
+    pub fn admit(&self, principal: &Principal, accepted: bool) -> Option<(Admitted, Option<Close>)> {
+        let (room, counted) = match (principal, accepted) {
+            (Principal::Root | Principal::Anonymous { .. }, _) => (&self.0.anonymous, None),
+            (Principal::Certified { certificate, .. }, true) => {
+                (&self.0.certified, Some(Counted::Accepted(certificate.identity.clone())))
             }
-            (Peer::Certified { certificate, .. }, false) => {
-                (&self.0.refused, Some(Holder::Refused(certificate.identity.clone(), certificate.key)))
+            (Principal::Certified { certificate, .. }, false) => {
+                (&self.0.refused, Some(Counted::Refused(certificate.identity.clone(), certificate.key)))
             }
         };
-        let permit = Arc::clone(places).try_acquire_owned().ok()?;
+        let permit = Arc::clone(room).try_acquire_owned().ok()?;
         self.0.metrics.connections.inc();
-        let (holder, close) = holder.map(|holder| self.enter(holder, peer.clone())).unzip();
-        Some((Place { _permit: permit, places: self.clone(), holder }, close))
+        let (counted, close) = counted.map(|counted| self.enter(counted, principal.clone())).unzip();
+        Some((Admitted { _permit: permit, admission: self.clone(), counted }, close))
     }
 
-    fn enter(&self, holder: Holder, peer: Peer) -> ((Holder, u64), Close) {
-        let most = match &holder {
-            Holder::Accepted(Identity::Admin(_)) => PER_ADMIN,
-            Holder::Accepted(_) | Holder::Refused(..) => PER_NODE,
+    fn enter(&self, counted: Counted, principal: Principal) -> ((Counted, u64), Close) {
+        let most = match &counted {
+            Counted::Accepted(Identity::Admin(_)) => PER_ADMIN,
+            Counted::Accepted(_) | Counted::Refused(..) => PER_NODE,
         };
         let (sender, close) = oneshot::channel();
         let mut held = self.held();
         held.taken += 1;
         let number = held.taken;
-        let entries = held.by.entry(holder.clone()).or_default();
+        let entries = held.by.entry(counted.clone()).or_default();
         if entries.len() >= most {
             entries.remove(0);
         }
-        entries.push(Entry { number, peer, struck: false, _close: sender });
-        ((holder, number), close)
+        entries.push(Entry { number, principal, struck: false, _close: sender });
+        ((counted, number), close)
     }
 
     /// One round: closes connections of callers that were not accepted at the last one either.
-    pub fn inspect(&self, accepts: impl Fn(&Peer) -> bool) {
+    pub fn inspect(&self, accepts: impl Fn(&Principal) -> bool) {
         self.held().by.retain(|_, entries| {
             entries.retain_mut(|entry| {
-                let strikes = if accepts(&entry.peer) { 0 } else { 1 + u8::from(entry.struck) };
+                let strikes = if accepts(&entry.principal) { 0 } else { 1 + u8::from(entry.struck) };
                 entry.struck = strikes > 0;
                 strikes < 2
             });
@@ -144,15 +144,15 @@ impl Places {
     }
 }
 
-impl Drop for Place {
+impl Drop for Admitted {
     fn drop(&mut self) {
-        self.places.0.metrics.connections.dec();
-        let Some((holder, number)) = &self.holder else { return };
-        let mut held = self.places.held();
-        if let Some(entries) = held.by.get_mut(holder) {
+        self.admission.0.metrics.connections.dec();
+        let Some((counted, number)) = &self.counted else { return };
+        let mut held = self.admission.held();
+        if let Some(entries) = held.by.get_mut(counted) {
             entries.retain(|entry| entry.number != *number);
             if entries.is_empty() {
-                held.by.remove(holder);
+                held.by.remove(counted);
             }
         }
     }
@@ -211,14 +211,13 @@ fn source(address: IpAddr) -> IpAddr {
 mod tests {
     use super::*;
     use crate::fixture::{key_hash, parse};
-    use crate::grpc::listener::PeerCertificate;
+    use crate::socket::principal::Certificate;
     use policy::NodeId;
 
-    fn node(id: u32, key: u8) -> Peer {
+    fn node(id: u32, key: u8) -> Principal {
         let identity = Identity::Node(NodeId(id));
-        let certificate =
-            PeerCertificate { network: parse("corp"), identity, key: key_hash(key), expires_at: u64::MAX };
-        Peer::Certified { address: parse("192.0.2.1:5000"), certificate }
+        let certificate = Certificate { network: parse("corp"), identity, key: key_hash(key), expires_at: u64::MAX };
+        Principal::Certified { address: parse("192.0.2.1:5000"), certificate }
     }
 
     fn is_closed(close: &mut Option<Close>) -> bool {
@@ -229,8 +228,8 @@ mod tests {
     #[test]
     fn the_newest_connections_of_a_caller_stay() {
         let metrics = Metrics::new();
-        let places = Places::new(Arc::clone(&metrics));
-        let take = |peer: &Peer, accepted| places.take(peer, accepted).expect("a place");
+        let admission = Admission::new(Arc::clone(&metrics));
+        let take = |principal: &Principal, accepted| admission.admit(principal, accepted).expect("room");
         let (_other, mut other) = take(&node(2, 2), true);
         let mut own: Vec<_> = (0..PER_NODE).map(|_| take(&node(1, 1), true)).collect();
         // Keys that were replaced take nothing from those that count now.
@@ -239,26 +238,26 @@ mod tests {
         own.push(take(&node(1, 1), true));
         let closed: Vec<_> = own.iter_mut().map(|(_, close)| is_closed(close)).collect();
         assert_eq!(closed, [true, false, false, false, false]);
-        // A place that was given up is free again.
+        // Room that was given up is free again.
         own.pop();
         own.push(take(&node(1, 1), true));
         assert!(!is_closed(&mut own[1].1) && !is_closed(&mut other));
         drop((own, _other, _replaced));
         assert_eq!(metrics.connections.get(), 0);
-        assert!(places.held().by.is_empty());
+        assert!(admission.held().by.is_empty());
     }
 
     #[test]
     fn who_is_not_accepted_for_a_round_is_sent_away() {
-        let places = Places::new(Metrics::new());
-        let (_place, mut close) = places.take(&node(1, 1), true).expect("a place");
-        let (_kept, mut kept) = places.take(&node(2, 2), true).expect("a place");
-        let one_refused = |peer: &Peer| *peer != node(1, 1);
-        places.inspect(one_refused);
-        places.inspect(|_| true);
-        places.inspect(one_refused);
+        let admission = Admission::new(Metrics::new());
+        let (_admitted, mut close) = admission.admit(&node(1, 1), true).expect("room");
+        let (_kept, mut kept) = admission.admit(&node(2, 2), true).expect("room");
+        let one_refused = |principal: &Principal| *principal != node(1, 1);
+        admission.inspect(one_refused);
+        admission.inspect(|_| true);
+        admission.inspect(one_refused);
         assert!(!is_closed(&mut close), "it was accepted meanwhile");
-        places.inspect(one_refused);
+        admission.inspect(one_refused);
         assert!(is_closed(&mut close) && !is_closed(&mut kept));
     }
 

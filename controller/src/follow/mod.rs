@@ -4,7 +4,7 @@
 //! waits for it.
 //!
 //! Within one process a node has at most one slice per revision, because each is made from the one before, and a controller
-//! begins with a revision of its own ([`Intent::Start`](crate::intent::Intent::Start)). So a node that says which
+//! begins with a revision of its own ([`Request::Start`](crate::change::Request::Start)). So a node that says which
 //! revision it holds has said which class ids it knows.
 
 use std::collections::BTreeMap;

@@ -1,114 +1,26 @@
-//! What can be asked of the network, and what it would become. Pure: the writer makes it so.
+//! What the state would become by what is asked. Pure: the writer makes it so.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use controller_api::command::describe;
 use controller_api::identity::Identity;
 use controller_api::invitation::Subject;
-use policy::{Change, ChangeError, Endpoint, LimitError, Network, NodeId, NodeLimitError, Revision};
+use controller_api::nearest::nearest;
+use policy::{Change, Endpoint, Network, NodeId};
 
-use crate::audit::Actor;
-use crate::enrol::{self, InviteError, RedeemError, Redeemed};
-use crate::record::{KeyHash, Keys, Records, SecretHash};
+use super::audit::Actor;
+use super::enrol::{self, RedeemError};
+use super::request::{CHANGES_MAX, Outcome, Refusal, Request, position};
 use crate::state::State;
-use crate::store::{AuditLine, StoreError};
-use controller_api::command::describe;
-
-/// Most changes in one request.
-pub const CHANGES_MAX: usize = 10_000;
-
-/// What is asked for.
-#[derive(Clone, Debug)]
-pub enum Intent {
-    /// A controller begins: no earlier process has told a node anything of this revision or a later one.
-    Start,
-    /// All or none, in order.
-    Change(Vec<Change>),
-    Invite {
-        subject: Subject,
-        hash: SecretHash,
-        expires_at: u64,
-    },
-    Redeem {
-        hash: SecretHash,
-        keys: Keys,
-        certificate_expires_at: u64,
-    },
-    /// A node renews its certificate: the key it showed, and the one it asked a certificate for.
-    Rekey {
-        node: NodeId,
-        shown: KeyHash,
-        requested: KeyHash,
-    },
-    /// Where a node was seen.
-    Observe {
-        node: NodeId,
-        address: SocketAddr,
-    },
-    RevokeAdmin(String),
-    /// An admin renews a certificate, of the same key.
-    RenewAdmin {
-        name: String,
-        requested: KeyHash,
-        certificate_expires_at: u64,
-    },
-    /// A node leaves for good.
-    Leave(NodeId),
-}
-
-/// What came of it, besides a new revision.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Outcome {
-    /// There is something to commit.
-    pub changed: bool,
-    pub warnings: Vec<String>,
-    pub redeemed: Option<Redeemed>,
-}
-
-/// Why it is not done. Nothing has changed.
-#[derive(Debug, thiserror::Error)]
-pub enum Refusal {
-    // Not a source, which would be printed a second time: a single change has no words of its own before the reason.
-    #[error("{}{reason}", position(*.index, *.count))]
-    Change { index: usize, count: usize, reason: Box<ChangeError> },
-    #[error("request has {found} changes, not 1 to {max}; split it", max = CHANGES_MAX)]
-    Count { found: usize },
-    #[error("policy would be too large: {0}")]
-    Limit(LimitError),
-    #[error(transparent)]
-    NodeLimit(#[from] NodeLimitError),
-    #[error("network is at revision `{found}`, not at `{expected}`; look at what changed and repeat the change")]
-    Revision { expected: Revision, found: Revision },
-    #[error(transparent)]
-    Invite(#[from] InviteError),
-    #[error(transparent)]
-    Redeem(#[from] RedeemError),
-    #[error("there is no node with id `{node}`; it was deleted")]
-    NoNode { node: NodeId },
-    #[error("key of node `{node}` is not good any more; ask for a new invitation (`meshctl node invite NAME`)")]
-    NoKey { node: NodeId },
-    #[error(
-        "certificate of admin `{name}` is renewed with its own key only, and not once revoked; ask for a new invitation \
-         (`meshctl admin invite {name}`)"
-    )]
-    NoAdminKey { name: String },
-    #[error("there is no admin `{name}`{hint}; `meshctl admin list` shows them")]
-    UnknownAdmin { name: String, hint: String },
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    #[error("controller is stopping; try again")]
-    Stopping,
-}
-
-fn position(index: usize, count: usize) -> String {
-    if count > 1 { format!("change {} of {count}: ", index + 1) } else { String::new() }
-}
+use crate::store::AuditLine;
+use crate::store::account::{Accounts, Invitation, Invitee, KeyHash, Keys, SecretHash};
 
 /// A next state in the making.
 #[derive(Debug)]
 pub struct Draft {
     pub network: Arc<Network>,
-    pub records: Arc<Records>,
+    pub accounts: Arc<Accounts>,
     /// Something changed that the matrix is made of.
     pub recompile: bool,
     pub audit: Vec<AuditLine>,
@@ -118,41 +30,41 @@ impl Draft {
     pub fn of(state: &State) -> Self {
         Self {
             network: Arc::clone(&state.network),
-            records: Arc::clone(&state.records),
+            accounts: Arc::clone(&state.accounts),
             recompile: false,
             audit: Vec::new(),
         }
     }
 
     /// Does what is asked to the draft; on an error the draft is as it was. `now`: seconds since the epoch.
-    pub fn apply(&mut self, actor: &Actor, intent: &Intent, now: u64) -> Result<Outcome, Refusal> {
-        let outcome = match intent {
-            Intent::Start => self.done(actor, "controller start".to_owned()),
-            Intent::Change(changes) => return self.change(actor, changes),
-            Intent::Invite { subject, hash, expires_at } => {
-                let records = Arc::make_mut(&mut self.records);
-                enrol::invite(&self.network, records, subject, *hash, *expires_at, now)?;
+    pub fn apply(&mut self, actor: &Actor, request: &Request, now: u64) -> Result<Outcome, Refusal> {
+        let outcome = match request {
+            Request::Start => self.done(actor, "controller start".to_owned()),
+            Request::Change(changes) => return self.change(actor, changes),
+            Request::Invite { subject, hash, expires_at } => {
+                let accounts = Arc::make_mut(&mut self.accounts);
+                enrol::invite(&self.network, accounts, subject, *hash, *expires_at, now)?;
                 let (kind, name) = match subject {
                     Subject::Node(name) => ("node", name.to_string()),
                     Subject::Admin(name) => ("admin", name.clone()),
                 };
                 self.done(actor, format!("{kind} invite {name} --expires {}s", expires_at.saturating_sub(now)))
             }
-            Intent::Redeem { hash, keys, certificate_expires_at } => {
+            Request::Redeem { hash, keys, certificate_expires_at } => {
                 return self.redeem(*hash, keys, *certificate_expires_at, now);
             }
-            Intent::Rekey { node, shown, requested } => self.rekey(actor, *node, *shown, *requested)?,
-            Intent::Observe { node, address } => self.observe(actor, *node, *address)?,
-            Intent::RevokeAdmin(name) => self.revoke(actor, name)?,
-            Intent::RenewAdmin { name, requested, certificate_expires_at } => {
+            Request::Rekey { node, shown, requested } => self.rekey(actor, *node, *shown, *requested)?,
+            Request::Observe { node, address } => self.observe(actor, *node, *address)?,
+            Request::RevokeAdmin(name) => self.revoke(actor, name)?,
+            Request::RenewAdmin { name, requested, certificate_expires_at } => {
                 let identity = Identity::Admin(name.clone());
-                if !self.records.accepts(&identity, requested) {
+                if !self.accounts.accepts(&identity, requested) {
                     return Err(Refusal::NoAdminKey { name: name.clone() });
                 }
-                enrol::renew_admin(Arc::make_mut(&mut self.records), &identity, *certificate_expires_at);
+                enrol::renew_admin(Arc::make_mut(&mut self.accounts), &identity, *certificate_expires_at);
                 self.done(actor, format!("admin renew {name}"))
             }
-            Intent::Leave(node) => {
+            Request::Leave(node) => {
                 let name = self.network.nodes().get(node).ok_or(Refusal::NoNode { node: *node })?.name.clone();
                 return self.change(actor, &[Change::DeleteNode { name }]);
             }
@@ -189,20 +101,20 @@ impl Draft {
     fn forget_deleted(&mut self) {
         let nodes = self.network.nodes();
         let gone = |node: &NodeId| !nodes.contains_key(node);
-        let orphaned = |invitation: &crate::record::Invitation| match &invitation.invitee {
-            crate::record::Invitee::Node(node) => gone(node),
-            crate::record::Invitee::Admin(_) => false,
+        let orphaned = |invitation: &Invitation| match &invitation.invitee {
+            Invitee::Node(node) => gone(node),
+            Invitee::Admin(_) => false,
         };
-        if self.records.credentials.keys().any(gone) || self.records.invitations.values().any(orphaned) {
-            let records = Arc::make_mut(&mut self.records);
-            records.credentials.retain(|node, _| !gone(node));
-            records.invitations.retain(|_, invitation| !orphaned(invitation));
+        if self.accounts.credentials.keys().any(gone) || self.accounts.invitations.values().any(orphaned) {
+            let accounts = Arc::make_mut(&mut self.accounts);
+            accounts.credentials.retain(|node, _| !gone(node));
+            accounts.invitations.retain(|_, invitation| !orphaned(invitation));
         }
     }
 
     fn redeem(&mut self, hash: SecretHash, keys: &Keys, expires_at: u64, now: u64) -> Result<Outcome, Refusal> {
-        let (mut network, mut records) = (Network::clone(&self.network), Records::clone(&self.records));
-        let (redeemed, changed) = enrol::redeem(&mut network, &mut records, hash, keys, expires_at, now)?;
+        let (mut network, mut accounts) = (Network::clone(&self.network), Accounts::clone(&self.accounts));
+        let (redeemed, changed) = enrol::redeem(&mut network, &mut accounts, hash, keys, expires_at, now)?;
         if changed {
             let (actor, change) = match (&redeemed.identity, keys.wireguard) {
                 (Identity::Node(_), Some(public_key)) => {
@@ -219,20 +131,20 @@ impl Draft {
             self.recompile |= matches!(redeemed.identity, Identity::Node(_));
             self.audit.push(AuditLine { actor, change });
             self.network = Arc::new(network);
-            self.records = Arc::new(records);
+            self.accounts = Arc::new(accounts);
         }
         Ok(Outcome { changed, redeemed: Some(redeemed), ..Outcome::default() })
     }
 
     fn rekey(&mut self, actor: &Actor, node: NodeId, shown: KeyHash, requested: KeyHash) -> Result<Outcome, Refusal> {
-        if !self.records.accepts(&Identity::Node(node), &shown) {
+        if !self.accounts.accepts(&Identity::Node(node), &shown) {
             return Err(Refusal::NoKey { node });
         }
-        let mut credential = self.records.credentials.get(&node).cloned().unwrap_or_default();
+        let mut credential = self.accounts.credentials.get(&node).cloned().unwrap_or_default();
         if !enrol::rekey(&mut credential, shown, requested) {
             return Ok(Outcome::default());
         }
-        Arc::make_mut(&mut self.records).credentials.insert(node, credential);
+        Arc::make_mut(&mut self.accounts).credentials.insert(node, credential);
         Ok(self.done(actor, "node renew".to_owned()))
     }
 
@@ -250,16 +162,16 @@ impl Draft {
     }
 
     fn revoke(&mut self, actor: &Actor, name: &str) -> Result<Outcome, Refusal> {
-        let invitee = crate::record::Invitee::Admin(name.to_owned());
-        let invited = self.records.invitations.values().any(|invitation| invitation.invitee == invitee);
-        if !self.records.admins.contains_key(name) && !invited {
-            let hint = controller_api::nearest::nearest(name, self.records.admins.keys().map(String::as_str));
+        let invitee = Invitee::Admin(name.to_owned());
+        let invited = self.accounts.invitations.values().any(|invitation| invitation.invitee == invitee);
+        if !self.accounts.admins.contains_key(name) && !invited {
+            let hint = nearest(name, self.accounts.admins.keys().map(String::as_str));
             let hint = hint.map(|near| format!(" (did you mean `{near}`?)")).unwrap_or_default();
             return Err(Refusal::UnknownAdmin { name: name.to_owned(), hint });
         }
-        let records = Arc::make_mut(&mut self.records);
-        records.invitations.retain(|_, invitation| invitation.invitee != invitee);
-        if let Some(admin) = records.admins.get_mut(name) {
+        let accounts = Arc::make_mut(&mut self.accounts);
+        accounts.invitations.retain(|_, invitation| invitation.invitee != invitee);
+        if let Some(admin) = accounts.admins.get_mut(name) {
             admin.revoked = true;
         }
         Ok(self.done(actor, format!("admin revoke {name}")))
@@ -284,8 +196,9 @@ fn is_useful(network: &Network, address: SocketAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::change::enrol::Redeemed;
     use crate::fixture::{NOW, add_node, apply, id, key_hash, network, parse, public_key, state};
-    use crate::record::{Invitee, KeyHash};
+    use crate::store::account::{Invitee, KeyHash};
     use policy::NodeState;
 
     const SECRET: SecretHash = SecretHash([1; 32]);
@@ -301,8 +214,8 @@ mod tests {
     }
 
     fn invite(draft: &mut Draft, subject: Subject, hash: SecretHash) {
-        let intent = Intent::Invite { subject, hash, expires_at: EXPIRES };
-        draft.apply(&Actor::Root, &intent, NOW).expect("an invitation");
+        let request = Request::Invite { subject, hash, expires_at: EXPIRES };
+        draft.apply(&Actor::Root, &request, NOW).expect("an invitation");
     }
 
     fn keys(certificate: u8, wireguard: u8) -> Keys {
@@ -310,16 +223,16 @@ mod tests {
     }
 
     fn redeem(draft: &mut Draft, hash: SecretHash, keys: Keys, now: u64) -> Result<Outcome, Refusal> {
-        let intent = Intent::Redeem { hash, keys, certificate_expires_at: now + 100 };
-        draft.apply(&Actor::Controller, &intent, now)
+        let request = Request::Redeem { hash, keys, certificate_expires_at: now + 100 };
+        draft.apply(&Actor::Controller, &request, now)
     }
 
     /// It is refused with these words, and nothing has changed.
     fn check_refused(draft: &mut Draft, hash: SecretHash, keys: Keys, now: u64, words: &[&str]) {
-        let before = (Arc::clone(&draft.network), Arc::clone(&draft.records), draft.audit.len());
+        let before = (Arc::clone(&draft.network), Arc::clone(&draft.accounts), draft.audit.len());
         let text = redeem(draft, hash, keys, now).expect_err("refused").to_string();
         assert!(words.iter().all(|word| text.contains(word)), "{text}");
-        assert_eq!(draft.records, before.1);
+        assert_eq!(draft.accounts, before.1);
         assert_eq!(draft.audit.len(), before.2);
         assert_eq!(draft.network.to_parts(), before.0.to_parts());
     }
@@ -332,7 +245,7 @@ mod tests {
         assert_eq!((node.state, node.public_key), (NodeState::Active, Some(public_key(60))));
         let identity = Identity::Node(node.id);
         assert_eq!(outcome.redeemed, Some(Redeemed { identity: identity.clone(), name: "web2".to_owned() }));
-        assert!(draft.records.accepts(&identity, &key_hash(50)) && !draft.records.accepts(&identity, &key_hash(51)));
+        assert!(draft.accounts.accepts(&identity, &key_hash(50)) && !draft.accounts.accepts(&identity, &key_hash(51)));
         assert!(outcome.changed && draft.recompile);
         let line = draft.audit.last().expect("a line");
         assert_eq!((line.actor.as_str(), line.change.starts_with("node join web2 ")), ("node:web2", true));
@@ -377,13 +290,13 @@ mod tests {
                 &["`web2` was used already, by other keys", "node disable web2"],
             );
         }
-        let disable = Intent::Change(vec![Change::DisableNode { name: parse("web2") }]);
+        let disable = Request::Change(vec![Change::DisableNode { name: parse("web2") }]);
         draft.apply(&Actor::Root, &disable, NOW).expect("disabled");
         check_refused(&mut draft, SECRET, keys(50, 60), NOW, &["`web2` is disabled", "enable"]);
-        let delete = Intent::Change(vec![Change::DeleteNode { name: parse("web2") }]);
+        let delete = Request::Change(vec![Change::DeleteNode { name: parse("web2") }]);
         draft.apply(&Actor::Root, &delete, NOW).expect("deleted");
         check_refused(&mut draft, SECRET, keys(50, 60), NOW, &["not known"]);
-        assert!(draft.records.invitations.is_empty() && draft.records.credentials.len() == 3);
+        assert!(draft.accounts.invitations.is_empty() && draft.accounts.credentials.len() == 3);
     }
 
     #[test]
@@ -399,7 +312,7 @@ mod tests {
         redeem(&mut draft, newest, keys(52, 62), NOW).expect("let in");
         check_refused(&mut draft, newer, keys(50, 60), NOW, &["not known"]);
         let identity = Identity::Node(id(&draft.network, "web2"));
-        assert!(!draft.records.accepts(&identity, &key_hash(50)) && draft.records.accepts(&identity, &key_hash(52)));
+        assert!(!draft.accounts.accepts(&identity, &key_hash(50)) && draft.accounts.accepts(&identity, &key_hash(52)));
     }
 
     #[test]
@@ -411,29 +324,33 @@ mod tests {
         invite(&mut draft, alice(), first);
         check_refused(&mut draft, first, keys(70, 60), NOW, &["WireGuard key is given", "`alice`"]);
         redeem(&mut draft, first, keys(70, 0), NOW).expect("let in");
-        assert!(draft.records.accepts(&identity, &key_hash(70)));
+        assert!(draft.accounts.accepts(&identity, &key_hash(70)));
         let renew = |draft: &mut Draft, key| {
-            let intent = Intent::RenewAdmin {
+            let request = Request::RenewAdmin {
                 name: "alice".to_owned(),
                 requested: key_hash(key),
                 certificate_expires_at: NOW + 999,
             };
-            draft.apply(&Actor::Admin("alice".to_owned()), &intent, NOW).map(|outcome| outcome.changed)
+            draft.apply(&Actor::Admin("alice".to_owned()), &request, NOW).map(|outcome| outcome.changed)
         };
         assert!(matches!(renew(&mut draft, 71), Err(Refusal::NoAdminKey { .. })));
         assert!(renew(&mut draft, 70).expect("renewed"));
-        assert_eq!(draft.records.admins["alice"].certificate_expires_at, NOW + 999);
-        draft.apply(&Actor::Root, &Intent::RevokeAdmin("alice".to_owned()), NOW).expect("revoked");
+        assert_eq!(draft.accounts.admins["alice"].certificate_expires_at, NOW + 999);
+        draft.apply(&Actor::Root, &Request::RevokeAdmin("alice".to_owned()), NOW).expect("revoked");
         assert!(matches!(renew(&mut draft, 70), Err(Refusal::NoAdminKey { .. })));
-        assert!(!draft.records.accepts(&identity, &key_hash(70)));
+        assert!(!draft.accounts.accepts(&identity, &key_hash(70)));
         check_refused(&mut draft, first, keys(70, 0), NOW, &["not known"]);
-        let unknown = draft.apply(&Actor::Root, &Intent::RevokeAdmin("alcie".to_owned()), NOW).expect_err("unknown");
+        let unknown = draft.apply(&Actor::Root, &Request::RevokeAdmin("alcie".to_owned()), NOW).expect_err("unknown");
         assert!(unknown.to_string().contains("did you mean `alice`?"), "{unknown}");
         invite(&mut draft, alice(), second);
         redeem(&mut draft, second, keys(71, 0), NOW).expect("let in again");
-        assert!(draft.records.accepts(&identity, &key_hash(71)) && !draft.records.accepts(&identity, &key_hash(70)));
+        assert!(draft.accounts.accepts(&identity, &key_hash(71)) && !draft.accounts.accepts(&identity, &key_hash(70)));
         assert!(
-            draft.records.invitations.values().all(|invitation| invitation.invitee != Invitee::Admin("bob".to_owned()))
+            draft
+                .accounts
+                .invitations
+                .values()
+                .all(|invitation| invitation.invitee != Invitee::Admin("bob".to_owned()))
         );
     }
 
@@ -441,16 +358,16 @@ mod tests {
     fn who_cannot_be_invited_is_named() {
         let mut draft = invited();
         let mut refused = |subject, expires_at, words: &[&str]| {
-            let intent = Intent::Invite { subject, hash: SecretHash([9; 32]), expires_at };
-            let text = draft.apply(&Actor::Root, &intent, NOW).expect_err("refused").to_string();
+            let request = Request::Invite { subject, hash: SecretHash([9; 32]), expires_at };
+            let text = draft.apply(&Actor::Root, &request, NOW).expect_err("refused").to_string();
             assert!(words.iter().all(|word| text.contains(word)), "{text}");
         };
         refused(Subject::Node(parse("wbe2")), EXPIRES, &["`wbe2`", "did you mean `web2`?"]);
         refused(Subject::Node(parse("web2")), NOW + 31 * 86_400, &["2678400", "30 days"]);
-        let disable = Intent::Change(vec![Change::DisableNode { name: parse("web1") }]);
+        let disable = Request::Change(vec![Change::DisableNode { name: parse("web1") }]);
         draft.apply(&Actor::Root, &disable, NOW).expect("disabled");
-        let intent = Intent::Invite { subject: Subject::Node(parse("web1")), hash: SECRET, expires_at: EXPIRES };
-        let text = draft.apply(&Actor::Root, &intent, NOW).expect_err("refused").to_string();
+        let request = Request::Invite { subject: Subject::Node(parse("web1")), hash: SECRET, expires_at: EXPIRES };
+        let text = draft.apply(&Actor::Root, &request, NOW).expect_err("refused").to_string();
         assert!(text.contains("`web1` is disabled"), "{text}");
     }
 
@@ -458,12 +375,12 @@ mod tests {
     fn changes_are_all_or_none() {
         let mut draft = Draft::of(&state(1, &network()));
         let before = draft.network.to_parts();
-        let intent = Intent::Change(vec![add_node("web2", "web"), add_node("web1", "web")]);
-        let text = draft.apply(&Actor::Root, &intent, NOW).expect_err("refused").to_string();
+        let request = Request::Change(vec![add_node("web2", "web"), add_node("web1", "web")]);
+        let text = draft.apply(&Actor::Root, &request, NOW).expect_err("refused").to_string();
         assert!(text.starts_with("change 2 of 2: ") && text.contains("`web1`"), "{text}");
         assert_eq!(draft.network.to_parts(), before);
         assert!(draft.audit.is_empty() && !draft.recompile);
-        let none = draft.apply(&Actor::Root, &Intent::Change(Vec::new()), NOW).expect_err("refused");
+        let none = draft.apply(&Actor::Root, &Request::Change(Vec::new()), NOW).expect_err("refused");
         assert!(matches!(none, Refusal::Count { found: 0 }));
     }
 
@@ -474,8 +391,8 @@ mod tests {
         let node = id(&network, "web1");
         let actor = Actor::Node(parse("web1"));
         let mut observe = |address: &str| {
-            let intent = Intent::Observe { node, address: parse(address) };
-            draft.apply(&actor, &intent, NOW).expect("an answer").changed
+            let request = Request::Observe { node, address: parse(address) };
+            draft.apply(&actor, &request, NOW).expect("an answer").changed
         };
         for useless in
             ["127.0.0.1:51820", "[::1]:51820", "0.0.0.0:1", "10.42.9.9:51820", "169.254.0.1:1", "192.0.2.1:0"]
@@ -488,10 +405,10 @@ mod tests {
         assert!(!draft.recompile, "the matrix has no endpoints");
         assert_eq!(draft.audit[0].actor, "node:web1");
         let fixed = Some(Endpoint { address: parse("192.0.2.9:1"), fixed: true });
-        let fix = Intent::Change(vec![Change::SetEndpoint { name: parse("web1"), endpoint: fixed }]);
+        let fix = Request::Change(vec![Change::SetEndpoint { name: parse("web1"), endpoint: fixed }]);
         draft.apply(&Actor::Root, &fix, NOW).expect("set");
-        let intent = Intent::Observe { node, address: parse("192.0.2.1:51820") };
-        assert!(!draft.apply(&actor, &intent, NOW).expect("an answer").changed, "an operator's word stays");
+        let request = Request::Observe { node, address: parse("192.0.2.1:51820") };
+        assert!(!draft.apply(&actor, &request, NOW).expect("an answer").changed, "an operator's word stays");
     }
 
     #[test]
@@ -503,13 +420,13 @@ mod tests {
         let old = key_hash(u8::try_from(node.0).expect("small"));
         let new = key_hash(90);
         let mut rekey = |shown: KeyHash, requested: KeyHash| {
-            let intent = Intent::Rekey { node, shown, requested };
-            draft.apply(&Actor::Node(parse("web1")), &intent, NOW).map(|outcome| outcome.changed)
+            let request = Request::Rekey { node, shown, requested };
+            draft.apply(&Actor::Node(parse("web1")), &request, NOW).map(|outcome| outcome.changed)
         };
         assert!(!rekey(old, old).expect("nothing to do"));
         assert!(rekey(old, new).expect("both are good"));
         assert!(rekey(new, new).expect("the old one is not any more"));
         assert!(matches!(rekey(old, key_hash(91)), Err(Refusal::NoKey { .. })));
-        assert!(draft.records.accepts(&identity, &new) && !draft.records.accepts(&identity, &old));
+        assert!(draft.accounts.accepts(&identity, &new) && !draft.accounts.accepts(&identity, &old));
     }
 }

@@ -3,109 +3,16 @@
 
 use std::collections::BTreeMap;
 
-use controller_api::identity::Identity;
 use controller_api::{ConvertError, v1};
 use policy::{ChangeError, Network, NetworkParts, NodeId};
 use prost::Message;
 
-use crate::store::{Key, Op};
-
-/// SHA-256 of an invitation's secret.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SecretHash(pub [u8; 32]);
-
-/// SHA-256 of a certificate's public key (its SubjectPublicKeyInfo in DER).
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct KeyHash(pub [u8; 32]);
-
-macro_rules! hash_text {
-    ($($name:ident)*) => {
-        $(impl std::fmt::Display for $name {
-            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-            }
-        }
-
-        impl std::fmt::Debug for $name {
-            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                write!(f, "{}({self})", stringify!($name))
-            }
-        })*
-    };
-}
-hash_text!(SecretHash KeyHash);
-
-/// Whom an invitation is for. A node by its id, so that it may be renamed meanwhile.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Invitee {
-    Node(NodeId),
-    Admin(String),
-}
-
-/// An invitation as the controller keeps it: without the secret.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Invitation {
-    pub invitee: Invitee,
-    /// Seconds since the epoch.
-    pub expires_at: u64,
-    /// Whose keys redeemed it.
-    pub redeemed: Option<Keys>,
-}
-
-/// The keys of one holder: of its certificates, and of its WireGuard (a node's only).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Keys {
-    pub certificate: KeyHash,
-    pub wireguard: Option<policy::PublicKey>,
-}
-
-/// Certificates of these keys are good; every other that was ever signed for this node is refused.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Credential {
-    /// One, or two while a node changes its key.
-    pub keys: Vec<KeyHash>,
-}
-
-/// An admin who was let in.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Admin {
-    pub key: KeyHash,
-    pub certificate_expires_at: u64,
-    pub revoked: bool,
-}
-
-/// What `controllerd init` was told.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Settings {
-    /// Written into invitations.
-    pub endpoints: Vec<String>,
-    /// SHA-256 of the authority's certificate.
-    pub authority: Vec<u8>,
-}
-
-/// Everything in the store that is not policy.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Records {
-    pub settings: Settings,
-    pub invitations: BTreeMap<SecretHash, Invitation>,
-    pub credentials: BTreeMap<NodeId, Credential>,
-    pub admins: BTreeMap<String, Admin>,
-}
-
-impl Records {
-    /// Whether a certificate of this key speaks for this identity now. The node's own state is the network's to say.
-    pub fn accepts(&self, identity: &Identity, key: &KeyHash) -> bool {
-        match identity {
-            Identity::Node(id) => self.credentials.get(id).is_some_and(|credential| credential.keys.contains(key)),
-            Identity::Admin(name) => self.admins.get(name).is_some_and(|admin| !admin.revoked && admin.key == *key),
-            Identity::Controller => false,
-        }
-    }
-}
+use super::account::{Accounts, Admin, Credential, Invitation, Invitee, KeyHash, Keys, SecretHash, Settings};
+use super::{Key, Op};
 
 /// A row that cannot be read.
 #[derive(Debug, thiserror::Error)]
-pub enum RecordError {
+pub enum RowError {
     #[error("row `{key}` cannot be decoded; restore a copy of the state directory")]
     Decode {
         key: Key,
@@ -169,11 +76,11 @@ mod row {
 }
 
 /// Reads the whole store.
-pub fn decode(rows: &BTreeMap<Key, Vec<u8>>) -> Result<(Network, Records), RecordError> {
+pub fn decode(rows: &BTreeMap<Key, Vec<u8>>) -> Result<(Network, Accounts), RowError> {
     let mut network = None;
     let (mut cidrs, mut nodes, mut groups, mut services, mut rules) =
         <(Vec<_>, Vec<_>, Vec<_>, Vec<_>, Vec<_>)>::default();
-    let mut records = Records::default();
+    let mut accounts = Accounts::default();
     for (key, bytes) in rows {
         let (kind, id) = key.split();
         match kind {
@@ -185,51 +92,51 @@ pub fn decode(rows: &BTreeMap<Key, Vec<u8>>) -> Result<(Network, Records), Recor
             "rule" => rules.push(message(key, bytes)?),
             "settings" => {
                 let row::Settings { endpoints, authority } = message(key, bytes)?;
-                records.settings = Settings { endpoints, authority };
+                accounts.settings = Settings { endpoints, authority };
             }
             "invitation" => {
                 let hash = SecretHash(from_hex(key, id)?);
-                records.invitations.insert(hash, invitation(key, message(key, bytes)?)?);
+                accounts.invitations.insert(hash, invitation(key, message(key, bytes)?)?);
             }
             "credential" => {
                 let row::Credential { keys } = message(key, bytes)?;
                 let keys = keys.iter().map(|hash| key_hash(key, hash)).collect::<Result<_, _>>()?;
-                records.credentials.insert(node_id(key, id)?, Credential { keys });
+                accounts.credentials.insert(node_id(key, id)?, Credential { keys });
             }
             "admin" => {
                 let row::Admin { key: hash, certificate_expires_at, revoked } = message(key, bytes)?;
                 let admin = Admin { key: key_hash(key, &hash)?, certificate_expires_at, revoked };
-                records.admins.insert(id.to_owned(), admin);
+                accounts.admins.insert(id.to_owned(), admin);
             }
-            _ => return Err(RecordError::Row { key: key.clone(), reason: "is of an unknown kind" }),
+            _ => return Err(RowError::Row { key: key.clone(), reason: "is of an unknown kind" }),
         }
     }
-    let head = network.ok_or(RecordError::NoNetwork)?;
+    let head = network.ok_or(RowError::NoNetwork)?;
     let whole = v1::Network { cidrs, nodes, groups, services, rules, ..head };
-    let parts = NetworkParts::try_from(whole).map_err(RecordError::Convert)?;
-    Ok((Network::from_parts(parts).map_err(RecordError::Network)?, records))
+    let parts = NetworkParts::try_from(whole).map_err(RowError::Convert)?;
+    Ok((Network::from_parts(parts).map_err(RowError::Network)?, accounts))
 }
 
-fn message<M: Message + Default>(key: &Key, bytes: &[u8]) -> Result<M, RecordError> {
-    M::decode(bytes).map_err(|source| RecordError::Decode { key: key.clone(), source })
+fn message<M: Message + Default>(key: &Key, bytes: &[u8]) -> Result<M, RowError> {
+    M::decode(bytes).map_err(|source| RowError::Decode { key: key.clone(), source })
 }
 
-fn bad(key: &Key, reason: &'static str) -> RecordError {
-    RecordError::Row { key: key.clone(), reason }
+fn bad(key: &Key, reason: &'static str) -> RowError {
+    RowError::Row { key: key.clone(), reason }
 }
 
-fn node_id(key: &Key, id: &str) -> Result<NodeId, RecordError> {
+fn node_id(key: &Key, id: &str) -> Result<NodeId, RowError> {
     match id.parse() {
         Ok(id) if id > 0 => Ok(NodeId(id)),
         _ => Err(bad(key, "has no valid id")),
     }
 }
 
-fn key_hash(key: &Key, bytes: &[u8]) -> Result<KeyHash, RecordError> {
+fn key_hash(key: &Key, bytes: &[u8]) -> Result<KeyHash, RowError> {
     bytes.try_into().map(KeyHash).map_err(|_| bad(key, "has a hash that is not 32 bytes"))
 }
 
-fn from_hex(key: &Key, text: &str) -> Result<[u8; 32], RecordError> {
+fn from_hex(key: &Key, text: &str) -> Result<[u8; 32], RowError> {
     let mut bytes = [0; 32];
     let valid = text.len() == 64 && text.is_ascii();
     for (index, byte) in bytes.iter_mut().enumerate() {
@@ -241,7 +148,7 @@ fn from_hex(key: &Key, text: &str) -> Result<[u8; 32], RecordError> {
     Ok(bytes)
 }
 
-fn invitation(key: &Key, row: row::Invitation) -> Result<Invitation, RecordError> {
+fn invitation(key: &Key, row: row::Invitation) -> Result<Invitation, RowError> {
     let row::Invitation { node, admin, expires_at, certificate_key, wireguard_key } = row;
     let invitee = match (node, admin.is_empty()) {
         (0, false) => Invitee::Admin(admin),
@@ -261,9 +168,9 @@ fn invitation(key: &Key, row: row::Invitation) -> Result<Invitation, RecordError
 }
 
 /// The operations that make `new` out of `old`, in the order of their keys. `old`: `None` for an empty store.
-pub fn diff(old: Option<(&Network, &Records)>, new: (&Network, &Records)) -> Vec<Op> {
+pub fn diff(old: Option<(&Network, &Accounts)>, new: (&Network, &Accounts)) -> Vec<Op> {
     let mut ops = Vec::new();
-    let (network, records) = new;
+    let (network, accounts) = new;
     let head = header(network);
     if old.map(|(network, _)| header(network)).as_ref() != Some(&head) {
         ops.push(Op::Put(Key::single("network"), head));
@@ -274,14 +181,14 @@ pub fn diff(old: Option<(&Network, &Records)>, new: (&Network, &Records)) -> Vec
     rows::<_, _, v1::Group>("group", before.map(Network::groups), network.groups(), &mut ops);
     rows::<_, _, v1::NamedService>("service", before.map(Network::services), network.services(), &mut ops);
     rows::<_, _, v1::Rule>("rule", before.map(Network::rules), network.rules(), &mut ops);
-    let before = old.map(|(_, records)| records);
-    if before.map(|records| &records.settings) != Some(&records.settings) {
-        let settings = row::Settings::from(&records.settings);
+    let before = old.map(|(_, accounts)| accounts);
+    if before.map(|accounts| &accounts.settings) != Some(&accounts.settings) {
+        let settings = row::Settings::from(&accounts.settings);
         ops.push(Op::Put(Key::single("settings"), settings.encode_to_vec()));
     }
-    rows::<_, _, row::Invitation>("invitation", before.map(|old| &old.invitations), &records.invitations, &mut ops);
-    rows::<_, _, row::Credential>("credential", before.map(|old| &old.credentials), &records.credentials, &mut ops);
-    rows::<_, _, row::Admin>("admin", before.map(|old| &old.admins), &records.admins, &mut ops);
+    rows::<_, _, row::Invitation>("invitation", before.map(|old| &old.invitations), &accounts.invitations, &mut ops);
+    rows::<_, _, row::Credential>("credential", before.map(|old| &old.credentials), &accounts.credentials, &mut ops);
+    rows::<_, _, row::Admin>("admin", before.map(|old| &old.admins), &accounts.admins, &mut ops);
     ops
 }
 
@@ -377,11 +284,11 @@ mod tests {
         }
     }
 
-    fn records() -> Records {
+    fn accounts() -> Accounts {
         let keys = Keys { certificate: key_hash(3), wireguard: Some(public_key(4)) };
         let open = Invitation { invitee: Invitee::Admin("alice".to_owned()), expires_at: NOW, redeemed: None };
         let used = Invitation { invitee: Invitee::Node(NodeId(7)), expires_at: NOW, redeemed: Some(keys) };
-        Records {
+        Accounts {
             settings: Settings { endpoints: vec!["controller.example:7443".to_owned()], authority: vec![5; 32] },
             invitations: [(SecretHash([1; 32]), open), (SecretHash([0xab; 32]), used)].into(),
             credentials: [(NodeId(7), Credential { keys: vec![key_hash(3), key_hash(8)] })].into(),
@@ -391,35 +298,35 @@ mod tests {
 
     #[test]
     fn rows_read_as_they_were_written() {
-        let (network, records) = (network(), records());
-        let (read, read_records) = decode(&rows(diff(None, (&network, &records)))).expect("reads");
+        let (network, accounts) = (network(), accounts());
+        let (read, read_accounts) = decode(&rows(diff(None, (&network, &accounts)))).expect("reads");
         assert_eq!(read.to_parts(), network.to_parts());
-        assert_eq!(read_records, records);
+        assert_eq!(read_accounts, accounts);
     }
 
     #[test]
     fn a_change_writes_what_differs() {
-        let (old, records) = (network(), records());
-        let mut rows = rows(diff(None, (&old, &records)));
-        assert_eq!(diff(Some((&old, &records)), (&old, &records)), []);
+        let (old, accounts) = (network(), accounts());
+        let mut rows = rows(diff(None, (&old, &accounts)));
+        assert_eq!(diff(Some((&old, &accounts)), (&old, &accounts)), []);
         let mut new = old.clone();
         apply(&mut new, &Change::RenameNode { from: crate::fixture::parse("web1"), to: crate::fixture::parse("www1") });
         apply(&mut new, &Change::DeleteRule { name: crate::fixture::parse("web-to-app") });
-        let mut fewer = records.clone();
+        let mut fewer = accounts.clone();
         fewer.invitations.remove(&SecretHash([1; 32]));
-        let ops = diff(Some((&old, &records)), (&new, &fewer));
+        let ops = diff(Some((&old, &accounts)), (&new, &fewer));
         let kinds: Vec<_> = ops.iter().map(|op| (matches!(op, Op::Put(..)), op.key().split().0)).collect();
         assert_eq!(kinds, [(true, "node"), (false, "rule"), (false, "invitation")]);
         write(&mut rows, ops);
-        let (read, read_records) = decode(&rows).expect("reads");
-        assert_eq!((read.to_parts(), read_records), (new.to_parts(), fewer));
+        let (read, read_accounts) = decode(&rows).expect("reads");
+        assert_eq!((read.to_parts(), read_accounts), (new.to_parts(), fewer));
     }
 
     #[test]
     fn damaged_rows_are_named() {
         let mut network = empty();
         apply(&mut network, &add_cidr("web", "10.42.1.0/24"));
-        let whole = rows(diff(None, (&network, &records())));
+        let whole = rows(diff(None, (&network, &accounts())));
         let cidr = whole.keys().find(|key| key.split().0 == "cidr").expect("a cidr").clone();
         for (key, value) in [
             (cidr.clone(), vec![0xff]),
@@ -434,7 +341,7 @@ mod tests {
         }
         let mut rows = whole;
         rows.remove(&Key::single("network"));
-        assert!(matches!(decode(&rows), Err(RecordError::NoNetwork)));
-        assert!(matches!(decode(&BTreeMap::new()), Err(RecordError::NoNetwork)));
+        assert!(matches!(decode(&rows), Err(RowError::NoNetwork)));
+        assert!(matches!(decode(&BTreeMap::new()), Err(RowError::NoNetwork)));
     }
 }

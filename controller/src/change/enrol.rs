@@ -5,7 +5,7 @@ use controller_api::identity::Identity;
 use controller_api::invitation::{INVITATION_MAX, Subject};
 use policy::{Change, ChangeError, Network, NodeName, NodeState};
 
-use crate::record::{Admin, Credential, Invitation, Invitee, KeyHash, Keys, Records, SecretHash};
+use crate::store::account::{Accounts, Admin, Credential, Invitation, Invitee, KeyHash, Keys, SecretHash};
 
 /// Why nobody was invited.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -52,10 +52,10 @@ pub struct Redeemed {
     pub name: String,
 }
 
-/// Puts an invitation into the records; older ones of the same subject that were not used are withdrawn.
+/// Puts an invitation into the accounts; older ones of the same subject that were not used are withdrawn.
 pub fn invite(
     network: &Network,
-    records: &mut Records,
+    accounts: &mut Accounts,
     subject: &Subject,
     hash: SecretHash,
     expires_at: u64,
@@ -77,8 +77,8 @@ pub fn invite(
             Invitee::Node(node.id)
         }
     };
-    records.invitations.retain(|_, old| old.invitee != invitee || old.redeemed.is_some());
-    records.invitations.insert(hash, Invitation { invitee, expires_at, redeemed: None });
+    accounts.invitations.retain(|_, old| old.invitee != invitee || old.redeemed.is_some());
+    accounts.invitations.insert(hash, Invitation { invitee, expires_at, redeemed: None });
     Ok(())
 }
 
@@ -92,14 +92,14 @@ fn nearest(network: &Network, name: &NodeName) -> String {
 /// Lets the holder of a secret in. `Ok((_, false))`: the same keys had been let in before, and nothing changed.
 pub fn redeem(
     network: &mut Network,
-    records: &mut Records,
+    accounts: &mut Accounts,
     hash: SecretHash,
     keys: &Keys,
     certificate_expires_at: u64,
     now: u64,
 ) -> Result<(Redeemed, bool), RedeemError> {
     let unknown = || RedeemError::Unknown { network: network.name().to_string() };
-    let invitation = records.invitations.get(&hash).ok_or_else(unknown)?.clone();
+    let invitation = accounts.invitations.get(&hash).ok_or_else(unknown)?.clone();
     let (kind, name) = match &invitation.invitee {
         Invitee::Node(id) => ("node", network.nodes().get(id).ok_or_else(unknown)?.name.to_string()),
         Invitee::Admin(name) => ("admin", name.clone()),
@@ -124,9 +124,9 @@ pub fn redeem(
             };
             return Err(RedeemError::OtherKeys { kind, name, revoke });
         }
-        Some(_) if !records.accepts(&identity, &keys.certificate) => return Err(RedeemError::Replaced { kind, name }),
+        Some(_) if !accounts.accepts(&identity, &keys.certificate) => return Err(RedeemError::Replaced { kind, name }),
         Some(_) => {
-            let renewed = renew_admin(records, &identity, certificate_expires_at);
+            let renewed = renew_admin(accounts, &identity, certificate_expires_at);
             return Ok((redeemed, renewed));
         }
         None if now >= invitation.expires_at => {
@@ -134,17 +134,17 @@ pub fn redeem(
         }
         None => {}
     }
-    admit(network, records, &invitation.invitee, keys, certificate_expires_at)?;
+    admit(network, accounts, &invitation.invitee, keys, certificate_expires_at)?;
     // Only the newest invitation of a subject says who it is.
-    records.invitations.retain(|other, old| old.invitee != invitation.invitee || *other == hash);
-    records.invitations.insert(hash, Invitation { redeemed: Some(keys.clone()), ..invitation });
+    accounts.invitations.retain(|other, old| old.invitee != invitation.invitee || *other == hash);
+    accounts.invitations.insert(hash, Invitation { redeemed: Some(keys.clone()), ..invitation });
     Ok((redeemed, true))
 }
 
 /// An admin gets a new certificate, and the list of admins says until when. `false`: there is no such admin.
-pub fn renew_admin(records: &mut Records, identity: &Identity, certificate_expires_at: u64) -> bool {
+pub fn renew_admin(accounts: &mut Accounts, identity: &Identity, certificate_expires_at: u64) -> bool {
     match identity {
-        Identity::Admin(name) => match records.admins.get_mut(name) {
+        Identity::Admin(name) => match accounts.admins.get_mut(name) {
             Some(admin) => {
                 admin.certificate_expires_at = certificate_expires_at;
                 true
@@ -166,7 +166,7 @@ fn check_wireguard(kind: &'static str, name: &str, keys: &Keys) -> Result<(), Re
 
 fn admit(
     network: &mut Network,
-    records: &mut Records,
+    accounts: &mut Accounts,
     invitee: &Invitee,
     keys: &Keys,
     certificate_expires_at: u64,
@@ -176,12 +176,12 @@ fn admit(
             if let Some(name) = network.nodes().get(id).map(|node| node.name.clone()) {
                 network.apply(&Change::ActivateNode { name, public_key })?;
             }
-            records.credentials.insert(*id, Credential { keys: vec![keys.certificate] });
+            accounts.credentials.insert(*id, Credential { keys: vec![keys.certificate] });
         }
         (Invitee::Node(_), None) => {}
         (Invitee::Admin(name), _) => {
             let admin = Admin { key: keys.certificate, certificate_expires_at, revoked: false };
-            records.admins.insert(name.clone(), admin);
+            accounts.admins.insert(name.clone(), admin);
         }
     }
     Ok(())

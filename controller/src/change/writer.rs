@@ -1,7 +1,7 @@
 //! The one writer: every change of the network goes through its queue, one after the other.
 //!
 //! ```text
-//! intent ─► draft (pure) ─► compile, limits ─► rows that differ ─► store, one transaction ─► new state, for everybody
+//! request ─► draft (pure) ─► compile, limits ─► rows that differ ─► store, one transaction ─► new state, for everybody
 //! ```
 //!
 //! It has a thread of its own, because compiling and the disk both block.
@@ -13,14 +13,14 @@ use std::time::Instant;
 use policy::{Matrix, Revision};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::audit::Actor;
-use crate::intent::{Draft, Intent, Outcome, Refusal};
+use super::audit::Actor;
+use super::draft::Draft;
+use super::request::{Outcome, Refusal, Request};
 use crate::metrics::{self, Metrics};
-use crate::record;
 use crate::state::{Publisher, State};
-use crate::store::{Commit, Precondition, Request, Store, StoreError};
+use crate::store::{Commit, Precondition, RequestId, Store, StoreError, rows};
 
-/// Intents that wait; callers beyond wait for a place.
+/// Requests that wait; callers beyond wait for room.
 const QUEUE: usize = 1_024;
 /// Observed endpoints that share one commit, so that a thousand nodes that connect at once are not a thousand commits.
 const BATCH: usize = 1_024;
@@ -29,12 +29,12 @@ const COMPACT_EVERY: u64 = 1_024;
 /// Revisions, with the request ids of their changes, that compaction keeps.
 const KEEP: u64 = 16_384;
 
-/// An intent with who asks, and under what conditions.
+/// A request with who asks, and under what conditions.
 #[derive(Clone, Debug)]
 pub struct Ask {
     pub actor: Actor,
-    pub intent: Intent,
-    pub request: Option<Request>,
+    pub request: Request,
+    pub id: Option<RequestId>,
     /// Refuse unless the network is at this revision.
     pub expected: Option<Revision>,
     /// Only say what would happen.
@@ -42,8 +42,8 @@ pub struct Ask {
 }
 
 impl Ask {
-    pub fn new(actor: Actor, intent: Intent) -> Self {
-        Self { actor, intent, request: None, expected: None, dry_run: false }
+    pub fn new(actor: Actor, request: Request) -> Self {
+        Self { actor, request, id: None, expected: None, dry_run: false }
     }
 }
 
@@ -118,8 +118,8 @@ impl Work {
 
     fn one(&self, ask: &Ask) -> Result<Answer, Refusal> {
         let state = self.publisher.get();
-        if let Some(request) = &ask.request
-            && let Some(revision) = self.store.request(request)?
+        if let Some(id) = &ask.id
+            && let Some(revision) = self.store.request(id)?
         {
             return Ok(Answer { revision, outcome: Outcome::default() });
         }
@@ -129,11 +129,11 @@ impl Work {
             return Err(Refusal::Revision { expected, found: state.revision });
         }
         let mut draft = Draft::of(&state);
-        let outcome = draft.apply(&ask.actor, &ask.intent, (self.clock)())?;
+        let outcome = draft.apply(&ask.actor, &ask.request, (self.clock)())?;
         if !outcome.changed {
             return Ok(Answer { revision: state.revision, outcome });
         }
-        let revision = self.commit(&state, draft, ask.request.clone(), ask.dry_run)?;
+        let revision = self.commit(&state, draft, ask.id.clone(), ask.dry_run)?;
         Ok(Answer { revision, outcome })
     }
 
@@ -144,7 +144,7 @@ impl Work {
         let now = (self.clock)();
         let mut accepted = Vec::new();
         for (ask, reply) in batch {
-            match draft.apply(&ask.actor, &ask.intent, now) {
+            match draft.apply(&ask.actor, &ask.request, now) {
                 Ok(outcome) => accepted.push((outcome, reply)),
                 Err(refusal) => {
                     let _ = reply.send(Err(refusal));
@@ -173,10 +173,10 @@ impl Work {
         &self,
         state: &State,
         draft: Draft,
-        request: Option<Request>,
+        request: Option<RequestId>,
         dry_run: bool,
     ) -> Result<Revision, Refusal> {
-        let Draft { network, records, recompile, audit } = draft;
+        let Draft { network, accounts, recompile, audit } = draft;
         let matrix = if recompile {
             let start = Instant::now();
             let matrix = Matrix::compile(&network).map_err(Refusal::Limit)?;
@@ -192,12 +192,12 @@ impl Work {
         let commit = Commit {
             request,
             preconditions: vec![Precondition::At(state.revision)],
-            ops: record::diff(Some((&state.network, &state.records)), (&network, &records)),
+            ops: rows::diff(Some((&state.network, &state.accounts)), (&network, &accounts)),
             audit,
             time: (self.clock)(),
         };
         let committed = self.store.commit(&commit).inspect_err(|error| self.recover(error))?;
-        self.publish(State { revision: committed.revision, network, matrix, records });
+        self.publish(State { revision: committed.revision, network, matrix, accounts });
         Ok(committed.revision)
     }
 
@@ -237,5 +237,5 @@ impl Work {
 }
 
 fn is_observation(ask: &Ask) -> bool {
-    matches!(ask.intent, Intent::Observe { .. }) && ask.request.is_none() && ask.expected.is_none() && !ask.dry_run
+    matches!(ask.request, Request::Observe { .. }) && ask.id.is_none() && ask.expected.is_none() && !ask.dry_run
 }

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use policy::{LimitError, Matrix, Network, NodeId, NodeState, Revision};
 use tokio::sync::watch;
 
-use crate::record::{self, RecordError, Records};
-use crate::store::{Snapshot, Store, StoreError};
+use crate::store::account::Accounts;
+use crate::store::rows::{self, RowError};
+use crate::store::{Store, StoreError};
 
 /// Everything that belongs to one revision. Never changed: the next revision is another one.
 #[derive(Debug)]
@@ -15,7 +16,7 @@ pub struct State {
     pub network: Arc<Network>,
     /// Compiled from `network`.
     pub matrix: Arc<Matrix>,
-    pub records: Arc<Records>,
+    pub accounts: Arc<Accounts>,
 }
 
 /// Why the store's content is no state.
@@ -24,7 +25,7 @@ pub enum LoadError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
-    Record(#[from] RecordError),
+    Row(#[from] RowError),
     #[error("the stored policy is beyond this controllerd's limits; run the version that accepted it")]
     Limit(#[from] LimitError),
 }
@@ -32,10 +33,15 @@ pub enum LoadError {
 impl State {
     /// The store's newest revision.
     pub fn load(store: &dyn Store) -> Result<Self, LoadError> {
-        let Snapshot { revision, rows } = store.snapshot()?;
-        let (network, records) = record::decode(&rows)?;
+        let snapshot = store.snapshot()?;
+        let (network, accounts) = rows::decode(&snapshot.rows)?;
         let matrix = Matrix::compile(&network)?;
-        Ok(Self { revision, network: Arc::new(network), matrix: Arc::new(matrix), records: Arc::new(records) })
+        Ok(Self {
+            revision: snapshot.revision,
+            network: Arc::new(network),
+            matrix: Arc::new(matrix),
+            accounts: Arc::new(accounts),
+        })
     }
 
     /// Whether this node may speak to the controller and its peers.
