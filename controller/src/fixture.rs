@@ -3,9 +3,9 @@
 
 use std::sync::Arc;
 
-use policy::{Action, Change, DefaultPolicy, Matrix, Network, NodeId, Prefixes, PublicKey, Revision, RuleSpec};
+use policy::{Action, Change, DefaultPolicy, Network, NodeId, Prefixes, PublicKey, Revision, RuleSpec};
 
-use crate::state::State;
+use crate::state::{Policy, State};
 use crate::store::account::{Accounts, Credential, KeyHash};
 
 pub(crate) const NOW: u64 = 1_700_000_000;
@@ -79,12 +79,12 @@ pub(crate) fn id(network: &Network, name: &str) -> NodeId {
 
 /// Every node's certificate has the key hash of its id.
 pub(crate) fn state(revision: u64, network: &Network) -> State {
-    let credential = |id: &NodeId| (*id, Credential { keys: vec![key_hash(u8::try_from(id.0).expect("small"))] });
-    let credentials = network.nodes().keys().map(credential).collect();
-    State {
-        revision: Revision(revision),
-        network: Arc::new(network.clone()),
-        matrix: Arc::new(Matrix::compile(network).expect("within limits")),
-        accounts: Arc::new(Accounts { credentials, ..Accounts::default() }),
+    let mut accounts = Accounts::default();
+    for id in network.nodes().keys() {
+        let credential = Credential { keys: vec![key_hash(u8::try_from(id.0).expect("small"))] };
+        accounts.put_credential(*id, Some(credential));
     }
+    accounts.take_touched();
+    let policy = Policy::compile(Revision(revision), network).expect("within limits");
+    State { revision: Revision(revision), policy: Arc::new(policy), accounts: Arc::new(accounts) }
 }

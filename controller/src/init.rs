@@ -112,11 +112,11 @@ pub fn found(store: &dyn Store, network: &Network, settings: Settings, now: u64)
     for endpoint in endpoints {
         change.push_str(&format!(" --endpoint {endpoint}"));
     }
-    let accounts = Accounts { settings, ..Accounts::default() };
+    let accounts = Accounts::new(settings);
     let commit = Commit {
         request: None,
         preconditions: vec![Precondition::At(policy::Revision(0))],
-        ops: rows::diff(None, (network, &accounts)),
+        ops: rows::of_everything(network, &accounts),
         audit: vec![AuditLine { actor: Actor::Root.to_string(), change }],
         time: now,
     };
@@ -165,10 +165,10 @@ mod tests {
 
         let store = SqliteStore::open(&directory.join(DATABASE)).expect("the store");
         let state = State::load(&store).expect("a state");
-        assert_eq!(state.network.default(), DefaultPolicy::Deny);
+        assert_eq!(state.network().default(), DefaultPolicy::Deny);
         let settings = &state.accounts.settings;
         assert_eq!(settings.endpoints, ["controller.example:7443"]);
-        Authority::open(&directory, state.network.name(), Some(&settings.authority)).expect("the authority");
+        Authority::open(&directory, state.network().name(), Some(&settings.authority)).expect("the authority");
         let names: Vec<_> = fs::read_dir(&directory)
             .expect("a directory")
             .map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"))

@@ -14,17 +14,16 @@ use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::access::authority::Authority;
-use crate::change::Request;
-use crate::change::audit::Actor;
-use crate::change::writer::{self, Ask};
+use crate::change::writer;
 use crate::clock;
 use crate::config::Config;
-use crate::follow::Followers;
+use crate::follow::dispatcher;
 use crate::grpc::{self, Context};
 use crate::init::DATABASE;
 use crate::metrics::{self, Metrics};
 use crate::socket::tls::{self as tls_socket, Tls};
 use crate::socket::{admission, unix};
+use crate::state::history::History;
 use crate::state::{self, State};
 use crate::store::Store;
 use crate::store::sqlite::SqliteStore;
@@ -44,7 +43,7 @@ pub struct Controller {
 }
 
 impl Controller {
-    /// Reads the store and begins with a revision of its own. `stop`: becomes true when calls are to be ended.
+    /// Reads the store. `stop`: becomes true when calls are to be ended.
     pub async fn start(
         store: Arc<dyn Store>,
         authority: impl FnOnce(&State) -> Result<Authority>,
@@ -54,13 +53,15 @@ impl Controller {
         let metrics = Metrics::new();
         let state = State::load(&*store)?;
         let authority = Arc::new(authority(&state)?);
+        metrics.revision.set(state.policy.revision.0);
+        metrics.nodes.set(i64::try_from(state.network().nodes().len()).unwrap_or(i64::MAX));
+        let history = History::new(Arc::clone(&state.policy));
+        let dispatch = dispatcher::start(history, Arc::clone(&metrics)).context("failed to start the dispatcher")?;
         let (publisher, current) = state::channel(state);
-        let started = writer::spawn(Arc::clone(&store), publisher, Arc::clone(&metrics), clock);
-        let (writer, thread) = started.context("failed to start the writer's thread")?;
-        writer.ask(Ask::new(Actor::Controller, Request::Start)).await?;
-        let followers = Followers::new();
+        let (writer, thread) =
+            writer::spawn(Arc::clone(&store), publisher, dispatch.clone(), Arc::clone(&metrics), clock)?;
         let refusals = Arc::default();
-        let context = Context { current, writer, followers, store, authority, metrics, clock, stop, refusals };
+        let context = Context { current, writer, dispatch, store, authority, metrics, clock, stop, refusals };
         Ok(Self { context, writer: thread })
     }
 }
@@ -109,7 +110,7 @@ async fn run(config: &Config) -> Result<Ended> {
     let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&database)?);
     let (stopper, stop) = watch::channel(false);
     let authority = |state: &State| {
-        let (network, settings) = (state.network.name(), &state.accounts.settings);
+        let (network, settings) = (state.network().name(), &state.accounts.settings);
         Ok(Authority::open(&config.state_dir, network, Some(&settings.authority))?)
     };
     let listener = listen(config.listen).await?;
@@ -129,7 +130,7 @@ async fn run(config: &Config) -> Result<Ended> {
     let housekeeping = tokio::spawn(keep_house(context.clone(), tls));
     tracing::info!(
         network = %context.authority.network(),
-        revision = context.current.get().revision.0,
+        revision = context.current.get().policy.revision.0,
         listen = %config.listen,
         socket = %config.socket.display(),
         metrics = %config.metrics,
@@ -187,9 +188,9 @@ fn serve_metrics(
     context: &Context,
     mut stop: watch::Receiver<bool>,
 ) -> impl Future<Output = ()> + use<> {
-    let (metrics, followers) = (Arc::clone(&context.metrics), context.followers.clone());
+    let (metrics, reports) = (Arc::clone(&context.metrics), context.dispatch.reports.clone());
     let refresh = move |metrics: &Metrics| {
-        let (connected, converged) = followers.count();
+        let (connected, converged) = reports.count();
         metrics.connected.set(i64::try_from(connected).unwrap_or(i64::MAX));
         metrics.converged.set(i64::try_from(converged).unwrap_or(i64::MAX));
     };
@@ -210,7 +211,7 @@ async fn keep_house(context: Context, tls: Tls) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        context.followers.retain(&context.current.get());
+        context.dispatch.reports.retain(context.current.get().network());
         if clock::now() < renew_at {
             continue;
         }

@@ -153,7 +153,7 @@ async fn a_node_says_little_and_nothing_that_a_terminal_obeys() {
     let mut follower = Follower::open(channel, None, "").await.expect("a stream");
     let revision = follower.hear().await.expect("a snapshot").revision.0;
     let error = format!("\u{1b}[2J{}", "x".repeat(1_000));
-    let acknowledgement = v1::Acknowledgement { revision, generation: 1, error };
+    let acknowledgement = v1::Acknowledgement { revision, generation: 1, error, lacks: Vec::new() };
     let kind = Some(v1::follow_request::Kind::Acknowledgement(acknowledgement));
     follower.requests.send(v1::FollowRequest { kind }).await.expect("room");
     let status = controller.wait_for_status(node, |status| !status.error.is_empty()).await;

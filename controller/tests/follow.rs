@@ -81,7 +81,7 @@ async fn a_node_resumes_where_it_was() {
     assert!(delta.is_empty() && delta.from == delta.revision, "{delta:?}");
     // What it holds is unknown here: everything.
     let mut unknown = follower.slice.clone().expect("a slice");
-    unknown.revision = Revision(1);
+    unknown.digest = policy::Digest::from_bytes([1; 16]);
     let mut follower = Follower::open(controller.connect(Some(&app)).await, Some(unknown), "").await.expect("a stream");
     assert_eq!(follower.hear().await.expect("a snapshot").from, Revision(0));
 }
@@ -150,19 +150,35 @@ async fn a_disabled_node_that_does_not_read_loses_its_stream() {
 async fn where_a_node_is_reached_is_told_to_its_peers() {
     let controller = TestController::start().await;
     let (web, web_id) = controller.join("web1", "web", 1).await;
-    let (app, _) = controller.join("app1", "app", 2).await;
+    let (app, app_id) = controller.join("app1", "app", 2).await;
     let mut follower = Follower::open(controller.connect(Some(&web)).await, None, "").await.expect("a stream");
     let snapshot = follower.hear().await.expect("a snapshot");
     assert_eq!(snapshot.peers.values().next().expect("app1").endpoint, None);
+    follower.acknowledge(snapshot.revision.0).await;
     // Loopback is no endpoint for others, so the node says one.
-    let _app = Follower::open(controller.connect(Some(&app)).await, None, "192.0.2.7:51820").await.expect("a stream");
-    let delta = follower.hear().await.expect("a delta");
-    assert_eq!(delta.peers.values().next().expect("app1").endpoint, Some(parse("192.0.2.7:51820")));
-    let audit =
-        controller.root().await.list_audit(v1::ListAuditRequest { limit: 1 }).await.expect("audit").into_inner();
-    assert_eq!(audit.entries[0].actor, "node:app1");
-    assert_eq!(audit.entries[0].change, "node seen app1 192.0.2.7:51820");
-    controller.wait_for_status(web_id, |status| status.sent == audit.entries[0].revision).await;
+    let seen = |follower: &Follower| follower.endpoints.get(&policy::NodeId(app_id)).copied();
+    for endpoint in ["192.0.2.7:51820", "192.0.2.8:51820"] {
+        let _app = Follower::open(controller.connect(Some(&app)).await, None, endpoint).await.expect("a stream");
+        while seen(&follower) != Some(parse(endpoint)) {
+            assert_eq!(follower.hear_anything().await.expect("endpoints"), None, "an endpoint is no revision");
+        }
+    }
+    // One that connects later hears it too, and an operator's word is part of the policy.
+    let mut late = Follower::open(controller.connect(Some(&web)).await, None, "").await.expect("a stream");
+    while seen(&late) != Some(parse("192.0.2.8:51820")) {
+        late.hear_anything().await.expect("a snapshot, and endpoints");
+    }
+    let mut root = controller.root().await;
+    let audit = root.list_audit(v1::ListAuditRequest { limit: 1 }).await.expect("audit").into_inner();
+    assert!(audit.entries[0].change.starts_with("node join"), "{audit:?}");
+    let status = controller.wait_for_status(app_id, |status| !status.endpoint.is_empty()).await;
+    assert_eq!(status.endpoint, "192.0.2.8:51820");
+    let endpoint = Some(parse("192.0.2.9:1"));
+    controller.change(&[Change::SetEndpoint { name: parse("app1"), endpoint }]).await;
+    let mut late = Follower::open(controller.connect(Some(&web)).await, None, "").await.expect("a stream");
+    assert_eq!(late.hear().await.expect("a snapshot").peers.values().next().expect("app1").endpoint, endpoint);
+    let status = controller.wait_for_status(web_id, |status| status.connected).await;
+    assert!(status.sent > snapshot.revision.0);
 }
 
 #[tokio::test]

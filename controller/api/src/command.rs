@@ -28,10 +28,7 @@ pub fn describe(change: &Change) -> String {
         Change::EnableNode { name } => format!("node enable {name}"),
         Change::DeleteNode { name } => format!("node delete {name}"),
         Change::SetEndpoint { name, endpoint: None } => format!("node endpoint {name} --observed"),
-        Change::SetEndpoint { name, endpoint: Some(endpoint) } => {
-            let verb = if endpoint.fixed { "endpoint" } else { "seen" };
-            format!("node {verb} {name} {}", endpoint.address)
-        }
+        Change::SetEndpoint { name, endpoint: Some(endpoint) } => format!("node endpoint {name} {endpoint}"),
         Change::AddGroup { name, members } => format!("group add {name}{}", options("--member", members)),
         Change::RenameGroup { from, to } => format!("group rename {from} {to}"),
         Change::DeleteGroup { name } => format!("group delete {name}"),

@@ -1,5 +1,6 @@
 //! How to reach the controller, and the calls that every verb makes of it.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -73,6 +74,12 @@ impl Session {
         let v1::GetNetworkResponse { revision, network } = answer;
         let network = network.ok_or_else(|| Failure::failed("controller sent no network; restart `controllerd`"))?;
         Ok((Revision(revision), Network::try_from(network)?))
+    }
+
+    /// Where each node is reached, by its id; of those of which it is known.
+    pub(crate) async fn endpoints(&mut self) -> Result<BTreeMap<u32, String>, Failure> {
+        let nodes = self.status().await?.nodes.into_iter().filter(|node| !node.endpoint.is_empty());
+        Ok(nodes.map(|node| (node.node, node.endpoint)).collect())
     }
 
     /// Makes one change, and says so.

@@ -31,10 +31,7 @@ fn changes() -> Vec<Change> {
         node("db1", "db", "10.42.3.1", "fd42:0:0:3::1", &[], &[]),
         Change::ActivateNode { name: name("web1"), public_key: key(1) },
         Change::ActivateNode { name: name("app1"), public_key: key(2) },
-        Change::SetEndpoint {
-            name: name("web1"),
-            endpoint: Some(policy::Endpoint { address: "192.0.2.1:51820".parse().expect("an address"), fixed: true }),
-        },
+        Change::SetEndpoint { name: name("web1"), endpoint: Some("192.0.2.1:51820".parse().expect("an address")) },
         Change::AddService {
             name: name("ping"),
             services: vec!["icmp/8".parse().expect("a service"), "icmpv6/128".parse().expect("a service")],

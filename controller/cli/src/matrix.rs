@@ -181,8 +181,8 @@ impl Pair {
         let cells: BTreeSet<Cell> = matrix
             .classes_of(from.0)
             .into_iter()
-            .flat_map(|source| destinations.iter().map(move |destination| (source, *destination)))
-            .map(|(source, destination)| matrix.cell(source, destination))
+            .flat_map(|source| destinations.iter().map(move |destination| (source.clone(), destination)))
+            .map(|(source, destination)| matrix.cell(&source, destination))
             .collect();
         if cells.iter().all(Cell::is_closed) {
             return None;

@@ -1,12 +1,13 @@
 //! `meshctl node …`
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use clap::{Args, Subcommand};
 use controller_api::defaults::INVITATION_LIFETIME;
 use controller_api::endpoint::ControllerEndpoint;
 use controller_api::v1;
-use policy::{Addresses, Change, CidrName, Endpoint, GroupName, Network, Node, NodeName};
+use policy::{Addresses, Change, CidrName, GroupName, Network, Node, NodeName};
 use serde::Serialize;
 
 use crate::output::{self, OutputArgs, Row, unknown, words};
@@ -108,12 +109,16 @@ impl Command {
             Self::Invite(invite) => invite.run(session).await,
             Self::List(OutputArgs { format }) => {
                 let (_, network) = session.network().await?;
-                output::list(&rows(&network), format)
+                let mut rows = rows(&network);
+                let seen = session.endpoints().await?;
+                rows.iter_mut().for_each(|row| row.see(&seen));
+                output::list(&rows, format)
             }
             Self::Show { name, output: OutputArgs { format } } => {
                 let (_, network) = session.network().await?;
-                let node = find(&network, &name)?;
-                output::show(&NodeDetails(NodeRow::of(&network, node)), format)
+                let mut row = NodeRow::of(&network, find(&network, &name)?);
+                row.see(&session.endpoints().await?);
+                output::show(&NodeDetails(row), format)
             }
             Self::Rename { from, to } => {
                 let done = format!("node `{from}` renamed to `{to}`");
@@ -124,8 +129,7 @@ impl Command {
                     Some(address) => format!("node `{name}` is reached at {address}"),
                     None => format!("node `{name}` is reached where it is seen"),
                 };
-                let endpoint = address.map(|address| Endpoint { address, fixed: true });
-                session.change(Change::SetEndpoint { name, endpoint }, done).await
+                session.change(Change::SetEndpoint { name, endpoint: address }, done).await
             }
             Self::Disable { name } => {
                 let done = format!("node `{name}` disabled");
@@ -258,10 +262,19 @@ impl NodeRow {
                 .filter_map(|id| network.cidrs().get(id))
                 .map(|cidr| cidr.name.to_string())
                 .collect(),
-            endpoint: endpoint.map(|endpoint| endpoint.address.to_string()),
-            endpoint_fixed: endpoint.is_some_and(|endpoint| endpoint.fixed),
+            endpoint: endpoint.map(|endpoint| endpoint.to_string()),
+            endpoint_fixed: endpoint.is_some(),
             public_key: public_key.map(|key| key.to_string()),
             expires_at: expires_at.and_then(timestamp_or_none),
+        }
+    }
+}
+
+impl NodeRow {
+    /// Where the node was seen counts where no operator has said more.
+    fn see(&mut self, seen: &BTreeMap<u32, String>) {
+        if self.endpoint.is_none() {
+            self.endpoint = seen.get(&self.id).cloned();
         }
     }
 }

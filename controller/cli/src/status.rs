@@ -86,7 +86,23 @@ impl Report {
 
 impl StatusRow {
     fn of(node: &impl ToString, state: NodeState, status: v1::NodeStatus, now: u64) -> Self {
-        let v1::NodeStatus { node: _, connected, last_seen, sent, enforced, generation, error, version } = status;
+        let v1::NodeStatus {
+            node: _,
+            connected,
+            last_seen,
+            sent,
+            enforced,
+            generation,
+            error,
+            version,
+            endpoint: _,
+            lacks,
+        } = status;
+        let error = match (lacks.is_empty(), error.is_empty()) {
+            (true, _) => error,
+            (false, true) => lacking(&lacks),
+            (false, false) => format!("{error}; {}", lacking(&lacks)),
+        };
         let some = |text: String| (!text.is_empty()).then_some(text);
         Self {
             node: node.to_string(),
@@ -102,6 +118,11 @@ impl StatusRow {
             version: some(version),
         }
     }
+}
+
+fn lacking(features: &[String]) -> String {
+    let features: Vec<String> = features.iter().map(|feature| format!("`{feature}`")).collect();
+    format!("it denies what requires {}, which it does not know: upgrade `noded`", features.join(" and "))
 }
 
 impl Row for StatusRow {
@@ -143,6 +164,7 @@ mod tests {
             generation: 3,
             error: error.to_owned(),
             version: "0.1.0".to_owned(),
+            ..v1::NodeStatus::default()
         };
         let nodes = vec![status("web1", true, 17, 17, ""), status("app1", false, 18, 17, "no room")];
         let answer = v1::GetStatusResponse { revision: 18, version: "0.1.0".to_owned(), nodes };

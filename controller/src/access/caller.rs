@@ -56,15 +56,15 @@ pub fn identify(principal: &Principal, state: &State, now: u64) -> Result<Caller
             Err(Status::permission_denied("certificate was replaced by one of other keys; ask for a new invitation"))
         }
     };
-    if network != state.network.name() {
-        return denied(format!("certificate is for network `{network}`, and this is `{}`", state.network.name()));
+    if network != state.network().name() {
+        return denied(format!("certificate is for network `{network}`, and this is `{}`", state.network().name()));
     }
     if now >= *expires_at {
         return denied("certificate has expired; connect again with a new one, or ask for an invitation".to_owned());
     }
     let caller = match identity {
         Identity::Node(id) => {
-            let Some(node) = state.network.nodes().get(id) else {
+            let Some(node) = state.network().nodes().get(id) else {
                 let text = format!("node with id `{id}` was deleted; ask for a new invitation");
                 return Err(Refusal::Deleted.mark(Status::permission_denied(text)));
             };
@@ -81,7 +81,7 @@ pub fn identify(principal: &Principal, state: &State, now: u64) -> Result<Caller
             Caller::Node(NodeCaller { id: *id, name: node.name.clone(), certificate: certificate.clone(), address })
         }
         Identity::Admin(name) => {
-            if state.accounts.admins.get(name).is_none_or(|admin| admin.revoked) {
+            if state.accounts.admins().get(name).is_none_or(|admin| admin.revoked) {
                 return denied(format!("admin `{name}` was revoked; ask for a new invitation"));
             }
             known_key()?;

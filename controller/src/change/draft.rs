@@ -1,49 +1,64 @@
 //! What the state would become by what is asked. Pure: the writer makes it so.
 
-use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
-
 use controller_api::command::describe;
 use controller_api::identity::Identity;
 use controller_api::invitation::Subject;
 use controller_api::nearest::nearest;
-use policy::{Change, Endpoint, Network, NodeId};
+use policy::{Change, Network, NodeId, Rows};
 
 use super::audit::Actor;
 use super::enrol::{self, RedeemError};
 use super::request::{CHANGES_MAX, Outcome, Refusal, Request, position};
 use crate::state::State;
-use crate::store::AuditLine;
-use crate::store::account::{Accounts, Invitation, Invitee, KeyHash, Keys, SecretHash};
+use crate::store::account::{AccountRows, Accounts, Admin, Invitee, KeyHash, Keys, SecretHash};
+use crate::store::{AuditLine, Op, rows};
 
 /// A next state in the making.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Draft {
-    pub network: Arc<Network>,
-    pub accounts: Arc<Accounts>,
-    /// Something changed that the matrix is made of.
-    pub recompile: bool,
+    pub network: Network,
+    pub accounts: Accounts,
     pub audit: Vec<AuditLine>,
+}
+
+/// What a draft changes.
+#[derive(Clone, Debug, Default)]
+pub struct Touched {
+    pub policy: Rows,
+    pub accounts: AccountRows,
 }
 
 impl Draft {
     pub fn of(state: &State) -> Self {
-        Self {
-            network: Arc::clone(&state.network),
-            accounts: Arc::clone(&state.accounts),
-            recompile: false,
-            audit: Vec::new(),
-        }
+        let (mut network, mut accounts) = (state.network().clone(), Accounts::clone(&state.accounts));
+        network.take_touched();
+        accounts.take_touched();
+        Self { network, accounts, audit: Vec::new() }
+    }
+
+    /// What was touched since the last call, and the rows that it becomes in the store.
+    pub fn take_ops(&mut self) -> (Touched, Vec<Op>) {
+        let touched = Touched { policy: self.network.take_touched(), accounts: self.accounts.take_touched() };
+        let mut ops = rows::of_policy(&self.network, &touched.policy);
+        ops.extend(rows::of_accounts(&self.accounts, &touched.accounts));
+        (touched, ops)
     }
 
     /// Does what is asked to the draft; on an error the draft is as it was. `now`: seconds since the epoch.
     pub fn apply(&mut self, actor: &Actor, request: &Request, now: u64) -> Result<Outcome, Refusal> {
+        let before = self.clone();
+        let applied = self.try_apply(actor, request, now);
+        if applied.is_err() {
+            *self = before;
+        }
+        applied
+    }
+
+    fn try_apply(&mut self, actor: &Actor, request: &Request, now: u64) -> Result<Outcome, Refusal> {
         let outcome = match request {
-            Request::Start => self.done(actor, "controller start".to_owned()),
             Request::Change(changes) => return self.change(actor, changes),
             Request::Invite { subject, hash, expires_at } => {
-                let accounts = Arc::make_mut(&mut self.accounts);
-                enrol::invite(&self.network, accounts, subject, *hash, *expires_at, now)?;
+                enrol::invite(&self.network, &mut self.accounts, subject, *hash, *expires_at, now)?;
                 let (kind, name) = match subject {
                     Subject::Node(name) => ("node", name.to_string()),
                     Subject::Admin(name) => ("admin", name.clone()),
@@ -54,14 +69,13 @@ impl Draft {
                 return self.redeem(*hash, keys, *certificate_expires_at, now);
             }
             Request::Rekey { node, shown, requested } => self.rekey(actor, *node, *shown, *requested)?,
-            Request::Observe { node, address } => self.observe(actor, *node, *address)?,
             Request::RevokeAdmin(name) => self.revoke(actor, name)?,
             Request::RenewAdmin { name, requested, certificate_expires_at } => {
                 let identity = Identity::Admin(name.clone());
                 if !self.accounts.accepts(&identity, requested) {
                     return Err(Refusal::NoAdminKey { name: name.clone() });
                 }
-                enrol::renew_admin(Arc::make_mut(&mut self.accounts), &identity, *certificate_expires_at);
+                enrol::renew_admin(&mut self.accounts, &identity, *certificate_expires_at);
                 self.done(actor, format!("admin renew {name}"))
             }
             Request::Leave(node) => {
@@ -82,39 +96,34 @@ impl Draft {
         if count == 0 || count > CHANGES_MAX {
             return Err(Refusal::Count { found: count });
         }
-        let mut network = Network::clone(&self.network);
         let mut warnings = Vec::new();
         for (index, change) in changes.iter().enumerate() {
             let refusal = |reason| Refusal::Change { index, count, reason: Box::new(reason) };
-            let said = network.apply(change).map_err(refusal)?;
+            let deleted = match change {
+                Change::DeleteNode { name } => self.network.node_named(name).map(|node| node.id),
+                _ => None,
+            };
+            let said = self.network.apply(change).map_err(refusal)?;
             warnings.extend(said.iter().map(|warning| format!("{}{warning}", position(index, count))));
+            deleted.into_iter().for_each(|node| self.forget(node));
         }
-        self.recompile |= changes.iter().any(|change| !matches!(change, Change::SetEndpoint { .. }));
         self.audit
             .extend(changes.iter().map(|change| AuditLine { actor: actor.to_string(), change: describe(change) }));
-        self.network = Arc::new(network);
-        self.forget_deleted();
         Ok(Outcome { changed: true, warnings, ..Outcome::default() })
     }
 
-    /// What was known of nodes that are gone.
-    fn forget_deleted(&mut self) {
-        let nodes = self.network.nodes();
-        let gone = |node: &NodeId| !nodes.contains_key(node);
-        let orphaned = |invitation: &Invitation| match &invitation.invitee {
-            Invitee::Node(node) => gone(node),
-            Invitee::Admin(_) => false,
-        };
-        if self.accounts.credentials.keys().any(gone) || self.accounts.invitations.values().any(orphaned) {
-            let accounts = Arc::make_mut(&mut self.accounts);
-            accounts.credentials.retain(|node, _| !gone(node));
-            accounts.invitations.retain(|_, invitation| !orphaned(invitation));
+    /// What was known of a node that is gone.
+    fn forget(&mut self, node: NodeId) {
+        if self.accounts.credentials().contains_key(&node) {
+            self.accounts.put_credential(node, None);
+        }
+        for hash in self.accounts.invitations_of(&Invitee::Node(node)) {
+            self.accounts.put_invitation(hash, None);
         }
     }
 
     fn redeem(&mut self, hash: SecretHash, keys: &Keys, expires_at: u64, now: u64) -> Result<Outcome, Refusal> {
-        let (mut network, mut accounts) = (Network::clone(&self.network), Accounts::clone(&self.accounts));
-        let (redeemed, changed) = enrol::redeem(&mut network, &mut accounts, hash, keys, expires_at, now)?;
+        let (redeemed, changed) = enrol::redeem(&mut self.network, &mut self.accounts, hash, keys, expires_at, now)?;
         if changed {
             let (actor, change) = match (&redeemed.identity, keys.wireguard) {
                 (Identity::Node(_), Some(public_key)) => {
@@ -122,16 +131,13 @@ impl Draft {
                     let name = redeemed
                         .name
                         .parse()
-                        .map_err(|_| RedeemError::Unknown { network: network.name().to_string() })?;
+                        .map_err(|_| RedeemError::Unknown { network: self.network.name().to_string() })?;
                     let change = Change::ActivateNode { name, public_key };
                     (format!("node:{}", redeemed.name), describe(&change))
                 }
                 _ => (format!("admin:{}", redeemed.name), format!("admin join {}", redeemed.name)),
             };
-            self.recompile |= matches!(redeemed.identity, Identity::Node(_));
             self.audit.push(AuditLine { actor, change });
-            self.network = Arc::new(network);
-            self.accounts = Arc::new(accounts);
         }
         Ok(Outcome { changed, redeemed: Some(redeemed), ..Outcome::default() })
     }
@@ -140,57 +146,30 @@ impl Draft {
         if !self.accounts.accepts(&Identity::Node(node), &shown) {
             return Err(Refusal::NoKey { node });
         }
-        let mut credential = self.accounts.credentials.get(&node).cloned().unwrap_or_default();
+        let mut credential = self.accounts.credentials().get(&node).cloned().unwrap_or_default();
         if !enrol::rekey(&mut credential, shown, requested) {
             return Ok(Outcome::default());
         }
-        Arc::make_mut(&mut self.accounts).credentials.insert(node, credential);
+        self.accounts.put_credential(node, Some(credential));
         Ok(self.done(actor, "node renew".to_owned()))
     }
 
-    /// An endpoint that an operator fixed stays, and so does one that did not change.
-    fn observe(&mut self, actor: &Actor, node: NodeId, address: SocketAddr) -> Result<Outcome, Refusal> {
-        let known = self.network.nodes().get(&node).ok_or(Refusal::NoNode { node })?;
-        let endpoint = Endpoint { address, fixed: false };
-        if !is_useful(&self.network, address) || known.endpoint.is_some_and(|old| old.fixed || old == endpoint) {
-            return Ok(Outcome::default());
-        }
-        let change = Change::SetEndpoint { name: known.name.clone(), endpoint: Some(endpoint) };
-        let refusal = |reason| Refusal::Change { index: 0, count: 1, reason: Box::new(reason) };
-        Arc::make_mut(&mut self.network).apply(&change).map_err(refusal)?;
-        Ok(self.done(actor, describe(&change)))
-    }
-
     fn revoke(&mut self, actor: &Actor, name: &str) -> Result<Outcome, Refusal> {
-        let invitee = Invitee::Admin(name.to_owned());
-        let invited = self.accounts.invitations.values().any(|invitation| invitation.invitee == invitee);
-        if !self.accounts.admins.contains_key(name) && !invited {
-            let hint = nearest(name, self.accounts.admins.keys().map(String::as_str));
+        let invited = self.accounts.invitations_of(&Invitee::Admin(name.to_owned()));
+        let admin = self.accounts.admins().get(name).cloned();
+        if admin.is_none() && invited.is_empty() {
+            let hint = nearest(name, self.accounts.admins().keys().map(String::as_str));
             let hint = hint.map(|near| format!(" (did you mean `{near}`?)")).unwrap_or_default();
             return Err(Refusal::UnknownAdmin { name: name.to_owned(), hint });
         }
-        let accounts = Arc::make_mut(&mut self.accounts);
-        accounts.invitations.retain(|_, invitation| invitation.invitee != invitee);
-        if let Some(admin) = accounts.admins.get_mut(name) {
-            admin.revoked = true;
+        for hash in invited {
+            self.accounts.put_invitation(hash, None);
+        }
+        if let Some(admin) = admin {
+            self.accounts.put_admin(name.to_owned(), Some(Admin { revoked: true, ..admin }));
         }
         Ok(self.done(actor, format!("admin revoke {name}")))
     }
-}
-
-/// Whether others can reach a node there: not this machine's own loopback, and not through the mesh itself.
-fn is_useful(network: &Network, address: SocketAddr) -> bool {
-    let ip = address.ip();
-    let link_local = match ip {
-        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
-        IpAddr::V6(v6) => v6.is_unicast_link_local(),
-    };
-    address.port() != 0
-        && !ip.is_loopback()
-        && !ip.is_unspecified()
-        && !ip.is_multicast()
-        && !link_local
-        && !network.roots().contains(ip)
 }
 
 #[cfg(test)]
@@ -229,7 +208,7 @@ mod tests {
 
     /// It is refused with these words, and nothing has changed.
     fn check_refused(draft: &mut Draft, hash: SecretHash, keys: Keys, now: u64, words: &[&str]) {
-        let before = (Arc::clone(&draft.network), Arc::clone(&draft.accounts), draft.audit.len());
+        let before = (draft.network.clone(), draft.accounts.clone(), draft.audit.len());
         let text = redeem(draft, hash, keys, now).expect_err("refused").to_string();
         assert!(words.iter().all(|word| text.contains(word)), "{text}");
         assert_eq!(draft.accounts, before.1);
@@ -246,7 +225,7 @@ mod tests {
         let identity = Identity::Node(node.id);
         assert_eq!(outcome.redeemed, Some(Redeemed { identity: identity.clone(), name: "web2".to_owned() }));
         assert!(draft.accounts.accepts(&identity, &key_hash(50)) && !draft.accounts.accepts(&identity, &key_hash(51)));
-        assert!(outcome.changed && draft.recompile);
+        assert!(outcome.changed && !draft.network.clone().take_touched().nodes.is_empty());
         let line = draft.audit.last().expect("a line");
         assert_eq!((line.actor.as_str(), line.change.starts_with("node join web2 ")), ("node:web2", true));
     }
@@ -296,7 +275,7 @@ mod tests {
         let delete = Request::Change(vec![Change::DeleteNode { name: parse("web2") }]);
         draft.apply(&Actor::Root, &delete, NOW).expect("deleted");
         check_refused(&mut draft, SECRET, keys(50, 60), NOW, &["not known"]);
-        assert!(draft.accounts.invitations.is_empty() && draft.accounts.credentials.len() == 3);
+        assert!(draft.accounts.invitations().is_empty() && draft.accounts.credentials().len() == 3);
     }
 
     #[test]
@@ -335,7 +314,7 @@ mod tests {
         };
         assert!(matches!(renew(&mut draft, 71), Err(Refusal::NoAdminKey { .. })));
         assert!(renew(&mut draft, 70).expect("renewed"));
-        assert_eq!(draft.accounts.admins["alice"].certificate_expires_at, NOW + 999);
+        assert_eq!(draft.accounts.admins()["alice"].certificate_expires_at, NOW + 999);
         draft.apply(&Actor::Root, &Request::RevokeAdmin("alice".to_owned()), NOW).expect("revoked");
         assert!(matches!(renew(&mut draft, 70), Err(Refusal::NoAdminKey { .. })));
         assert!(!draft.accounts.accepts(&identity, &key_hash(70)));
@@ -348,7 +327,7 @@ mod tests {
         assert!(
             draft
                 .accounts
-                .invitations
+                .invitations()
                 .values()
                 .all(|invitation| invitation.invitee != Invitee::Admin("bob".to_owned()))
         );
@@ -379,36 +358,9 @@ mod tests {
         let text = draft.apply(&Actor::Root, &request, NOW).expect_err("refused").to_string();
         assert!(text.starts_with("change 2 of 2: ") && text.contains("`web1`"), "{text}");
         assert_eq!(draft.network.to_parts(), before);
-        assert!(draft.audit.is_empty() && !draft.recompile);
+        assert!(draft.audit.is_empty() && draft.take_ops().1.is_empty());
         let none = draft.apply(&Actor::Root, &Request::Change(Vec::new()), NOW).expect_err("refused");
         assert!(matches!(none, Refusal::Count { found: 0 }));
-    }
-
-    #[test]
-    fn endpoints_are_observed_where_they_help() {
-        let network = network();
-        let mut draft = Draft::of(&state(1, &network));
-        let node = id(&network, "web1");
-        let actor = Actor::Node(parse("web1"));
-        let mut observe = |address: &str| {
-            let request = Request::Observe { node, address: parse(address) };
-            draft.apply(&actor, &request, NOW).expect("an answer").changed
-        };
-        for useless in
-            ["127.0.0.1:51820", "[::1]:51820", "0.0.0.0:1", "10.42.9.9:51820", "169.254.0.1:1", "192.0.2.1:0"]
-        {
-            assert!(!observe(useless), "{useless}");
-        }
-        assert!(observe("192.0.2.1:51820"));
-        assert!(!observe("192.0.2.1:51820"), "nothing new");
-        assert!(observe("[2001:db8::1]:51820"));
-        assert!(!draft.recompile, "the matrix has no endpoints");
-        assert_eq!(draft.audit[0].actor, "node:web1");
-        let fixed = Some(Endpoint { address: parse("192.0.2.9:1"), fixed: true });
-        let fix = Request::Change(vec![Change::SetEndpoint { name: parse("web1"), endpoint: fixed }]);
-        draft.apply(&Actor::Root, &fix, NOW).expect("set");
-        let request = Request::Observe { node, address: parse("192.0.2.1:51820") };
-        assert!(!draft.apply(&actor, &request, NOW).expect("an answer").changed, "an operator's word stays");
     }
 
     #[test]

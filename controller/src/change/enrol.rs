@@ -77,8 +77,12 @@ pub fn invite(
             Invitee::Node(node.id)
         }
     };
-    accounts.invitations.retain(|_, old| old.invitee != invitee || old.redeemed.is_some());
-    accounts.invitations.insert(hash, Invitation { invitee, expires_at, redeemed: None });
+    for old in accounts.invitations_of(&invitee) {
+        if accounts.invitations().get(&old).is_some_and(|old| old.redeemed.is_none()) {
+            accounts.put_invitation(old, None);
+        }
+    }
+    accounts.put_invitation(hash, Some(Invitation { invitee, expires_at, redeemed: None }));
     Ok(())
 }
 
@@ -99,7 +103,7 @@ pub fn redeem(
     now: u64,
 ) -> Result<(Redeemed, bool), RedeemError> {
     let unknown = || RedeemError::Unknown { network: network.name().to_string() };
-    let invitation = accounts.invitations.get(&hash).ok_or_else(unknown)?.clone();
+    let invitation = accounts.invitations().get(&hash).ok_or_else(unknown)?.clone();
     let (kind, name) = match &invitation.invitee {
         Invitee::Node(id) => ("node", network.nodes().get(id).ok_or_else(unknown)?.name.to_string()),
         Invitee::Admin(name) => ("admin", name.clone()),
@@ -136,17 +140,19 @@ pub fn redeem(
     }
     admit(network, accounts, &invitation.invitee, keys, certificate_expires_at)?;
     // Only the newest invitation of a subject says who it is.
-    accounts.invitations.retain(|other, old| old.invitee != invitation.invitee || *other == hash);
-    accounts.invitations.insert(hash, Invitation { redeemed: Some(keys.clone()), ..invitation });
+    for old in accounts.invitations_of(&invitation.invitee) {
+        accounts.put_invitation(old, None);
+    }
+    accounts.put_invitation(hash, Some(Invitation { redeemed: Some(keys.clone()), ..invitation }));
     Ok((redeemed, true))
 }
 
 /// An admin gets a new certificate, and the list of admins says until when. `false`: there is no such admin.
 pub fn renew_admin(accounts: &mut Accounts, identity: &Identity, certificate_expires_at: u64) -> bool {
     match identity {
-        Identity::Admin(name) => match accounts.admins.get_mut(name) {
+        Identity::Admin(name) => match accounts.admins().get(name).cloned() {
             Some(admin) => {
-                admin.certificate_expires_at = certificate_expires_at;
+                accounts.put_admin(name.clone(), Some(Admin { certificate_expires_at, ..admin }));
                 true
             }
             None => false,
@@ -176,12 +182,12 @@ fn admit(
             if let Some(name) = network.nodes().get(id).map(|node| node.name.clone()) {
                 network.apply(&Change::ActivateNode { name, public_key })?;
             }
-            accounts.credentials.insert(*id, Credential { keys: vec![keys.certificate] });
+            accounts.put_credential(*id, Some(Credential { keys: vec![keys.certificate] }));
         }
         (Invitee::Node(_), None) => {}
         (Invitee::Admin(name), _) => {
             let admin = Admin { key: keys.certificate, certificate_expires_at, revoked: false };
-            accounts.admins.insert(name.clone(), admin);
+            accounts.put_admin(name.clone(), Some(admin));
         }
     }
     Ok(())

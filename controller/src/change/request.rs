@@ -1,6 +1,6 @@
 //! What can be asked of the controller, and why it is not done.
 
-use std::net::SocketAddr;
+use std::sync::Arc;
 
 use controller_api::invitation::Subject;
 use policy::{Change, ChangeError, LimitError, NodeId, NodeLimitError, Revision};
@@ -15,8 +15,6 @@ pub const CHANGES_MAX: usize = 10_000;
 /// What is asked for.
 #[derive(Clone, Debug)]
 pub enum Request {
-    /// A controller begins: no earlier process has told a node anything of this revision or a later one.
-    Start,
     /// All or none, in order.
     Change(Vec<Change>),
     Invite {
@@ -34,11 +32,6 @@ pub enum Request {
         node: NodeId,
         shown: KeyHash,
         requested: KeyHash,
-    },
-    /// Where a node was seen.
-    Observe {
-        node: NodeId,
-        address: SocketAddr,
     },
     RevokeAdmin(String),
     /// An admin renews a certificate, of the same key.
@@ -91,6 +84,9 @@ pub enum Refusal {
     UnknownAdmin { name: String, hint: String },
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Of a transaction that others had a part in.
+    #[error(transparent)]
+    NotWritten(Arc<StoreError>),
     #[error("controller is stopping; try again")]
     Stopping,
 }

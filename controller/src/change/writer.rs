@@ -1,33 +1,31 @@
-//! The one writer: every change of the network goes through its queue, one after the other.
+//! The one writer: every change goes through its queue, one after the other, and what waits together is one transaction.
 //!
 //! ```text
-//! request ─► draft (pure) ─► compile, limits ─► rows that differ ─► store, one transaction ─► new state, for everybody
+//! request ─► draft (pure) ─► matrix follows, limits of whom it affects ─► touched rows ─► store
+//! store's log ─► state ─► for everybody
 //! ```
 //!
 //! It has a thread of its own, because compiling and the disk both block.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use policy::{Matrix, Revision};
+use policy::{Affected, Revision};
 use tokio::sync::{mpsc, oneshot};
 
 use super::audit::Actor;
 use super::draft::Draft;
 use super::request::{Outcome, Refusal, Request};
+use crate::follow::dispatcher::Dispatch;
 use crate::metrics::{self, Metrics};
-use crate::state::{Publisher, State};
-use crate::store::{Commit, Precondition, RequestId, Store, StoreError, rows};
+use crate::state::{Followed, LoadError, Policy, Publisher, State};
+use crate::store::{Commit, Precondition, RequestId, Store, Watch};
 
 /// Requests that wait; callers beyond wait for room.
 const QUEUE: usize = 1_024;
-/// Observed endpoints that share one commit, so that a thousand nodes that connect at once are not a thousand commits.
-const BATCH: usize = 1_024;
-/// Revisions between two compactions.
-const COMPACT_EVERY: u64 = 1_024;
-/// Revisions, with the request ids of their changes, that compaction keeps.
-const KEEP: u64 = 16_384;
+/// Requests that share one transaction, each with a revision of its own.
+const BATCH: usize = 256;
 
 /// A request with who asks, and under what conditions.
 #[derive(Clone, Debug)]
@@ -74,145 +72,225 @@ impl Writer {
 pub fn spawn(
     store: Arc<dyn Store>,
     publisher: Publisher,
+    dispatch: Dispatch,
     metrics: Arc<Metrics>,
     clock: fn() -> u64,
-) -> std::io::Result<(Writer, JoinHandle<()>)> {
+) -> Result<(Writer, JoinHandle<()>), LoadError> {
     let (sender, queue) = mpsc::channel(QUEUE);
-    let work = Work { store, publisher, metrics, clock };
-    let thread = std::thread::Builder::new().name("writer".to_owned()).spawn(move || work.run(queue))?;
-    Ok((Writer(sender), thread))
+    let watch = store.watch(publisher.get().revision)?;
+    let work = Work { store, watch, publisher, dispatch, metrics, clock };
+    let thread = std::thread::Builder::new().name("writer".to_owned()).spawn(move || work.run(queue));
+    Ok((Writer(sender), thread.map_err(LoadError::Thread)?))
 }
 
 struct Work {
     store: Arc<dyn Store>,
+    /// The store's log after what was published.
+    watch: Watch,
     publisher: Publisher,
+    dispatch: Dispatch,
     metrics: Arc<Metrics>,
     clock: fn() -> u64,
 }
 
+/// The state that the requests of one transaction lead to, before any of it is committed.
+struct Batch {
+    draft: Draft,
+    policy: Arc<Policy>,
+    /// Of the store, before the first commit.
+    head: Revision,
+    commits: Vec<Commit>,
+    /// Who is answered when the commits are done.
+    waiting: Vec<(Outcome, Reply)>,
+}
+
 impl Work {
-    fn run(self, mut queue: mpsc::Receiver<(Ask, Reply)>) {
-        let mut waiting = None;
-        while let Some((ask, reply)) = waiting.take().or_else(|| queue.blocking_recv()) {
+    fn run(mut self, mut queue: mpsc::Receiver<(Ask, Reply)>) {
+        let mut next = None;
+        while let Some(first) = next.take().or_else(|| queue.blocking_recv()) {
             let start = Instant::now();
-            if is_observation(&ask) {
-                let mut batch = vec![(ask, reply)];
-                while batch.len() < BATCH && waiting.is_none() {
-                    match queue.try_recv() {
-                        Ok(next) if is_observation(&next.0) => batch.push(next),
-                        Ok(next) => waiting = Some(next),
-                        Err(_) => break,
-                    }
+            let mut batch = self.begin();
+            let mut asked = Some(first);
+            while let Some((ask, reply)) = asked.take() {
+                let is_alone = ask.expected.is_some() || ask.dry_run;
+                if is_alone && !batch.commits.is_empty() {
+                    next = Some((ask, reply));
+                    break;
                 }
-                self.observe(batch);
-            } else {
-                let result = self.one(&ask);
-                self.count(&result);
-                // A caller that went away has its change all the same.
-                let _ = reply.send(result);
+                self.add(&mut batch, ask, reply);
+                if is_alone || batch.commits.len() >= BATCH {
+                    break;
+                }
+                asked = queue.try_recv().ok();
             }
+            self.commit(batch);
             metrics::since(&self.metrics.commit_seconds, start);
-            self.compact();
         }
     }
 
-    fn one(&self, ask: &Ask) -> Result<Answer, Refusal> {
+    fn begin(&self) -> Batch {
         let state = self.publisher.get();
-        if let Some(id) = &ask.id
-            && let Some(revision) = self.store.request(id)?
-        {
-            return Ok(Answer { revision, outcome: Outcome::default() });
+        Batch {
+            draft: Draft::of(&state),
+            policy: Arc::clone(&state.policy),
+            head: state.revision,
+            commits: Vec::new(),
+            waiting: Vec::new(),
+        }
+    }
+
+    /// Makes a request part of the batch, or answers it at once.
+    fn add(&self, batch: &mut Batch, ask: Ask, reply: Reply) {
+        match self.draft(batch, &ask) {
+            Ok((_, outcome)) if outcome.changed && !ask.dry_run => batch.waiting.push((outcome, reply)),
+            answered => {
+                let answer = answered.map(|(revision, outcome)| Answer { revision, outcome });
+                self.count(&answer);
+                // A caller that went away has its change all the same.
+                let _ = reply.send(answer);
+            }
+        }
+    }
+
+    /// The revision is that of something that was done before.
+    fn draft(&self, batch: &mut Batch, ask: &Ask) -> Result<(Revision, Outcome), Refusal> {
+        let known = batch.policy.revision;
+        if let Some(id) = &ask.id {
+            if let Some(revision) = self.store.request(id)? {
+                return Ok((revision, Outcome::default()));
+            }
+            if let Some(first) = batch.commits.iter().position(|commit| commit.request.as_ref() == Some(id)) {
+                return Ok((Revision(batch.head.0 + first as u64 + 1), Outcome::default()));
+            }
         }
         if let Some(expected) = ask.expected
-            && expected != state.revision
+            && expected != known
         {
-            return Err(Refusal::Revision { expected, found: state.revision });
+            return Err(Refusal::Revision { expected, found: known });
         }
-        let mut draft = Draft::of(&state);
-        let outcome = draft.apply(&ask.actor, &ask.request, (self.clock)())?;
+        let before = batch.draft.clone();
+        let outcome = batch.draft.apply(&ask.actor, &ask.request, (self.clock)())?;
         if !outcome.changed {
-            return Ok(Answer { revision: state.revision, outcome });
+            return Ok((known, outcome));
         }
-        let revision = self.commit(&state, draft, ask.id.clone(), ask.dry_run)?;
-        Ok(Answer { revision, outcome })
+        let (touched, ops) = batch.draft.take_ops();
+        let revision = Revision(batch.head.0 + batch.commits.len() as u64 + 1);
+        let followed = self.follow(&batch.policy, &batch.draft, revision, &touched.policy);
+        let policy = followed.inspect_err(|_| batch.draft = before.clone())?;
+        if ask.dry_run {
+            batch.draft = before;
+            return Ok((known, outcome));
+        }
+        batch.policy = policy.map_or_else(|| Arc::clone(&batch.policy), Arc::new);
+        batch.commits.push(Commit {
+            request: ask.id.clone(),
+            preconditions: vec![Precondition::At(Revision(revision.0 - 1))],
+            ops,
+            audit: std::mem::take(&mut batch.draft.audit),
+            time: (self.clock)(),
+        });
+        Ok((revision, outcome))
     }
 
-    /// Each is refused or accepted for itself; those accepted are one revision.
-    fn observe(&self, batch: Vec<(Ask, Reply)>) {
-        let state = self.publisher.get();
-        let mut draft = Draft::of(&state);
-        let now = (self.clock)();
-        let mut accepted = Vec::new();
-        for (ask, reply) in batch {
-            match draft.apply(&ask.actor, &ask.request, now) {
-                Ok(outcome) => accepted.push((outcome, reply)),
-                Err(refusal) => {
-                    let _ = reply.send(Err(refusal));
+    /// The policy of the draft, if it is another one, held against the limits of whom it affects.
+    fn follow(
+        &self,
+        policy: &Policy,
+        draft: &Draft,
+        revision: Revision,
+        rows: &policy::Rows,
+    ) -> Result<Option<Policy>, Refusal> {
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        let start = Instant::now();
+        let (policy, affected) = policy.follow(revision, &draft.network, rows).map_err(Refusal::Limit)?;
+        policy.matrix.check_affected(&affected)?;
+        metrics::since(&self.metrics.compile_seconds, start);
+        Ok(Some(policy))
+    }
+
+    /// Writes the batch, shows everybody, and answers.
+    fn commit(&mut self, batch: Batch) {
+        let Batch { commits, waiting, .. } = batch;
+        if commits.is_empty() {
+            return;
+        }
+        match self.store.commit_all(&commits) {
+            Ok(committed) => {
+                self.publish();
+                for ((outcome, reply), committed) in waiting.into_iter().zip(committed) {
+                    self.metrics.commit(metrics::Result::Done);
+                    let _ = reply.send(Ok(Answer { revision: committed.revision, outcome }));
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, changes = commits.len(), "changes could not be written");
+                self.reload();
+                let error = Arc::new(error);
+                for (_, reply) in waiting {
+                    self.metrics.commit(metrics::Result::Failed);
+                    let _ = reply.send(Err(Refusal::NotWritten(Arc::clone(&error))));
                 }
             }
         }
-        let changed = accepted.iter().any(|(outcome, _)| outcome.changed);
-        let result = if changed { self.commit(&state, draft, None, false) } else { Ok(state.revision) };
-        if changed {
-            self.metrics.commit(if result.is_ok() { metrics::Result::Done } else { metrics::Result::Failed });
-        }
-        for (outcome, reply) in accepted {
-            let answer = match &result {
-                Ok(revision) => Ok(Answer { revision: *revision, outcome }),
+    }
+
+    /// Follows the store's log to its end.
+    fn publish(&mut self) {
+        let mut state = State::clone(&self.publisher.get());
+        let mut all: Option<Affected> = None;
+        loop {
+            let entry = match self.watch.next(Duration::ZERO) {
+                Ok(Some(entry)) => entry,
+                Ok(None) => break,
                 Err(error) => {
-                    tracing::warn!(%error, "an observed endpoint could not be stored");
-                    Err(Refusal::Stopping)
+                    tracing::error!(%error, "the store's log could not be followed");
+                    return self.reload();
                 }
             };
-            let _ = reply.send(answer);
+            match state.follow(&entry) {
+                Ok((next, Followed { policy, credentials })) => {
+                    state = next;
+                    match (&mut all, policy) {
+                        (Some(all), Some(more)) => all.extend(&more),
+                        (None, Some(first)) => all = Some(first),
+                        (_, None) => {}
+                    }
+                    self.dispatch.doubt(credentials);
+                }
+                Err(error) => {
+                    tracing::error!(%error, revision = %entry.revision, "a revision could not be followed");
+                    return self.reload();
+                }
+            }
         }
+        self.show(state, all);
     }
 
-    /// Compiles, writes, and shows everybody.
-    fn commit(
-        &self,
-        state: &State,
-        draft: Draft,
-        request: Option<RequestId>,
-        dry_run: bool,
-    ) -> Result<Revision, Refusal> {
-        let Draft { network, accounts, recompile, audit } = draft;
-        let matrix = if recompile {
-            let start = Instant::now();
-            let matrix = Matrix::compile(&network).map_err(Refusal::Limit)?;
-            matrix.check_slices(&network)?;
-            metrics::since(&self.metrics.compile_seconds, start);
-            Arc::new(matrix)
-        } else {
-            Arc::clone(&state.matrix)
-        };
-        if dry_run {
-            return Ok(state.revision);
-        }
-        let commit = Commit {
-            request,
-            preconditions: vec![Precondition::At(state.revision)],
-            ops: rows::diff(Some((&state.network, &state.accounts)), (&network, &accounts)),
-            audit,
-            time: (self.clock)(),
-        };
-        let committed = self.store.commit(&commit).inspect_err(|error| self.recover(error))?;
-        self.publish(State { revision: committed.revision, network, matrix, accounts });
-        Ok(committed.revision)
-    }
-
-    fn publish(&self, state: State) {
-        self.metrics.revision.set(state.revision.0);
-        self.metrics.nodes.set(i64::try_from(state.network.nodes().len()).unwrap_or(i64::MAX));
+    fn show(&self, state: State, affected: Option<Affected>) {
+        self.metrics.revision.set(state.policy.revision.0);
+        self.metrics.nodes.set(i64::try_from(state.network().nodes().len()).unwrap_or(i64::MAX));
+        let policy = Arc::clone(&state.policy);
         self.publisher.publish(state);
+        if let Some(affected) = affected {
+            self.dispatch.publish(policy, affected);
+        }
     }
 
-    /// After a commit that failed, what the store holds is the truth.
-    fn recover(&self, error: &StoreError) {
-        tracing::error!(%error, "a change could not be written");
-        match State::load(&*self.store) {
-            Ok(state) if state.revision != self.publisher.get().revision => self.publish(state),
-            Ok(_) => {}
+    /// After something that failed, what the store holds is the truth.
+    fn reload(&mut self) {
+        let reloaded = State::load(&*self.store).and_then(|state| Ok((self.store.watch(state.revision)?, state)));
+        match reloaded {
+            Ok((watch, state)) => {
+                self.watch = watch;
+                if state.revision != self.publisher.get().revision {
+                    let everybody = state.policy.matrix.nodes().collect();
+                    let affected =
+                        Affected { common: true, is_everybody: true, nodes: everybody, ..Affected::default() };
+                    self.show(state, Some(affected));
+                }
+            }
             Err(error) => tracing::error!(%error, "the store could not be read again"),
         }
     }
@@ -224,18 +302,4 @@ impl Work {
             Err(_) => metrics::Result::Refused,
         });
     }
-
-    fn compact(&self) {
-        let revision = self.publisher.get().revision.0;
-        if revision.is_multiple_of(COMPACT_EVERY)
-            && revision > KEEP
-            && let Err(error) = self.store.compact(Revision(revision - KEEP))
-        {
-            tracing::warn!(%error, "old revisions could not be compacted");
-        }
-    }
-}
-
-fn is_observation(ask: &Ask) -> bool {
-    matches!(ask.request, Request::Observe { .. }) && ask.id.is_none() && ask.expected.is_none() && !ask.dry_run
 }

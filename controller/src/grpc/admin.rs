@@ -17,6 +17,8 @@ use crate::access::caller::Caller;
 use crate::change;
 use crate::change::audit::Actor;
 use crate::change::writer::Ask;
+use crate::state::State;
+use crate::state::directory::Directory;
 use crate::store;
 use crate::store::account::SecretHash;
 
@@ -55,8 +57,8 @@ fn invalid(error: &dyn std::error::Error) -> Status {
 impl Admin for AdminService {
     async fn get_network(&self, _: Request<v1::GetNetworkRequest>) -> Result<Response<v1::GetNetworkResponse>, Status> {
         let state = self.context.current.get();
-        let network = Some(v1::Network::from(&*state.network));
-        Ok(Response::new(v1::GetNetworkResponse { revision: state.revision.0, network }))
+        let network = Some(v1::Network::from(state.network()));
+        Ok(Response::new(v1::GetNetworkResponse { revision: state.policy.revision.0, network }))
     }
 
     async fn change(&self, request: Request<v1::ChangeRequest>) -> Result<Response<v1::ChangeResponse>, Status> {
@@ -98,7 +100,7 @@ impl Admin for AdminService {
         let asked = change::Request::Invite { subject: subject.clone(), hash: SecretHash(secret.hash()), expires_at };
         self.ask(Ask::new(actor, asked)).await?;
         let invitation = Invitation {
-            network: state.network.name().clone(),
+            network: state.network().name().clone(),
             subject,
             endpoints,
             fingerprint: self.context.authority.fingerprint(),
@@ -111,7 +113,7 @@ impl Admin for AdminService {
     async fn get_status(&self, _: Request<v1::GetStatusRequest>) -> Result<Response<v1::GetStatusResponse>, Status> {
         let state = self.context.current.get();
         let status = |node: &policy::NodeId| {
-            let report = self.context.followers.report(*node);
+            let report = self.context.dispatch.reports.of(*node);
             v1::NodeStatus {
                 node: node.0,
                 connected: report.connected,
@@ -121,16 +123,18 @@ impl Admin for AdminService {
                 generation: report.generation.0,
                 error: report.error,
                 version: report.version,
+                endpoint: endpoint(&state, &self.context.dispatch.directory, *node),
+                lacks: report.lacks,
             }
         };
-        let nodes = state.network.nodes().keys().map(status).collect();
+        let nodes = state.network().nodes().keys().map(status).collect();
         let version = crate::VERSION.to_owned();
-        Ok(Response::new(v1::GetStatusResponse { revision: state.revision.0, version, nodes }))
+        Ok(Response::new(v1::GetStatusResponse { revision: state.policy.revision.0, version, nodes }))
     }
 
     async fn list_admins(&self, _: Request<v1::ListAdminsRequest>) -> Result<Response<v1::ListAdminsResponse>, Status> {
         let state = self.context.current.get();
-        let admins = state.accounts.admins.iter().map(|(name, admin)| v1::AdminAccount {
+        let admins = state.accounts.admins().iter().map(|(name, admin)| v1::AdminAccount {
             name: name.clone(),
             certificate_expires_at: admin.certificate_expires_at,
             revoked: admin.revoked,
@@ -192,6 +196,12 @@ impl Admin for AdminService {
         };
         Ok(Response::new(v1::ListAuditResponse { entries: entries.into_iter().map(entry).collect() }))
     }
+}
+
+/// Where a node is reached: where an operator says, else where it was seen.
+fn endpoint(state: &State, directory: &Directory, node: policy::NodeId) -> String {
+    let configured = state.network().nodes().get(&node).and_then(|node| node.endpoint);
+    configured.or_else(|| directory.get(node)).map(|endpoint| endpoint.to_string()).unwrap_or_default()
 }
 
 fn subject_of(subject: Option<v1::invite_request::Subject>) -> Result<Subject, Status> {

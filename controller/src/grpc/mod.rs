@@ -19,7 +19,7 @@ use crate::access::gate::{Door, Gate};
 use crate::change::enrol::{InviteError, RedeemError};
 use crate::change::request::Refusal;
 use crate::change::writer::Writer;
-use crate::follow::Followers;
+use crate::follow::dispatcher::Dispatch;
 use crate::metrics::Metrics;
 use crate::socket::connection::Incoming;
 use crate::socket::throttle::Throttle;
@@ -28,7 +28,6 @@ use crate::state::Current;
 use crate::store::{Store, StoreError};
 
 pub mod admin;
-pub mod endpoints;
 pub mod enrol;
 pub mod sync;
 
@@ -45,7 +44,7 @@ const HEADERS: u32 = 16_384;
 pub struct Context {
     pub current: Current,
     pub writer: Writer,
-    pub followers: Followers,
+    pub dispatch: Dispatch,
     pub store: Arc<dyn Store>,
     pub authority: Arc<Authority>,
     pub metrics: Arc<Metrics>,
@@ -171,16 +170,21 @@ pub(crate) fn refused(refusal: &Refusal) -> Status {
         },
         Refusal::NoNode { .. } | Refusal::UnknownAdmin { .. } => Code::NotFound,
         Refusal::NoKey { .. } | Refusal::NoAdminKey { .. } => Code::PermissionDenied,
-        Refusal::Store(error) => match error {
-            StoreError::Moved { .. } | StoreError::Conflict { .. } => Code::Aborted,
-            StoreError::RequestReused { .. } => Code::AlreadyExists,
-            StoreError::TooLong { .. } => Code::InvalidArgument,
-            StoreError::Full { .. } => Code::ResourceExhausted,
-            _ => Code::Internal,
-        },
+        Refusal::Store(error) => store_code(error),
+        Refusal::NotWritten(error) => store_code(error),
         Refusal::Stopping => Code::Unavailable,
     };
     Status::new(code, text(refusal))
+}
+
+fn store_code(error: &StoreError) -> Code {
+    match error {
+        StoreError::Moved { .. } | StoreError::Conflict { .. } => Code::Aborted,
+        StoreError::RequestReused { .. } => Code::AlreadyExists,
+        StoreError::TooLong { .. } => Code::InvalidArgument,
+        StoreError::Full { .. } => Code::ResourceExhausted,
+        _ => Code::Internal,
+    }
 }
 
 #[cfg(test)]

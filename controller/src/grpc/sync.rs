@@ -4,38 +4,36 @@ use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
-use controller_api::convert::address_from_wire;
+use controller_api::convert::{address_from_wire, digest_from_wire};
 use controller_api::defaults::{NODE_CERTIFICATE_LIFETIME, UPDATE_QUEUE};
 use controller_api::identity::Identity;
-use controller_api::refusal::Refusal;
 use controller_api::v1;
 use controller_api::v1::follow_request::Kind;
 use controller_api::v1::sync_server::Sync;
-use policy::{Flow, Generation, Network, NodeId, Revision, SliceDelta};
-use prost::Message as _;
-use tokio::sync::mpsc;
+use policy::{Flow, Generation, Network, NodeId, Revision};
+use tokio::sync::{Notify, mpsc};
 use tokio::time::timeout;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::endpoints::{self, Endpoints};
 use super::{Context, refused, text};
 use crate::access::authority::CertificateRequest;
 use crate::access::caller::{Caller, NodeCaller, identify};
 use crate::change;
 use crate::change::audit::Actor;
 use crate::change::writer::Ask;
-use crate::follow::{ERROR_MAX, Follow, Replaced, Reporter, Step};
-use crate::metrics;
+use crate::follow::dispatcher::{End, Follower, Queued};
+use crate::follow::report::{ERROR_MAX, Said, StreamId};
 use crate::socket::principal::Principal;
 use crate::socket::throttle::Throttle;
-use crate::state::{Current, State};
 
 /// How long a node may take to say hello on its stream.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of an agent's version that are kept.
 const VERSION_MAX: usize = 64;
+/// Features that a node lacks, of which note is taken.
+const LACKS_MAX: usize = 16;
 /// How long a node that has no part any more, and does not read, has to hear its last word.
 const LAST_WORD: Duration = Duration::from_secs(5);
 
@@ -43,13 +41,11 @@ const LAST_WORD: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct SyncService {
     context: Context,
-    endpoints: Endpoints,
 }
 
 impl SyncService {
     pub fn new(context: Context) -> Self {
-        let endpoints = Endpoints::new(context.writer.clone(), endpoints::INTERVAL);
-        Self { context, endpoints }
+        Self { context }
     }
 }
 
@@ -61,11 +57,11 @@ fn node<T>(request: &Request<T>) -> Result<NodeCaller, Status> {
     }
 }
 
-type Updates = mpsc::Sender<Result<v1::Update, Status>>;
+type Queue = mpsc::Sender<Queued>;
 
 #[tonic::async_trait]
 impl Sync for SyncService {
-    type FollowStream = Pin<Box<dyn Stream<Item = Result<v1::Update, Status>> + Send>>;
+    type FollowStream = Pin<Box<dyn Stream<Item = Queued> + Send>>;
 
     async fn follow(
         &self,
@@ -73,8 +69,8 @@ impl Sync for SyncService {
     ) -> Result<Response<Self::FollowStream>, Status> {
         let node = node(&request)?;
         let requests = request.into_inner();
-        let (updates, receiver) = mpsc::channel(UPDATE_QUEUE);
-        let session = Session { context: self.context.clone(), endpoints: self.endpoints.clone(), node, updates };
+        let (queue, receiver) = mpsc::channel(UPDATE_QUEUE);
+        let session = Session { context: self.context.clone(), node, queue };
         tokio::spawn(session.run(requests));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
@@ -109,18 +105,18 @@ impl Sync for SyncService {
             port: u16::try_from(port).map_err(|_| invalid("port", port, 65_535))?,
         };
         let state = self.context.current.get();
-        if ![flow.source, flow.destination].into_iter().any(|end| stands_for(&state.network, caller.id, end)) {
+        if ![flow.source, flow.destination].into_iter().any(|end| stands_for(state.network(), caller.id, end)) {
             return Err(Status::permission_denied(format!(
                 "node `{}` stands for neither `{}` nor `{}`, and hears of its own flows only; ask at one of the two, or \
                  as an admin (`meshctl policy explain`)",
                 caller.name, flow.source, flow.destination
             )));
         }
-        let verdict = policy::interpret(&state.network, &flow);
-        let cidr = |address| state.network.cidr_of(address).map(|cidr| cidr.name.to_string()).unwrap_or_default();
-        let rule = verdict.rule.and_then(|rule| state.network.rules().get(&rule));
+        let verdict = policy::interpret(state.network(), &flow);
+        let cidr = |address| state.network().cidr_of(address).map(|cidr| cidr.name.to_string()).unwrap_or_default();
+        let rule = verdict.rule.and_then(|rule| state.network().rules().get(&rule));
         Ok(Response::new(v1::ExplainResponse {
-            revision: state.revision.0,
+            revision: state.policy.revision.0,
             verdict: Some(v1::PolicyVerdict::from(&verdict)),
             source_cidr: cidr(flow.source),
             destination_cidr: cidr(flow.destination),
@@ -139,9 +135,8 @@ impl Sync for SyncService {
 /// One stream of one node.
 struct Session {
     context: Context,
-    endpoints: Endpoints,
     node: NodeCaller,
-    updates: Updates,
+    queue: Queue,
 }
 
 impl Session {
@@ -155,140 +150,104 @@ impl Session {
             }
             Err(_) => return self.end(Status::deadline_exceeded("node did not say hello in time; it tries again")),
         };
-        let v1::Hello { revision, listen_port, endpoint, version } = hello;
-        let version = plain(&version, VERSION_MAX);
-        let address = match observed(&self.node, listen_port, &endpoint) {
-            Ok(address) => address,
+        let follower = match self.follower(hello) {
+            Ok(follower) => follower,
             Err(status) => return self.end(status),
         };
-        if let Some(address) = address {
-            self.endpoints.observe(self.node.id, self.node.name.clone(), address);
-        }
-        let now = self.context.now();
-        let (follow, replaced) = self.context.followers.open(self.node.id, Revision(revision), version, now);
-        tracing::info!(held = revision, "a node follows");
-        let reporter = follow.reporter();
+        tracing::info!(held = %follower.revision, "a node follows");
+        let mut following = self.context.dispatch.open(follower, self.context.now());
         let mut stop = self.context.stop.clone();
+        let lifetime = self.node.certificate.expires_at.saturating_sub(self.context.now());
+        let stream = following.stream;
         let status = tokio::select! {
-            status = self.push(follow, replaced) => status,
-            status = self.listen(requests, reporter) => status,
+            end = &mut following.end => Some(self.told(end)),
+            status = self.doubted(&following.doubt) => Some(status),
+            status = self.listen(requests, stream) => status,
+            () = self.queue.closed() => None,
+            () = tokio::time::sleep(Duration::from_secs(lifetime)) => Some(has_expired()),
             _ = stop.wait_for(|stop| *stop) => Some(Status::unavailable("controller is stopping; connect again")),
         };
         match status {
             Some(status) => {
                 tracing::info!(reason = status.message(), "a node was sent away");
-                self.end(status);
+                // The dispatcher's queue may be full of what comes before it.
+                let _ = timeout(LAST_WORD, self.queue.send(Err(status))).await;
             }
             None => tracing::info!("a node is gone"),
         }
     }
 
-    /// Sends what concerns the node, until it is gone (`None`) or must go.
-    async fn push(&self, mut follow: Follow, mut replaced: Replaced) -> Option<Status> {
-        let mut current = self.context.current.clone();
-        let lifetime = self.node.certificate.expires_at.saturating_sub(self.context.now());
-        let expired = tokio::time::sleep(Duration::from_secs(lifetime));
-        tokio::pin!(expired);
+    fn follower(&self, hello: v1::Hello) -> Result<Follower, Status> {
+        let v1::Hello { revision, listen_port, endpoint, version, digest, features: _ } = hello;
+        let endpoint = observed(&self.node, listen_port, &endpoint)?;
+        let digest =
+            digest_from_wire("hello.digest", &digest).map_err(|error| Status::invalid_argument(text(&error)))?;
+        let version = plain(&version, VERSION_MAX);
+        let (node, revision, queue) = (self.node.id, Revision(revision), self.queue.clone());
+        Ok(Follower { node, version, revision, digest, endpoint, queue })
+    }
+
+    /// What to say to a node whose stream must end.
+    fn told(&self, end: Result<End, tokio::sync::oneshot::error::RecvError>) -> Status {
+        match end {
+            Ok(End::Replaced) => taken_over(),
+            // One that is active again begins anew.
+            Ok(End::Dismissed) => {
+                self.identify().err().unwrap_or_else(|| Status::unavailable("node was not active; connect again"))
+            }
+            Err(_) => Status::unavailable("controller is stopping; connect again"),
+        }
+    }
+
+    /// Waits until the node's certificate is refused.
+    async fn doubted(&self, doubt: &Notify) -> Status {
         loop {
-            if self.updates.capacity() == 0 {
-                self.context.metrics.slow_nodes.inc();
-            }
-            // Room first, the newest state then: what came meanwhile is one update.
-            let room = tokio::select! {
-                biased;
-                room = self.updates.reserve() => room.ok()?,
-                () = replaced.wait() => return Some(taken_over()),
-                () = &mut expired => return Some(has_expired()),
-                status = self.without_part(&mut current) => {
-                    // Nobody reads it; but a node that comes back begins anew.
-                    follow.dismiss(&current.get());
-                    return Some(status);
-                }
-            };
-            let state = current.take();
-            let refused = self.identify(&state).err();
-            let start = Instant::now();
-            let step = match &refused {
-                None => follow.step(&state),
-                Some(status) if Refusal::of(status).is_some() => follow.dismiss(&state),
-                Some(_) => return refused,
-            };
-            metrics::since(&self.context.metrics.publish_seconds, start);
-            match step {
-                Step::Nothing => {}
-                Step::Send(delta) => room.send(Ok(self.update(&delta))),
-                Step::Dismiss(last) => {
-                    if let Some(delta) = last {
-                        room.send(Ok(self.update(&delta)));
-                    }
-                    return refused.or_else(|| Some(not_active(&self.node)));
-                }
-                Step::Replaced => return Some(taken_over()),
-            }
-            tokio::select! {
-                more = current.changed() => if !more { return Some(Status::unavailable("controller is stopping")) },
-                () = replaced.wait() => return Some(taken_over()),
-                () = self.updates.closed() => return None,
-                () = &mut expired => return Some(has_expired()),
+            doubt.notified().await;
+            if let Err(status) = self.identify() {
+                return status;
             }
         }
     }
 
-    fn identify(&self, state: &State) -> Result<Caller, Status> {
+    fn identify(&self) -> Result<Caller, Status> {
         let principal = Principal::Certified {
             address: SocketAddr::new(self.node.address, 0),
             certificate: self.node.certificate.clone(),
         };
-        identify(&principal, state, self.context.now())
+        identify(&principal, &self.context.current.get(), self.context.now())
     }
 
-    /// Waits until the node has had no part in the network for as long as it may take to hear so.
-    async fn without_part(&self, current: &mut Current) -> Status {
-        loop {
-            if let Err(status) = self.identify(&current.take()) {
-                tokio::time::sleep(LAST_WORD).await;
-                return status;
-            }
-            if !current.changed().await {
-                return Status::unavailable("controller is stopping");
-            }
-        }
-    }
-
-    fn update(&self, delta: &SliceDelta) -> v1::Update {
-        let update = v1::Update::from(delta);
-        let kind = if delta.from == Revision(0) { metrics::Update::Snapshot } else { metrics::Update::Delta };
-        self.context.metrics.update(kind, update.encoded_len());
-        update
-    }
-
-    /// Hears what the node enforces.
-    async fn listen(&self, mut requests: Streaming<v1::FollowRequest>, reporter: Reporter) -> Option<Status> {
+    /// Hears what the node enforces. What else a newer node says is ignored.
+    async fn listen(&self, mut requests: Streaming<v1::FollowRequest>, stream: StreamId) -> Option<Status> {
         let (lines, mut last) = (Throttle::default(), None);
         loop {
             let acknowledgement = match requests.message().await {
                 Ok(Some(v1::FollowRequest { kind: Some(Kind::Acknowledgement(acknowledgement)) })) => acknowledgement,
-                Ok(Some(_)) => {
-                    return Some(Status::invalid_argument("node said something else than an acknowledgement"));
+                Ok(Some(v1::FollowRequest { kind: Some(Kind::Hello(_)) })) => {
+                    return Some(Status::invalid_argument("node said hello twice on one stream; upgrade `noded`"));
                 }
+                Ok(Some(v1::FollowRequest { kind: None })) => continue,
                 Ok(None) => return None,
                 Err(status) => {
                     tracing::debug!(reason = status.message(), "a stream broke");
                     return None;
                 }
             };
-            let v1::Acknowledgement { revision, generation, error } = acknowledgement;
+            let v1::Acknowledgement { revision, generation, error, lacks } = acknowledgement;
             let error = plain(&error, ERROR_MAX);
-            let said = (!error.is_empty()).then(|| (revision, error.clone()));
+            let lacks: Vec<String> = lacks.iter().take(LACKS_MAX).map(|feature| plain(feature, VERSION_MAX)).collect();
+            let said = (!error.is_empty() || !lacks.is_empty()).then(|| (revision, error.clone(), lacks.clone()));
             if said != last
                 && said.is_some()
                 && let Some(suppressed) = lines.pass(Instant::now())
             {
-                tracing::warn!(revision, error, suppressed, "a node cannot enforce what it was sent");
+                let lacks = lacks.join(", ");
+                tracing::warn!(revision, error, lacks, suppressed, "a node cannot enforce what it was sent");
             }
             last = said;
-            let now = self.context.now();
-            if let Err(error) = reporter.acknowledge(Revision(revision), Generation(generation), &error, now) {
+            let said = Said { revision: Revision(revision), generation: Generation(generation), error, lacks };
+            let reports = &self.context.dispatch.reports;
+            if let Err(error) = reports.acknowledge(self.node.id, stream, said, self.context.now()) {
                 return Some(Status::invalid_argument(text(&error)));
             }
         }
@@ -296,12 +255,8 @@ impl Session {
 
     /// The last word, unless the queue is full: then the stream just ends.
     fn end(&self, status: Status) {
-        let _ = self.updates.try_send(Err(status));
+        let _ = self.queue.try_send(Err(status));
     }
-}
-
-fn not_active(node: &NodeCaller) -> Status {
-    Refusal::NotActive.mark(Status::permission_denied(format!("node `{}` is not active", node.name)))
 }
 
 fn has_expired() -> Status {

@@ -1,22 +1,38 @@
-//! The network as it is at one revision: what every answer is computed from.
+//! What the controller knows: the policy and the accounts, from the store, and the directory, from what nodes say.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use policy::{LimitError, Matrix, Network, NodeId, NodeState, Revision};
+use ::policy::{Affected, ChangeError, LimitError, Network, NodeId, Revision};
 use tokio::sync::watch;
 
 use crate::store::account::Accounts;
-use crate::store::rows::{self, RowError};
-use crate::store::{Store, StoreError};
+use crate::store::rows::{self, Changed, RowError};
+use crate::store::{Entry, Store, StoreError};
 
-/// Everything that belongs to one revision. Never changed: the next revision is another one.
-#[derive(Debug)]
+pub mod directory;
+pub mod history;
+pub mod policy;
+
+pub use self::policy::Policy;
+
+/// What the store holds at one revision. Never changed: the next revision is another one. Its parts are shared with the
+/// next one where that leaves them alone.
+#[derive(Clone, Debug)]
 pub struct State {
+    /// Of the store. The policy's own is that of the last commit that touched it.
     pub revision: Revision,
-    pub network: Arc<Network>,
-    /// Compiled from `network`.
-    pub matrix: Arc<Matrix>,
+    pub policy: Arc<Policy>,
     pub accounts: Arc<Accounts>,
+}
+
+/// What one revision of the store means for those who follow.
+#[derive(Debug, Default)]
+pub struct Followed {
+    /// Whom it affects; `None`: it does not touch the policy.
+    pub policy: Option<Affected>,
+    /// The nodes whose certificates may be refused now.
+    pub credentials: BTreeSet<NodeId>,
 }
 
 /// Why the store's content is no state.
@@ -28,6 +44,14 @@ pub enum LoadError {
     Row(#[from] RowError),
     #[error("the stored policy is beyond this controllerd's limits; run the version that accepted it")]
     Limit(#[from] LimitError),
+    #[error("failed to start a thread")]
+    Thread(#[source] std::io::Error),
+    #[error("revision `{revision}` of the store contradicts what was there; restore a copy of the state directory")]
+    Change {
+        revision: Revision,
+        #[source]
+        reason: ChangeError,
+    },
 }
 
 impl State {
@@ -35,21 +59,39 @@ impl State {
     pub fn load(store: &dyn Store) -> Result<Self, LoadError> {
         let snapshot = store.snapshot()?;
         let (network, accounts) = rows::decode(&snapshot.rows)?;
-        let matrix = Matrix::compile(&network)?;
-        Ok(Self {
-            revision: snapshot.revision,
-            network: Arc::new(network),
-            matrix: Arc::new(matrix),
-            accounts: Arc::new(accounts),
-        })
+        let policy = Policy::compile(snapshot.revision, &network)?;
+        Ok(Self { revision: snapshot.revision, policy: Arc::new(policy), accounts: Arc::new(accounts) })
+    }
+
+    /// The state after one more revision of the store, which leaves alone what it does not touch.
+    pub fn follow(&self, entry: &Entry) -> Result<(Self, Followed), LoadError> {
+        let mut next = Self { revision: entry.revision, ..self.clone() };
+        let mut followed = Followed::default();
+        let Changed { policy, accounts } = rows::changed(&entry.ops)?;
+        if let Some(replacement) = policy {
+            let mut network = self.network().clone();
+            network.take_touched();
+            network.replace(replacement).map_err(|reason| LoadError::Change { revision: entry.revision, reason })?;
+            let rows = network.take_touched();
+            let (policy, affected) = self.policy.follow(entry.revision, &network, &rows)?;
+            (next.policy, followed.policy) = (Arc::new(policy), Some(affected));
+        }
+        if !accounts.is_empty() {
+            let mut changed = Accounts::clone(&self.accounts);
+            accounts.into_iter().for_each(|change| changed.follow(change));
+            followed.credentials = changed.take_touched().credentials;
+            next.accounts = Arc::new(changed);
+        }
+        Ok((next, followed))
+    }
+
+    pub fn network(&self) -> &Network {
+        self.policy.network()
     }
 
     /// Whether this node may speak to the controller and its peers.
     pub fn is_active(&self, node: NodeId, now: u64) -> bool {
-        let Some(node) = self.network.nodes().get(&node) else {
-            return false;
-        };
-        node.state == NodeState::Active && node.expires_at.is_none_or(|expires_at| now < expires_at)
+        self.policy.is_active(node, now)
     }
 }
 
@@ -70,16 +112,6 @@ pub fn channel(state: State) -> (Publisher, Current) {
 impl Current {
     pub fn get(&self) -> Arc<State> {
         Arc::clone(&self.0.borrow())
-    }
-
-    /// As [`Current::get`]; [`Current::changed`] then waits for the next one.
-    pub fn take(&mut self) -> Arc<State> {
-        Arc::clone(&self.0.borrow_and_update())
-    }
-
-    /// Waits for a state that was not taken yet. `false`: there will be none.
-    pub async fn changed(&mut self) -> bool {
-        self.0.changed().await.is_ok()
     }
 }
 

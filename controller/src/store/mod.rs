@@ -145,6 +145,10 @@ pub trait Store: Send + Sync + fmt::Debug {
     fn snapshot(&self) -> Result<Snapshot, StoreError>;
     /// Preconditions, rows, request id and audit lines in one transaction.
     fn commit(&self, commit: &Commit) -> Result<Committed, StoreError>;
+    /// Several commits, each with a revision of its own, all or none: those of one transaction.
+    fn commit_all(&self, commits: &[Commit]) -> Result<Vec<Committed>, StoreError> {
+        commits.iter().map(|commit| self.commit(commit)).collect()
+    }
     /// The revision at which this request was done, if it was and is not compacted away.
     fn request(&self, request: &RequestId) -> Result<Option<Revision>, StoreError>;
     /// Every revision after this one, in order: those that are, then those to come.

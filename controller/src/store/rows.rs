@@ -1,13 +1,17 @@
 //! The rows of the store. Objects of the policy are the wire's messages; what only the controller knows of (invitations,
 //! credentials, admins, its own settings) has messages here. Field numbers are never given out twice.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use controller_api::{ConvertError, v1};
-use policy::{ChangeError, Network, NetworkParts, NodeId};
+use policy::{
+    ChangeError, CidrId, GroupId, Header, Map, Network, NetworkParts, NodeId, Replacement, Rows, RuleId, ServiceId,
+};
 use prost::Message;
 
-use super::account::{Accounts, Admin, Credential, Invitation, Invitee, KeyHash, Keys, SecretHash, Settings};
+use super::account::{
+    AccountRows, Accounts, Admin, Credential, Invitation, Invitee, KeyHash, Keys, SecretHash, Settings,
+};
 use super::{Key, Op};
 
 /// A row that cannot be read.
@@ -90,23 +94,8 @@ pub fn decode(rows: &BTreeMap<Key, Vec<u8>>) -> Result<(Network, Accounts), RowE
             "group" => groups.push(message(key, bytes)?),
             "service" => services.push(message(key, bytes)?),
             "rule" => rules.push(message(key, bytes)?),
-            "settings" => {
-                let row::Settings { endpoints, authority } = message(key, bytes)?;
-                accounts.settings = Settings { endpoints, authority };
-            }
-            "invitation" => {
-                let hash = SecretHash(from_hex(key, id)?);
-                accounts.invitations.insert(hash, invitation(key, message(key, bytes)?)?);
-            }
-            "credential" => {
-                let row::Credential { keys } = message(key, bytes)?;
-                let keys = keys.iter().map(|hash| key_hash(key, hash)).collect::<Result<_, _>>()?;
-                accounts.credentials.insert(node_id(key, id)?, Credential { keys });
-            }
-            "admin" => {
-                let row::Admin { key: hash, certificate_expires_at, revoked } = message(key, bytes)?;
-                let admin = Admin { key: key_hash(key, &hash)?, certificate_expires_at, revoked };
-                accounts.admins.insert(id.to_owned(), admin);
+            "settings" | "invitation" | "credential" | "admin" => {
+                accounts.follow(account_change(key, kind, id, Some(bytes))?);
             }
             _ => return Err(RowError::Row { key: key.clone(), reason: "is of an unknown kind" }),
         }
@@ -114,6 +103,7 @@ pub fn decode(rows: &BTreeMap<Key, Vec<u8>>) -> Result<(Network, Accounts), RowE
     let head = network.ok_or(RowError::NoNetwork)?;
     let whole = v1::Network { cidrs, nodes, groups, services, rules, ..head };
     let parts = NetworkParts::try_from(whole).map_err(RowError::Convert)?;
+    accounts.take_touched();
     Ok((Network::from_parts(parts).map_err(RowError::Network)?, accounts))
 }
 
@@ -167,34 +157,49 @@ fn invitation(key: &Key, row: row::Invitation) -> Result<Invitation, RowError> {
     Ok(Invitation { invitee, expires_at, redeemed })
 }
 
-/// The operations that make `new` out of `old`, in the order of their keys. `old`: `None` for an empty store.
-pub fn diff(old: Option<(&Network, &Accounts)>, new: (&Network, &Accounts)) -> Vec<Op> {
-    let mut ops = Vec::new();
-    let (network, accounts) = new;
-    let head = header(network);
-    if old.map(|(network, _)| header(network)).as_ref() != Some(&head) {
-        ops.push(Op::Put(Key::single("network"), head));
-    }
-    let before = old.map(|(network, _)| network);
-    rows::<_, _, v1::Cidr>("cidr", before.map(Network::cidrs), network.cidrs(), &mut ops);
-    rows::<_, _, v1::Node>("node", before.map(Network::nodes), network.nodes(), &mut ops);
-    rows::<_, _, v1::Group>("group", before.map(Network::groups), network.groups(), &mut ops);
-    rows::<_, _, v1::NamedService>("service", before.map(Network::services), network.services(), &mut ops);
-    rows::<_, _, v1::Rule>("rule", before.map(Network::rules), network.rules(), &mut ops);
-    let before = old.map(|(_, accounts)| accounts);
-    if before.map(|accounts| &accounts.settings) != Some(&accounts.settings) {
-        let settings = row::Settings::from(&accounts.settings);
-        ops.push(Op::Put(Key::single("settings"), settings.encode_to_vec()));
-    }
-    rows::<_, _, row::Invitation>("invitation", before.map(|old| &old.invitations), &accounts.invitations, &mut ops);
-    rows::<_, _, row::Credential>("credential", before.map(|old| &old.credentials), &accounts.credentials, &mut ops);
-    rows::<_, _, row::Admin>("admin", before.map(|old| &old.admins), &accounts.admins, &mut ops);
+/// Rows of an empty store for a network and accounts.
+pub fn of_everything(network: &Network, accounts: &Accounts) -> Vec<Op> {
+    let settings = Op::Put(Key::single("settings"), row::Settings::from(&accounts.settings).encode_to_vec());
+    let touched = AccountRows {
+        invitations: accounts.invitations().keys().copied().collect(),
+        credentials: accounts.credentials().keys().copied().collect(),
+        admins: accounts.admins().keys().cloned().collect(),
+    };
+    let mut ops = of_policy(network, &Rows::all(network));
+    ops.push(settings);
+    ops.extend(of_accounts(accounts, &touched));
     ops
 }
 
-/// The network without its objects.
+/// The touched rows of the policy as they are now. The header is always among them: the revision at which it was written
+/// last is the policy's.
+pub fn of_policy(network: &Network, touched: &Rows) -> Vec<Op> {
+    if touched.is_empty() {
+        return Vec::new();
+    }
+    let mut ops = vec![Op::Put(Key::single(HEADER), header(network))];
+    now::<_, _, v1::Cidr>("cidr", &touched.cidrs, network.cidrs(), &mut ops);
+    now::<_, _, v1::Node>("node", &touched.nodes, network.nodes(), &mut ops);
+    now::<_, _, v1::Group>("group", &touched.groups, network.groups(), &mut ops);
+    now::<_, _, v1::NamedService>("service", &touched.services, network.services(), &mut ops);
+    now::<_, _, v1::Rule>("rule", &touched.rules, network.rules(), &mut ops);
+    ops
+}
+
+/// The touched rows of accounts as they are now.
+pub fn of_accounts(accounts: &Accounts, touched: &AccountRows) -> Vec<Op> {
+    let mut ops = Vec::new();
+    now::<_, _, row::Invitation>("invitation", &touched.invitations, accounts.invitations(), &mut ops);
+    now::<_, _, row::Credential>("credential", &touched.credentials, accounts.credentials(), &mut ops);
+    now::<_, _, row::Admin>("admin", &touched.admins, accounts.admins(), &mut ops);
+    ops
+}
+
+/// The row that says of the network what no object does.
+pub const HEADER: &str = "network";
+
 fn header(network: &Network) -> Vec<u8> {
-    let NetworkParts { name, roots, default, next_id, .. } = network.to_parts();
+    let Header { name, roots, default, next_id } = network.header();
     let empty = NetworkParts {
         name,
         roots,
@@ -209,19 +214,127 @@ fn header(network: &Network) -> Vec<u8> {
     v1::Network::from(&empty).encode_to_vec()
 }
 
-fn rows<'a, I, T, M>(kind: &str, old: Option<&BTreeMap<I, T>>, new: &'a BTreeMap<I, T>, ops: &mut Vec<Op>)
+fn now<'a, I, T, M>(kind: &str, touched: &BTreeSet<I>, objects: &'a Map<I, T>, ops: &mut Vec<Op>)
 where
-    I: Ord + std::fmt::Display,
-    T: PartialEq,
+    I: Ord + Clone + std::fmt::Display,
     M: Message + From<&'a T>,
 {
-    for (id, object) in new {
-        if old.and_then(|old| old.get(id)) != Some(object) {
-            ops.push(Op::Put(Key::new(kind, id), M::from(object).encode_to_vec()));
+    ops.extend(touched.iter().map(|id| match objects.get(id) {
+        Some(object) => Op::Put(Key::new(kind, id), M::from(object).encode_to_vec()),
+        None => Op::Delete(Key::new(kind, id)),
+    }));
+}
+
+/// What a commit changes, read back from its rows.
+#[derive(Debug, Default)]
+pub struct Changed {
+    /// `None`: it does not touch the policy.
+    pub policy: Option<Replacement>,
+    pub accounts: Vec<AccountChange>,
+}
+
+/// One row of the accounts; `None`: it is deleted.
+#[derive(Debug)]
+pub enum AccountChange {
+    Settings(Settings),
+    Invitation(SecretHash, Option<Invitation>),
+    Credential(NodeId, Option<Credential>),
+    Admin(String, Option<Admin>),
+}
+
+/// Reads the rows of one commit.
+pub fn changed(ops: &[Op]) -> Result<Changed, RowError> {
+    let mut changed = Changed::default();
+    for op in ops {
+        let (key, bytes) = match op {
+            Op::Put(key, bytes) => (key, Some(bytes.as_slice())),
+            Op::Delete(key) => (key, None),
+        };
+        let (kind, id) = key.split();
+        match kind {
+            "settings" | "invitation" | "credential" | "admin" => {
+                changed.accounts.push(account_change(key, kind, id, bytes)?);
+            }
+            _ => replace(changed.policy.get_or_insert_default(), key, kind, id, bytes)?,
         }
     }
-    let gone = old.into_iter().flatten().filter(|(id, _)| !new.contains_key(id));
-    ops.extend(gone.map(|(id, _)| Op::Delete(Key::new(kind, id))));
+    Ok(changed)
+}
+
+fn account_change(key: &Key, kind: &str, id: &str, bytes: Option<&[u8]>) -> Result<AccountChange, RowError> {
+    Ok(match kind {
+        "settings" => {
+            let bytes = bytes.ok_or_else(|| bad(key, "is deleted"))?;
+            let row::Settings { endpoints, authority } = message(key, bytes)?;
+            AccountChange::Settings(Settings { endpoints, authority })
+        }
+        "invitation" => {
+            let read = |bytes| invitation(key, message(key, bytes)?);
+            AccountChange::Invitation(SecretHash(from_hex(key, id)?), bytes.map(read).transpose()?)
+        }
+        "credential" => {
+            let read = |bytes| {
+                let row::Credential { keys } = message(key, bytes)?;
+                let keys = keys.iter().map(|hash| key_hash(key, hash)).collect::<Result<_, _>>()?;
+                Ok::<_, RowError>(Credential { keys })
+            };
+            AccountChange::Credential(node_id(key, id)?, bytes.map(read).transpose()?)
+        }
+        _ => {
+            let read = |bytes| {
+                let row::Admin { key: hash, certificate_expires_at, revoked } = message(key, bytes)?;
+                Ok::<_, RowError>(Admin { key: key_hash(key, &hash)?, certificate_expires_at, revoked })
+            };
+            AccountChange::Admin(id.to_owned(), bytes.map(read).transpose()?)
+        }
+    })
+}
+
+fn replace(
+    replacement: &mut Replacement,
+    key: &Key,
+    kind: &str,
+    id: &str,
+    bytes: Option<&[u8]>,
+) -> Result<(), RowError> {
+    fn object<W, T>(key: &Key, bytes: Option<&[u8]>) -> Result<Option<T>, RowError>
+    where
+        W: Message + Default,
+        T: TryFrom<W, Error = ConvertError>,
+    {
+        let read = |bytes| T::try_from(message::<W>(key, bytes)?).map_err(RowError::Convert);
+        bytes.map(read).transpose()
+    }
+    let number = || id.parse::<u32>().ok().filter(|id| *id > 0).ok_or_else(|| bad(key, "has no valid id"));
+    match kind {
+        HEADER => {
+            let bytes = bytes.ok_or(RowError::NoNetwork)?;
+            let parts = NetworkParts::try_from(message::<v1::Network>(key, bytes)?).map_err(RowError::Convert)?;
+            let NetworkParts { name, roots, default, next_id, .. } = parts;
+            replacement.header = Some(Header { name, roots, default, next_id });
+        }
+        "cidr" => drop(replacement.cidrs.insert(CidrId(number()?), object::<v1::Cidr, _>(key, bytes)?)),
+        "node" => drop(replacement.nodes.insert(NodeId(number()?), object::<v1::Node, _>(key, bytes)?)),
+        "group" => drop(replacement.groups.insert(GroupId(number()?), object::<v1::Group, _>(key, bytes)?)),
+        "service" => {
+            drop(replacement.services.insert(ServiceId(number()?), object::<v1::NamedService, _>(key, bytes)?));
+        }
+        "rule" => drop(replacement.rules.insert(RuleId(number()?), object::<v1::Rule, _>(key, bytes)?)),
+        _ => return Err(bad(key, "is of an unknown kind")),
+    }
+    Ok(())
+}
+
+impl Accounts {
+    /// Makes one change as it lies in the store.
+    pub fn follow(&mut self, change: AccountChange) {
+        match change {
+            AccountChange::Settings(settings) => self.settings = settings,
+            AccountChange::Invitation(hash, invitation) => self.put_invitation(hash, invitation),
+            AccountChange::Credential(node, credential) => self.put_credential(node, credential),
+            AccountChange::Admin(name, admin) => self.put_admin(name, admin),
+        }
+    }
 }
 
 impl From<&Settings> for row::Settings {
@@ -288,35 +401,46 @@ mod tests {
         let keys = Keys { certificate: key_hash(3), wireguard: Some(public_key(4)) };
         let open = Invitation { invitee: Invitee::Admin("alice".to_owned()), expires_at: NOW, redeemed: None };
         let used = Invitation { invitee: Invitee::Node(NodeId(7)), expires_at: NOW, redeemed: Some(keys) };
-        Accounts {
-            settings: Settings { endpoints: vec!["controller.example:7443".to_owned()], authority: vec![5; 32] },
-            invitations: [(SecretHash([1; 32]), open), (SecretHash([0xab; 32]), used)].into(),
-            credentials: [(NodeId(7), Credential { keys: vec![key_hash(3), key_hash(8)] })].into(),
-            admins: [("bob".to_owned(), Admin { key: key_hash(6), certificate_expires_at: NOW, revoked: true })].into(),
-        }
+        let settings = Settings { endpoints: vec!["controller.example:7443".to_owned()], authority: vec![5; 32] };
+        let mut accounts = Accounts::new(settings);
+        accounts.put_invitation(SecretHash([1; 32]), Some(open));
+        accounts.put_invitation(SecretHash([0xab; 32]), Some(used));
+        accounts.put_credential(NodeId(7), Some(Credential { keys: vec![key_hash(3), key_hash(8)] }));
+        let bob = Admin { key: key_hash(6), certificate_expires_at: NOW, revoked: true };
+        accounts.put_admin("bob".to_owned(), Some(bob));
+        accounts.take_touched();
+        accounts
     }
 
     #[test]
     fn rows_read_as_they_were_written() {
         let (network, accounts) = (network(), accounts());
-        let (read, read_accounts) = decode(&rows(diff(None, (&network, &accounts)))).expect("reads");
+        let (read, read_accounts) = decode(&rows(of_everything(&network, &accounts))).expect("reads");
         assert_eq!(read.to_parts(), network.to_parts());
         assert_eq!(read_accounts, accounts);
     }
 
     #[test]
-    fn a_change_writes_what_differs() {
-        let (old, accounts) = (network(), accounts());
-        let mut rows = rows(diff(None, (&old, &accounts)));
-        assert_eq!(diff(Some((&old, &accounts)), (&old, &accounts)), []);
+    fn a_change_writes_what_it_touches_and_is_read_back() {
+        let (mut old, accounts) = (network(), accounts());
+        old.take_touched();
+        let mut rows = rows(of_everything(&old, &accounts));
+        assert_eq!(of_policy(&old, &Rows::default()), []);
         let mut new = old.clone();
         apply(&mut new, &Change::RenameNode { from: crate::fixture::parse("web1"), to: crate::fixture::parse("www1") });
         apply(&mut new, &Change::DeleteRule { name: crate::fixture::parse("web-to-app") });
         let mut fewer = accounts.clone();
-        fewer.invitations.remove(&SecretHash([1; 32]));
-        let ops = diff(Some((&old, &accounts)), (&new, &fewer));
+        fewer.put_invitation(SecretHash([1; 32]), None);
+        let mut ops = of_policy(&new, &new.clone().take_touched());
+        let touched = fewer.take_touched();
+        ops.extend(of_accounts(&fewer, &touched));
         let kinds: Vec<_> = ops.iter().map(|op| (matches!(op, Op::Put(..)), op.key().split().0)).collect();
-        assert_eq!(kinds, [(true, "node"), (false, "rule"), (false, "invitation")]);
+        assert_eq!(kinds, [(true, "network"), (true, "node"), (false, "rule"), (false, "invitation")]);
+        let Changed { policy, accounts: changes } = changed(&ops).expect("reads");
+        let (mut followed, mut followed_accounts) = (old, accounts);
+        followed.replace(policy.expect("the policy is touched")).expect("replaced");
+        changes.into_iter().for_each(|change| followed_accounts.follow(change));
+        assert_eq!((&followed, &followed_accounts), (&new, &fewer));
         write(&mut rows, ops);
         let (read, read_accounts) = decode(&rows).expect("reads");
         assert_eq!((read.to_parts(), read_accounts), (new.to_parts(), fewer));
@@ -326,7 +450,7 @@ mod tests {
     fn damaged_rows_are_named() {
         let mut network = empty();
         apply(&mut network, &add_cidr("web", "10.42.1.0/24"));
-        let whole = rows(diff(None, (&network, &accounts())));
+        let whole = rows(of_everything(&network, &accounts()));
         let cidr = whole.keys().find(|key| key.split().0 == "cidr").expect("a cidr").clone();
         for (key, value) in [
             (cidr.clone(), vec![0xff]),

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test program uses a part")]
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use controller::store::Store;
 use controller::store::account::Settings;
 use controller::store::memory::MemoryStore;
 use controller_api::client;
+use controller_api::convert::{Followed, digest_to_wire};
 use controller_api::identity::Identity;
 use controller_api::invitation::Invitation;
 use controller_api::tls::{self, ClientIdentity, Trust};
@@ -25,7 +27,7 @@ use controller_api::v1;
 use controller_api::v1::admin_client::AdminClient;
 use controller_api::v1::enrol_client::EnrolClient;
 use controller_api::v1::sync_client::SyncClient;
-use policy::{Change, DefaultPolicy, Network, Prefixes, Revision, Slice, SliceDelta};
+use policy::{Change, DefaultPolicy, Network, NodeId, Prefixes, Revision, Slice, SliceDelta};
 use rcgen::{CertificateParams, KeyPair};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
@@ -228,7 +230,9 @@ pub(crate) fn change_request(id: &str, changes: &[Change]) -> v1::ChangeRequest 
 /// One stream of one node, with the slice that it makes of what it hears.
 pub(crate) struct Follower {
     pub(crate) requests: mpsc::Sender<v1::FollowRequest>,
-    pub(crate) updates: Streaming<v1::Update>,
+    pub(crate) updates: Streaming<v1::FollowResponse>,
+    /// Where peers were seen, as heard.
+    pub(crate) endpoints: BTreeMap<NodeId, SocketAddr>,
     pub(crate) slice: Option<Slice>,
 }
 
@@ -240,18 +244,22 @@ impl Follower {
             listen_port: 51_820,
             endpoint: endpoint.to_owned(),
             version: "test".to_owned(),
+            digest: held.as_ref().map(|slice| digest_to_wire(slice.digest)).unwrap_or_default(),
+            features: Vec::new(),
         };
         let kind = Some(v1::follow_request::Kind::Hello(hello));
         requests.send(v1::FollowRequest { kind }).await.expect("room");
         let updates = SyncClient::new(channel).follow(ReceiverStream::new(receiver)).await?.into_inner();
-        Ok(Self { requests, updates, slice: held })
+        Ok(Self { requests, updates, endpoints: BTreeMap::new(), slice: held })
     }
 
     /// The next update, applied.
     pub(crate) async fn hear(&mut self) -> Result<SliceDelta, tonic::Status> {
-        let message = tokio::time::timeout(LIMIT, self.updates.message()).await.expect("an update in time")?;
-        let update = message.ok_or_else(|| tonic::Status::cancelled("the stream has ended"))?;
-        let delta = SliceDelta::try_from(update).expect("converts");
+        let delta = loop {
+            if let Some(update) = self.hear_anything().await? {
+                break update;
+            }
+        };
         match &mut self.slice {
             Some(slice) if delta.from != Revision(0) => slice.apply(delta.clone()).expect("applies"),
             slice => *slice = Some(Slice::from_snapshot(delta.clone()).expect("a snapshot")),
@@ -259,13 +267,23 @@ impl Follower {
         Ok(delta)
     }
 
-    /// Nothing comes for a while. Only for what is proven otherwise too.
+    /// The next answer: an update, which is not applied yet, or endpoints.
+    pub(crate) async fn hear_anything(&mut self) -> Result<Option<SliceDelta>, tonic::Status> {
+        let message = tokio::time::timeout(LIMIT, self.updates.message()).await.expect("an answer in time")?;
+        let response = message.ok_or_else(|| tonic::Status::cancelled("the stream has ended"))?;
+        let Followed { update, endpoints } = Followed::try_from(response).expect("converts");
+        self.endpoints.extend(endpoints);
+        Ok(update)
+    }
+
+    /// No update comes for a while. Only for what is proven otherwise too.
     pub(crate) async fn hears_nothing(&mut self) -> bool {
-        tokio::time::timeout(Duration::from_millis(50), self.updates.message()).await.is_err()
+        let update = async { while self.hear_anything().await.expect("a stream").is_none() {} };
+        tokio::time::timeout(Duration::from_millis(50), update).await.is_err()
     }
 
     pub(crate) async fn acknowledge(&self, revision: u64) {
-        let acknowledgement = v1::Acknowledgement { revision, generation: 1, error: String::new() };
+        let acknowledgement = v1::Acknowledgement { revision, generation: 1, error: String::new(), lacks: Vec::new() };
         let kind = Some(v1::follow_request::Kind::Acknowledgement(acknowledgement));
         self.requests.send(v1::FollowRequest { kind }).await.expect("room");
     }

@@ -52,6 +52,25 @@ impl Slice {
         Ok(slice)
     }
 
+    /// The slice of a node that has no part in the network (any more): it knows itself, and nothing is allowed.
+    pub fn emptied(&self, revision: Revision) -> Slice {
+        let local = Local { gateway_for: BTreeSet::new(), ..self.local.as_sent() };
+        let digest = local.digest();
+        Slice {
+            revision,
+            digest,
+            local: local.into(),
+            peers: Map::new(),
+            cidrs: Map::new(),
+            rules: Map::new(),
+            prefixes: Map::new(),
+            cells: Map::new(),
+            marked: Map::new(),
+            itself: None,
+            kept: Kept::default(),
+        }
+    }
+
     /// As [`Slice::from_snapshot`], but not held against any limit.
     pub(super) fn assembled(mut delta: SliceDelta) -> Result<Slice, DeltaError> {
         let local = match delta.local.take() {
