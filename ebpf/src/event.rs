@@ -11,35 +11,36 @@ use ebpf_common::limit::EVENTS_PER_SECOND;
 use ebpf_common::reason;
 
 use crate::atomic;
-use crate::case::{Case, direction};
 use crate::clock::{now, tick};
+use crate::context::PacketContext;
 use crate::hook::Hook;
+use crate::maps::direction;
 use crate::maps::{EVENT_BUCKETS, EVENTS, EVERY, TABLES, TRACE, lose};
 
 const NANOSECONDS_PER_TOKEN: u64 = 1_000_000_000 / EVENTS_PER_SECOND;
 
 #[inline(always)]
-pub(crate) fn report(hook: &impl Hook, case: &Case) {
+pub(crate) fn report(hook: &impl Hook, context: &PacketContext) {
     if TRACE.load() != 0 {
-        hook.trace(case);
+        hook.trace(context);
     }
     if EVERY.load() != 0 {
-        emit_any(case);
-    } else if case.log || !(reason::passes(case.reason) || case.reason == reason::SCOPE) {
-        let Some(bucket) = EVENT_BUCKETS.get_ptr_mut(u32::from(case.reason)) else { return };
+        emit_any(context);
+    } else if context.log || !(reason::passes(context.reason) || context.reason == reason::SCOPE) {
+        let Some(bucket) = EVENT_BUCKETS.get_ptr_mut(u32::from(context.reason)) else { return };
         // No token has come since the last look: nothing is written that other CPUs look at but the count.
         // SAFETY: the map's value, checked not to be null.
         if unsafe { (*bucket).empty } == tick() {
             suppress(bucket, LOSS_EVENT_LIMITED);
         } else {
-            emit(case);
+            emit(context);
         }
     }
 }
 
 #[inline(never)]
-fn emit(case: &Case) -> u32 {
-    let Some(bucket) = EVENT_BUCKETS.get_ptr_mut(u32::from(case.reason)) else { return 0 };
+fn emit(context: &PacketContext) -> u32 {
+    let Some(bucket) = EVENT_BUCKETS.get_ptr_mut(u32::from(context.reason)) else { return 0 };
     let tick = tick();
     if !take_token(bucket, now()) {
         // SAFETY: the map's value, checked not to be null.
@@ -53,39 +54,39 @@ fn emit(case: &Case) -> u32 {
     let suppressed = unsafe { atomic::take(&raw mut (*bucket).suppressed) };
     // SAFETY: the helper takes nothing and always succeeds.
     let time = unsafe { bpf_ktime_get_ns() };
-    entry.write(event(case, time, suppressed));
+    entry.write(event(context, time, suppressed));
     entry.submit(0);
     0
 }
 
 /// Reports a packet for which no bucket has a token, to a reader that looks without being woken.
 #[inline(never)]
-fn emit_any(case: &Case) -> u32 {
+fn emit_any(context: &PacketContext) -> u32 {
     let Some(mut entry) = EVENTS.reserve::<Event>(0) else {
         lose(LOSS_EVENT_FULL);
         return 0;
     };
-    entry.write(event(case, 0, 0));
+    entry.write(event(context, 0, 0));
     entry.submit(BPF_RB_NO_WAKEUP.into());
     0
 }
 
 #[inline(always)]
-fn event(case: &Case, time: u64, suppressed: u64) -> Event {
+fn event(context: &PacketContext, time: u64, suppressed: u64) -> Event {
     Event {
         time,
-        revision: TABLES.get(case.copy).map_or(0, |tables| tables.header.revision),
-        source: case.packet.source,
-        destination: case.packet.destination,
-        source_cidr: case.source_cidr,
-        destination_cidr: case.destination_cidr,
-        rule: case.rule,
-        length: case.length,
-        source_port: case.packet.source_port,
-        destination_port: case.packet.destination_port,
-        protocol: case.packet.protocol,
+        revision: TABLES.get(context.copy).map_or(0, |tables| tables.header.revision),
+        source: context.packet.source,
+        destination: context.packet.destination,
+        source_cidr: context.source_cidr,
+        destination_cidr: context.destination_cidr,
+        rule: context.rule,
+        length: context.length,
+        source_port: context.packet.source_port,
+        destination_port: context.packet.destination_port,
+        protocol: context.packet.protocol,
         direction: direction() as u8,
-        reason: case.reason,
+        reason: context.reason,
         _pad: 0,
         suppressed,
     }
@@ -121,21 +122,21 @@ fn take_token(bucket: *mut Bucket, now: u64) -> bool {
 /// Says through aya-log what was found. Called only where `TRACE` is set when the program is loaded, so that the verifier
 /// removes it elsewhere.
 #[inline(never)]
-pub(crate) fn trace(context: &impl EbpfContext, case: &Case) -> u32 {
+pub(crate) fn trace(program: &impl EbpfContext, context: &PacketContext) -> u32 {
     aya_log_ebpf::info!(
-        context,
+        program,
         "direction={} reason={} rule={} protocol={} source={:i} {} destination={:i} {} cidrs={} {} length={}",
         direction(),
-        case.reason,
-        case.rule,
-        case.packet.protocol,
-        case.packet.source.to_bytes(),
-        case.packet.source_port,
-        case.packet.destination.to_bytes(),
-        case.packet.destination_port,
-        case.source_cidr,
-        case.destination_cidr,
-        case.length
+        context.reason,
+        context.rule,
+        context.packet.protocol,
+        context.packet.source.to_bytes(),
+        context.packet.source_port,
+        context.packet.destination.to_bytes(),
+        context.packet.destination_port,
+        context.source_cidr,
+        context.destination_cidr,
+        context.length
     );
     0
 }

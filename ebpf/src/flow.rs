@@ -23,8 +23,9 @@ use ebpf_common::packet::Packet;
 use ebpf_common::{EGRESS, INGRESS, limit};
 
 use crate::atomic::{self, add};
-use crate::case::{Case, direction};
 use crate::clock::now;
+use crate::context::PacketContext;
+use crate::maps::direction;
 use crate::maps::{FLOW_FILTER, FLOW_TOTALS, FLOWS, FLOWS_GONE, FLOWS_OPENED, lose};
 use crate::settled::settled;
 use crate::verdict::{Decision, decide};
@@ -38,39 +39,39 @@ fn opposite() -> u32 {
 /// Keeps the record of a packet that the tables allow. Handshakes are recorded even where no record is needed, so
 /// that replies go on when a later policy allows the opener's direction only.
 #[inline(always)]
-pub(crate) fn keep(case: &Case, decision: Decision) {
-    let packet = &case.packet;
+pub(crate) fn keep(context: &PacketContext, decision: Decision) {
+    let packet = &context.packet;
     let needed = decision.has(Decision::RECORD);
-    if !(needed || packet.is_handshake()) || refresh(case, decision.0) {
+    if !(needed || packet.is_handshake()) || refresh(context, decision.0) {
         return;
     }
     if packet.can_open() && !packet.is_reset() && (needed || packet.is_opening()) {
-        open(case, decision.0);
+        open(context, decision.0);
     }
 }
 
 /// Whether there was a record to be refreshed. (Not one function with `open`: the whole chain of calls has 512 bytes of
 /// stack.)
 #[inline(always)]
-fn refresh(case: &Case, decision: u64) -> bool {
+fn refresh(context: &PacketContext, decision: u64) -> bool {
     let decision = Decision(decision);
-    let packet = &case.packet;
+    let packet = &context.packet;
     if packet.can_open()
         && let Some(mut record) = Record::find(&packet.key())
     {
         if record.is_tombstone() && packet.is_reset() {
             record.touch();
         } else {
-            record.approve(case, decision);
-            record.refresh_by_opener(case);
+            record.approve(context, decision);
+            record.refresh_by_opener(context);
         }
         return true;
     }
     if packet.can_reply()
         && let Some(mut record) = Record::find(&packet.reply_key())
     {
-        if record.judge(case, packet.reply_service()) {
-            record.refresh_by_reply(case);
+        if record.judge(context, packet.reply_service()) {
+            record.refresh_by_reply(context);
         }
         return true;
     }
@@ -78,10 +79,10 @@ fn refresh(case: &Case, decision: u64) -> bool {
 }
 
 #[inline(never)]
-fn open(case: &Case, decision: u64) -> u32 {
+fn open(context: &PacketContext, decision: u64) -> u32 {
     let (decision, now) = (Decision(decision), now());
-    let remote = if direction() == EGRESS { case.packet.destination } else { case.packet.source };
-    let remote = Remote::new(remote, case.behind);
+    let remote = if direction() == EGRESS { context.packet.destination } else { context.packet.source };
+    let remote = Remote::new(remote, context.behind);
     let opened = opened_by(&remote);
     if !has_room(&remote, opened) {
         lose(LOSS_FLOW_QUOTA);
@@ -91,20 +92,20 @@ fn open(case: &Case, decision: u64) -> u32 {
         opened: now,
         seen: now,
         packets: 1,
-        bytes: case.length.into(),
+        bytes: context.length.into(),
         reply_packets: 0,
         reply_bytes: 0,
-        generation: case.generation,
+        generation: context.generation,
         rule: decision.rule(),
-        state: if case.packet.is_closing() { STATE_CLOSING } else { STATE_OPENING },
+        state: if context.packet.is_closing() { STATE_CLOSING } else { STATE_OPENING },
         reason: decision.reason(),
         direction: direction() as u8,
         _pad: 0,
-        behind: case.behind,
+        behind: context.behind,
     };
-    note(case.packet.key().filter_bit());
+    note(context.packet.key().filter_bit());
     // By reference: each copy would take its place on the stack.
-    let key = &case.packet.key().to_words();
+    let key = &context.packet.key().to_words();
     if FLOWS.insert(key, flow, BPF_NOEXIST.into()).is_ok() {
         count(opened);
     } else if FLOWS.insert(key, flow, BPF_EXIST.into()).is_err() {
@@ -172,7 +173,7 @@ impl Answer {
 /// Whether there may be a record of the packet's flow, in whichever direction: said at once of most packets that belong to
 /// none.
 #[inline(always)]
-pub(crate) fn may_be_recorded(case: &Case) -> bool {
+pub(crate) fn may_be_recorded(context: &PacketContext) -> bool {
     let Some(filter) = FLOW_FILTER.get_ptr_mut(0) else { return true };
     // SAFETY: the map's value, checked not to be null.
     let state = unsafe { (&raw const (*filter).state).read_volatile() };
@@ -181,7 +182,7 @@ pub(crate) fn may_be_recorded(case: &Case) -> bool {
     if half > 1 {
         return true;
     }
-    let bit = case.packet.key().filter_bit();
+    let bit = context.packet.key().filter_bit();
     // SAFETY: as above.
     unsafe { (&raw const *word(filter, half, bit)).read_volatile() >> (bit % 64) & 1 != 0 }
 }
@@ -209,15 +210,15 @@ unsafe fn word(filter: *mut FlowFilter, half: usize, bit: u32) -> *mut u64 {
 
 /// Whether a packet that the tables deny is the reverse of a recorded flow that they allow.
 #[inline(always)]
-pub(crate) fn answers(case: &Case) -> u64 {
-    let packet = &case.packet;
+pub(crate) fn answers(context: &PacketContext) -> u64 {
+    let packet = &context.packet;
     if packet.can_reply()
         && let Some(mut record) = Record::find(&packet.reply_key())
     {
-        if !record.judge(case, packet.reply_service()) {
+        if !record.judge(context, packet.reply_service()) {
             return Answer::REVOKED;
         }
-        record.refresh_by_reply(case);
+        record.refresh_by_reply(context);
         return Answer::REPLY | u64::from(record.rule());
     }
     if packet.can_open()
@@ -230,8 +231,8 @@ pub(crate) fn answers(case: &Case) -> u64 {
 
 /// Whether there is a record that the packet may be an answer by, or the opener's of. Changes nothing.
 #[inline(never)]
-pub(crate) fn is_recorded(case: &Case) -> bool {
-    let packet = &case.packet;
+pub(crate) fn is_recorded(context: &PacketContext) -> bool {
+    let packet = &context.packet;
     (packet.can_reply() && Record::find(&packet.reply_key()).is_some())
         || (packet.can_open() && Record::find(&packet.key()).is_some())
 }
@@ -239,9 +240,9 @@ pub(crate) fn is_recorded(case: &Case) -> bool {
 /// Whether `quoted`, a packet in the opposite direction of this hook's, belongs to a flow that is allowed. Unless `direct`,
 /// the flow must be recorded. Changes no record.
 #[inline(never)]
-pub(crate) fn is_allowed(case: &Case, quoted: &Packet, own: u32, other: u32, direct: bool) -> bool {
+pub(crate) fn is_allowed(context: &PacketContext, quoted: &Packet, own: u32, other: u32, direct: bool) -> bool {
     let service = |port: u16| u32::from(quoted.protocol) << 16 | u32::from(port);
-    let decision = Decision(decide(case.copy, opposite(), own, other, service(quoted.destination_port)));
+    let decision = Decision(decide(context.copy, opposite(), own, other, service(quoted.destination_port)));
     if direct && decision.allows() {
         return true;
     }
@@ -254,7 +255,7 @@ pub(crate) fn is_allowed(case: &Case, quoted: &Packet, own: u32, other: u32, dir
     // It may be a reply itself. Its TCP flags may lie beyond what is quoted, so a SYN is not told apart.
     quoted.can_reply()
         && Record::find(&quoted.reply_key()).is_some_and(|record| !record.is_tombstone())
-        && Decision(decide(case.copy, direction(), own, other, service(quoted.reply_service()))).allows()
+        && Decision(decide(context.copy, direction(), own, other, service(quoted.reply_service()))).allows()
 }
 
 /// A record in the map that is not idle, and when it was found.
@@ -281,19 +282,19 @@ impl Record {
 
     /// Whether the flow is allowed now. Judges it by the tables if they have changed since it was last judged.
     #[inline(always)]
-    fn judge(&mut self, case: &Case, service: u16) -> bool {
+    fn judge(&mut self, context: &PacketContext, service: u16) -> bool {
         if self.is_tombstone() {
             self.touch();
             return false;
         }
         // SAFETY: as in `find`.
-        if unsafe { (*self.flow).generation } == case.generation {
+        if unsafe { (*self.flow).generation } == context.generation {
             return true;
         }
-        let service = u32::from(case.packet.protocol) << 16 | u32::from(service);
-        let decision = Decision(decide(case.copy, opposite(), case.own, case.other, service));
+        let service = u32::from(context.packet.protocol) << 16 | u32::from(service);
+        let decision = Decision(decide(context.copy, opposite(), context.own, context.other, service));
         if decision.allows() {
-            self.approve(case, decision);
+            self.approve(context, decision);
         } else {
             self.revoke();
         }
@@ -302,10 +303,10 @@ impl Record {
 
     /// The tables allow the opener.
     #[inline(always)]
-    fn approve(&mut self, case: &Case, decision: Decision) {
+    fn approve(&mut self, context: &PacketContext, decision: Decision) {
         // SAFETY: as in `find`.
         unsafe {
-            (*self.flow).generation = case.generation;
+            (*self.flow).generation = context.generation;
             (*self.flow).rule = decision.rule();
             (*self.flow).reason = decision.reason();
         }
@@ -319,23 +320,23 @@ impl Record {
     }
 
     #[inline(always)]
-    fn refresh_by_opener(&mut self, case: &Case) {
-        if case.packet.is_closing() {
+    fn refresh_by_opener(&mut self, context: &PacketContext) {
+        if context.packet.is_closing() {
             self.set_state(STATE_CLOSING);
-        } else if self.is_tombstone() || (case.packet.is_opening() && self.state() == STATE_CLOSING) {
+        } else if self.is_tombstone() || (context.packet.is_opening() && self.state() == STATE_CLOSING) {
             self.set_state(STATE_OPENING);
         }
         self.touch();
         // SAFETY: as in `find`.
         unsafe {
             (*self.flow).packets += 1;
-            (*self.flow).bytes += u64::from(case.length);
+            (*self.flow).bytes += u64::from(context.length);
         }
     }
 
     #[inline(always)]
-    fn refresh_by_reply(&mut self, case: &Case) {
-        if case.packet.is_closing() {
+    fn refresh_by_reply(&mut self, context: &PacketContext) {
+        if context.packet.is_closing() {
             self.set_state(STATE_CLOSING);
         } else if self.state() == STATE_OPENING {
             self.set_state(STATE_ESTABLISHED);
@@ -344,7 +345,7 @@ impl Record {
         // SAFETY: as in `find`.
         unsafe {
             (*self.flow).reply_packets += 1;
-            (*self.flow).reply_bytes += u64::from(case.length);
+            (*self.flow).reply_bytes += u64::from(context.length);
         }
     }
 

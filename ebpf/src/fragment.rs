@@ -8,8 +8,8 @@
 use ebpf_common::counter::LOSS_FRAGMENT;
 use ebpf_common::fragment::{Fragment, FragmentKey, LIFETIME_NS};
 
-use crate::case::Case;
 use crate::clock::now;
+use crate::context::PacketContext;
 use crate::maps::{FRAGMENTS, lose};
 
 /// What is known of a later fragment's datagram.
@@ -24,8 +24,8 @@ pub(crate) enum Datagram {
 
 /// Remembers a first fragment that passed.
 #[inline(never)]
-pub(crate) fn keep(case: &Case) -> u32 {
-    let packet = &case.packet;
+pub(crate) fn keep(context: &PacketContext) -> u32 {
+    let packet = &context.packet;
     let fragment = Fragment {
         seen: now(),
         id: packet.fragment_id,
@@ -44,19 +44,19 @@ pub(crate) fn keep(case: &Case) -> u32 {
 
 /// Gives a later fragment the transport header of its datagram's first, where that is known.
 #[inline(always)]
-pub(crate) fn recall(case: &mut Case) -> Datagram {
-    let Some(fragment) = FRAGMENTS.get_ptr(FragmentKey::new(&case.packet)) else { return Datagram::Unknown };
+pub(crate) fn recall(context: &mut PacketContext) -> Datagram {
+    let Some(fragment) = FRAGMENTS.get_ptr(FragmentKey::new(&context.packet)) else { return Datagram::Unknown };
     // SAFETY: the map's value, checked not to be null; an update replaces it whole, so that it is of one datagram.
     let fragment = unsafe { *fragment };
-    if fragment.id != case.packet.fragment_id || now().saturating_sub(fragment.seen) > LIFETIME_NS {
+    if fragment.id != context.packet.fragment_id || now().saturating_sub(fragment.seen) > LIFETIME_NS {
         return Datagram::Unknown;
     }
-    if case.packet.fragment_edge < fragment.edge {
+    if context.packet.fragment_edge < fragment.edge {
         return Datagram::Overlapped;
     }
-    case.packet.protocol = fragment.protocol;
-    case.packet.source_port = fragment.source_port;
-    case.packet.destination_port = fragment.destination_port;
-    case.packet.tcp_flags = fragment.tcp_flags;
+    context.packet.protocol = fragment.protocol;
+    context.packet.source_port = fragment.source_port;
+    context.packet.destination_port = fragment.destination_port;
+    context.packet.tcp_flags = fragment.tcp_flags;
     Datagram::Known
 }

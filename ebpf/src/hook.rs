@@ -10,7 +10,7 @@ use core::mem::MaybeUninit;
 use ebpf_common::packet::{self, Load, Packet};
 use ebpf_common::reason;
 
-use crate::case::Case;
+use crate::context::PacketContext;
 use crate::event;
 use crate::maps::LINK_HEADER;
 use crate::settled::settled;
@@ -27,7 +27,7 @@ pub trait Hook: Load {
     fn segments(&self, packet: &Packet) -> u32;
 
     /// Says through aya-log what was found.
-    fn trace(&self, case: &Case);
+    fn trace(&self, packet_context: &PacketContext);
 }
 
 /// At a classifier.
@@ -58,8 +58,8 @@ impl Hook for Skb<'_> {
     }
 
     #[inline(always)]
-    fn trace(&self, case: &Case) {
-        event::trace(self.0, case);
+    fn trace(&self, packet_context: &PacketContext) {
+        event::trace(self.0, packet_context);
     }
 }
 
@@ -186,8 +186,8 @@ impl Hook for Buffer<'_> {
     }
 
     #[inline(always)]
-    fn trace(&self, case: &Case) {
-        event::trace(self.0, case);
+    fn trace(&self, packet_context: &PacketContext) {
+        event::trace(self.0, packet_context);
     }
 }
 

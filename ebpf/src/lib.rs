@@ -6,8 +6,9 @@
 #![cfg_attr(target_arch = "bpf", no_std, feature(asm_experimental_arch))]
 
 mod atomic;
-pub mod case;
 mod clock;
+pub mod context;
+pub mod count;
 mod event;
 mod flow;
 mod fragment;
@@ -18,28 +19,28 @@ pub mod verdict;
 
 use ebpf_common::reason;
 
-use crate::case::Case;
+use crate::context::PacketContext;
 use crate::hook::Hook;
 
 /// Judges, counts and reports a packet; whether it passes.
 #[inline(always)]
 pub fn pass<H: Hook>(hook: &H) -> bool {
-    let mut case = Case::new(hook);
-    case.reason = verdict::judge(hook, &mut case);
-    case.segments = hook.segments(&case.packet);
-    maps::count(&case);
-    event::report(hook, &case);
-    reason::passes(case.reason)
+    let mut context = PacketContext::new(hook);
+    context.reason = verdict::judge(hook, &mut context);
+    context.segments = hook.segments(&context.packet);
+    count::count(&context);
+    event::report(hook, &context);
+    reason::passes(context.reason)
 }
 
 /// Whether a packet is worth a full judgement; counts and reports it if not. Reads, and drops early, and nothing else: what
 /// it lets pass is judged and counted by [`pass`].
 #[inline(always)]
 pub fn may_pass<H: Hook>(hook: &H) -> bool {
-    let mut case = Case::new(hook);
-    let Some(reason) = verdict::judge_early(hook, &mut case) else { return true };
-    case.reason = reason;
-    maps::count(&case);
-    event::report(hook, &case);
+    let mut context = PacketContext::new(hook);
+    let Some(reason) = verdict::judge_early(hook, &mut context) else { return true };
+    context.reason = reason;
+    count::count(&context);
+    event::report(hook, &context);
     reason::passes(reason)
 }

@@ -12,10 +12,11 @@ use ebpf_common::table::{
 };
 use ebpf_common::{EGRESS, packet, reason};
 
-use crate::case::{Case, direction};
+use crate::context::PacketContext;
 use crate::flow;
 use crate::fragment::{self, Datagram};
 use crate::hook::{Hook, WHOLE};
+use crate::maps::direction;
 use crate::maps::{TABLES, control};
 use crate::settled::entry;
 
@@ -24,27 +25,27 @@ const CORRUPT: u32 = u32::MAX;
 
 /// The reason for which the packet passes or not.
 #[inline(always)]
-pub fn judge(hook: &impl Hook, case: &mut Case) -> u8 {
-    let Known { holder } = match know(hook, case) {
+pub fn judge(hook: &impl Hook, context: &mut PacketContext) -> u8 {
+    let Known { holder } = match know(hook, context) {
         Ok(known) => known,
         Err(reason) => return reason,
     };
-    if case.packet.is_icmp_error() {
-        return judge_error(hook, case, holder);
+    if context.packet.is_icmp_error() {
+        return judge_error(hook, context, holder);
     }
-    if case.other == 0 {
+    if context.other == 0 {
         return unknown();
     }
-    if case.packet.fragment == LATER_FRAGMENT {
-        match fragment::recall(case) {
+    if context.packet.fragment == LATER_FRAGMENT {
+        match fragment::recall(context) {
             Datagram::Known => {}
-            Datagram::Unknown => return judge_headless(case),
+            Datagram::Unknown => return judge_headless(context),
             Datagram::Overlapped => return reason::FRAGMENT_OVERLAP,
         }
     }
-    let reason = judge_flow(case);
-    if case.packet.fragment == FIRST_FRAGMENT && reason::passes(reason) {
-        fragment::keep(case);
+    let reason = judge_flow(context);
+    if context.packet.fragment == FIRST_FRAGMENT && reason::passes(reason) {
+        fragment::keep(context);
     }
     reason
 }
@@ -52,26 +53,26 @@ pub fn judge(hook: &impl Hook, case: &mut Case) -> u8 {
 /// The reason for which the packet would be dropped whatever is recorded, ahead of everything that is kept or learned of
 /// a packet; `None`: [`judge`] is to be asked.
 #[inline(always)]
-pub fn judge_early(hook: &impl Hook, case: &mut Case) -> Option<u8> {
-    if let Err(reason) = know(hook, case) {
+pub fn judge_early(hook: &impl Hook, context: &mut PacketContext) -> Option<u8> {
+    if let Err(reason) = know(hook, context) {
         return Some(reason);
     }
-    if case.packet.fragment != UNFRAGMENTED || case.packet.is_icmp_error() {
+    if context.packet.fragment != UNFRAGMENTED || context.packet.is_icmp_error() {
         return None;
     }
-    if case.other == 0 {
+    if context.other == 0 {
         return Some(unknown());
     }
-    let decision = Decision(decide_for(case, direction(), case.packet.destination_port));
-    if decision.allows() || (flow::may_be_recorded(case) && flow::is_recorded(case)) {
+    let decision = Decision(decide_for(context, direction(), context.packet.destination_port));
+    if decision.allows() || (flow::may_be_recorded(context) && flow::is_recorded(context)) {
         return None;
     }
     let Some(reason) = decision.denial() else { return Some(reason::CORRUPT_TABLE) };
-    case.rule = decision.rule();
+    context.rule = decision.rule();
     Some(reason)
 }
 
-/// What the rest of the judgement needs besides what is in the case.
+/// What the rest of the judgement needs besides what is in the context.
 struct Known {
     /// Of the other end's leaf.
     holder: u32,
@@ -79,8 +80,8 @@ struct Known {
 
 /// Reads the packet and looks up its ends: steps 1 to 3.
 #[inline(always)]
-fn know(hook: &impl Hook, case: &mut Case) -> Result<Known, u8> {
-    let fault = hook.read(&mut case.packet, case.length);
+fn know(hook: &impl Hook, context: &mut PacketContext) -> Result<Known, u8> {
+    let fault = hook.read(&mut context.packet, context.length);
     let (active, generation) = control();
     if generation == 0 {
         return Err(reason::NO_POLICY);
@@ -88,25 +89,25 @@ fn know(hook: &impl Hook, case: &mut Case) -> Result<Known, u8> {
     if active > 1 {
         return Err(reason::CORRUPT_TABLE);
     }
-    (case.copy, case.generation) = (active, generation);
+    (context.copy, context.generation) = (active, generation);
     if fault != WHOLE {
         return Err(fault as u8);
     }
-    if case.packet.is_out_of_scope() {
+    if context.packet.is_out_of_scope() {
         return Err(reason::SCOPE);
     }
-    let Some(tables) = TABLES.get(case.copy) else { return Err(reason::CORRUPT_TABLE) };
-    let (source, destination) = (case.packet.source, case.packet.destination);
-    let Some([source, destination]) = lookup(tables, active, [source, destination], case.packet.family) else {
+    let Some(tables) = TABLES.get(context.copy) else { return Err(reason::CORRUPT_TABLE) };
+    let (source, destination) = (context.packet.source, context.packet.destination);
+    let Some([source, destination]) = lookup(tables, active, [source, destination], context.packet.family) else {
         return Err(reason::CORRUPT_TABLE);
     };
-    (case.source_cidr, case.destination_cidr) = (source.cidr, destination.cidr);
+    (context.source_cidr, context.destination_cidr) = (source.cidr, destination.cidr);
     let (own, other) = if direction() == EGRESS { (source, destination) } else { (destination, source) };
     if own.flags & LOCAL == 0 {
         return Err(reason::NOT_LOCAL);
     }
-    (case.own, case.other) = (own.class, other.class);
-    case.behind = if other.flags & EXTERNAL == 0 { 0 } else { other.cidr };
+    (context.own, context.other) = (own.class, other.class);
+    context.behind = if other.flags & EXTERNAL == 0 { 0 } else { other.cidr };
     Ok(Known { holder: other.holder() })
 }
 
@@ -117,11 +118,11 @@ fn unknown() -> u8 {
 }
 
 #[inline(always)]
-fn judge_error(hook: &impl Hook, case: &Case, holder: u32) -> u8 {
-    if case.packet.fragment != UNFRAGMENTED {
+fn judge_error(hook: &impl Hook, context: &PacketContext, holder: u32) -> u8 {
+    if context.packet.fragment != UNFRAGMENTED {
         // No error is so long that it needs fragments (RFC 1812, 4.3.2.3; RFC 4443, 2.4).
         reason::FRAGMENT
-    } else if is_related(hook, case, holder) {
+    } else if is_related(hook, context, holder) {
         reason::ICMP_ERROR
     } else {
         reason::ICMP_ERROR_UNRELATED
@@ -130,59 +131,59 @@ fn judge_error(hook: &impl Hook, case: &Case, holder: u32) -> u8 {
 
 /// A fragment of a datagram of which nothing is known passes if no transport header could make a difference.
 #[inline(always)]
-fn judge_headless(case: &mut Case) -> u8 {
-    let has_ports = matches!(case.packet.protocol, packet::TCP | packet::UDP | packet::ICMP | packet::ICMPV6);
+fn judge_headless(context: &mut PacketContext) -> u8 {
+    let has_ports = matches!(context.packet.protocol, packet::TCP | packet::UDP | packet::ICMP | packet::ICMPV6);
     // Of a later IPv6 fragment not even the protocol is known.
-    let any = has_ports || case.packet.family != 4;
+    let any = has_ports || context.packet.family != 4;
     let decision = if any {
-        Decision(decide_any(case.copy, direction(), case.own, case.other))
+        Decision(decide_any(context.copy, direction(), context.own, context.other))
     } else {
-        Decision(decide_for(case, direction(), 0))
+        Decision(decide_for(context, direction(), 0))
     };
     if !decision.allows() {
         return reason::FRAGMENT;
     }
-    case.rule = decision.rule();
-    case.log = decision.has(Decision::LOG);
+    context.rule = decision.rule();
+    context.log = decision.has(Decision::LOG);
     decision.reason()
 }
 
 /// Rules, then replies.
 #[inline(always)]
-fn judge_flow(case: &mut Case) -> u8 {
-    let Some(tables) = TABLES.get(case.copy) else { return reason::CORRUPT_TABLE };
-    let service = u32::from(case.packet.protocol) << 16 | u32::from(case.packet.destination_port);
+fn judge_flow(context: &mut PacketContext) -> u8 {
+    let Some(tables) = TABLES.get(context.copy) else { return reason::CORRUPT_TABLE };
+    let service = u32::from(context.packet.protocol) << 16 | u32::from(context.packet.destination_port);
     // In line, as the walk is.
-    let Some(decision) = find_decision(tables, direction(), case.own, case.other, service) else {
+    let Some(decision) = find_decision(tables, direction(), context.own, context.other, service) else {
         return reason::CORRUPT_TABLE;
     };
     if decision.allows() {
-        case.rule = decision.rule();
-        case.log = decision.has(Decision::LOG);
-        flow::keep(case, decision);
+        context.rule = decision.rule();
+        context.log = decision.has(Decision::LOG);
+        flow::keep(context, decision);
         return decision.reason();
     }
     let Some(denial) = decision.denial() else { return reason::CORRUPT_TABLE };
-    case.rule = decision.rule();
-    if !flow::may_be_recorded(case) {
+    context.rule = decision.rule();
+    if !flow::may_be_recorded(context) {
         return denial;
     }
-    match flow::answers(case) {
+    match flow::answers(context) {
         flow::Answer::NONE => denial,
         flow::Answer::REVOKED => {
-            case.rule = NO_RULE_SLOT;
+            context.rule = NO_RULE_SLOT;
             reason::REVOKED
         }
         rule => {
-            case.rule = flow::Answer::rule(rule);
+            context.rule = flow::Answer::rule(rule);
             reason::REPLY
         }
     }
 }
 
 #[inline(never)]
-fn read_quote(hook: &impl Hook, case: &Case, quoted: &mut Packet) -> bool {
-    case.packet.read_quote(hook, quoted)
+fn read_quote(hook: &impl Hook, context: &PacketContext, quoted: &mut Packet) -> bool {
+    context.packet.read_quote(hook, quoted)
 }
 
 /// Whether an ICMP error is about a flow that is allowed (section 3.5). `holder` is that of the other end's leaf.
@@ -191,17 +192,17 @@ fn read_quote(hook: &impl Hook, case: &Case, quoted: &mut Packet) -> bool {
 /// comes from elsewhere than the quoted destination is believed only of a recorded flow, and only from who stands for
 /// that destination: at ingress the same gateway, itself or an address behind it, at egress this node.
 #[inline(never)]
-fn is_related(hook: &impl Hook, case: &Case, holder: u32) -> bool {
+fn is_related(hook: &impl Hook, context: &PacketContext, holder: u32) -> bool {
     let mut quoted = Packet::default();
-    if !read_quote(hook, case, &mut quoted) || quoted.source != case.packet.destination {
+    if !read_quote(hook, context, &mut quoted) || quoted.source != context.packet.destination {
         return false;
     }
-    let (mut own_class, mut other_class) = (case.own, case.other);
-    let direct = quoted.destination == case.packet.source;
+    let (mut own_class, mut other_class) = (context.own, context.other);
+    let direct = quoted.destination == context.packet.source;
     if !direct {
-        let Some(tables) = TABLES.get(case.copy) else { return false };
+        let Some(tables) = TABLES.get(context.copy) else { return false };
         let [high, low] = quoted.destination.0;
-        let Some(target) = entry(&tables.leaves, find_leaf(case.copy, high, low, quoted.family.into())) else {
+        let Some(target) = entry(&tables.leaves, find_leaf(context.copy, high, low, quoted.family.into())) else {
             return false;
         };
         if direction() == EGRESS {
@@ -219,7 +220,7 @@ fn is_related(hook: &impl Hook, case: &Case, holder: u32) -> bool {
     if own_class == 0 || other_class == 0 {
         return false;
     }
-    flow::is_allowed(case, &quoted, own_class, other_class, direct)
+    flow::is_allowed(context, &quoted, own_class, other_class, direct)
 }
 
 /// What the tables know of the ends of a packet; `None` where they contradict themselves.
@@ -370,8 +371,14 @@ impl Decision {
 
 /// The decision on a flow between the two ends of the packet.
 #[inline(always)]
-pub(crate) fn decide_for(case: &Case, direction: u32, service: u16) -> u64 {
-    decide(case.copy, direction, case.own, case.other, u32::from(case.packet.protocol) << 16 | u32::from(service))
+pub(crate) fn decide_for(context: &PacketContext, direction: u32, service: u16) -> u64 {
+    decide(
+        context.copy,
+        direction,
+        context.own,
+        context.other,
+        u32::from(context.packet.protocol) << 16 | u32::from(service),
+    )
 }
 
 /// The decision on a flow of `service` (protocol << 16 | port) from class `own` to class `other` at `EGRESS`, from

@@ -13,6 +13,11 @@ use serde::Deserialize;
 use crate::kernel::datapath::DEFAULT_ROOT;
 use crate::kernel::wireguard::Preference;
 
+/// In the state directory: what the userspace WireGuard last said.
+pub const WIREGUARD_LOG: &str = "wireguard.log";
+/// In the state directory: held by the daemon that uses it.
+pub const LOCK: &str = "lock";
+
 /// One field of the file, for the sample.
 #[derive(Clone, Copy, Debug)]
 pub struct Field {

@@ -13,9 +13,9 @@ use controller::clock;
 use controller_api::identity as names;
 use controller_api::v1::invite_request::Subject;
 use node::config::{self, Flags, Settings};
-use node::controller::{self as following, Connection, Enforced, Handle};
-use node::identity::{Identity, Keys};
-use node::{join, leave};
+use node::uplink::follow::{self as following, Connection, Enforced, Handle};
+use node::uplink::identity::{Identity, Keys};
+use node::uplink::{join, leave};
 use policy::{Change, Revision, Slice};
 use tokio::sync::watch;
 

@@ -67,8 +67,8 @@ pub mod map {
 
     /// What the counters' maps hold, as text for other versions. No program reads it.
     pub const LAYOUT: &str = "LAYOUT";
-    /// What former versions counted; added to the counters by whoever reads them. No program touches it.
-    pub const CARRIED: &str = "CARRIED";
+    /// What predecessors counted; added to the counters by whoever reads them. No program touches it.
+    pub const INHERITED: &str = "CARRIED";
 
     /// The policy: what a probe shares with the enforcing programs.
     pub const POLICY: [&str; 2] = [CONTROL, TABLES];

@@ -10,8 +10,9 @@ use aya_ebpf::macros::{classifier, map, xdp};
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie};
 use aya_ebpf::programs::{TcContext, XdpContext};
-use ebpf::case::{Case, direction};
+use ebpf::context::PacketContext;
 use ebpf::hook::{Hook, Skb, WHOLE};
+use ebpf::maps::direction;
 use ebpf::verdict;
 use ebpf_common::bench::{Ends, LOOP, PACKET, Pair, SAMPLES, Service};
 
@@ -252,8 +253,8 @@ pub(crate) fn headers(context: TcContext) -> i32 {
 extern "C" fn put_and_read(context: *mut __sk_buff, index: u32) -> u32 {
     let context = TcContext::new(context);
     let hook = Skb(&context);
-    let mut case = Case::new(&hook);
-    u32::from(store(&context, index) && hook.read(&mut case.packet, case.length) == WHOLE)
+    let mut packet_context = PacketContext::new(&hook);
+    u32::from(store(&context, index) && hook.read(&mut packet_context.packet, packet_context.length) == WHOLE)
 }
 
 /// Counts, and no more: as many pairs as the samples have.
@@ -271,10 +272,10 @@ pub(crate) fn counters(context: TcContext) -> i32 {
 #[inline(never)]
 extern "C" fn put_and_count(context: *mut __sk_buff, index: u32) -> u32 {
     let context = TcContext::new(context);
-    let mut case = Case::new(&Skb(&context));
-    (case.source_cidr, case.destination_cidr, case.rule) = (index & 1023, 1, index & 127);
+    let mut packet_context = PacketContext::new(&Skb(&context));
+    (packet_context.source_cidr, packet_context.destination_cidr, packet_context.rule) = (index & 1023, 1, index & 127);
     let stored = store(&context, index);
-    ebpf::maps::count(&case);
+    ebpf::count::count(&packet_context);
     u32::from(stored)
 }
 

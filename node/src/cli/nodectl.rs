@@ -12,9 +12,9 @@ use serde::de::DeserializeOwned;
 use super::table::{ago, bytes, loud, table};
 use super::{DENIED, DIFFERS, FAILED, UNREACHABLE, colour, fail};
 use crate::config::{self, Flags, Interface};
-use crate::control::{AskError, Request, ask};
-use crate::controller::now;
-use crate::report::{Answer, Entry, Explanation, Guard, Peer, PeerState, Policy, Program, Question, Status, Verified};
+use crate::serve::local::{AskError, Request, ask};
+use crate::view::{Answer, Entry, Explanation, Guard, Peer, PeerState, Policy, Program, Question, Status, Verified};
+use host::clock::now;
 
 mod traffic;
 
@@ -229,7 +229,7 @@ fn guard(guard: &Guard) -> Vec<String> {
     if !guard.enabled {
         return vec!["off".to_owned()];
     }
-    let places = guard.places.iter().map(|place| {
+    let places = guard.attachments.iter().map(|place| {
         let note = place.note.as_ref().map(|note| format!("; {note}")).unwrap_or_default();
         let Some(hook) = &place.hook else {
             return format!("{}: {}{note}", place.interface, loud("not there", colour()));
@@ -422,7 +422,7 @@ mod tests {
     use super::*;
     use clap::CommandFactory;
 
-    use crate::report::{Direction, Interpreted, KernelAnswer};
+    use crate::view::{Direction, Interpreted, KernelAnswer};
 
     #[test]
     fn the_command_line_is_sound_and_each_verb_has_an_example() {

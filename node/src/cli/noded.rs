@@ -10,14 +10,14 @@ use controller_api::invitation::Invitation;
 use tracing_subscriber::EnvFilter;
 
 use super::{FAILED, UNREACHABLE, fail};
-use crate::agent::{self, Machine};
 use crate::config::{self, Flags, Settings};
-use crate::controller::now;
-use crate::identity::{Identity, IdentityError};
-use crate::join::{self, JoinError, Joined};
 use crate::kernel::wireguard::{UserspaceArgs, run_userspace};
-use crate::leave::{self, LeaveError};
-use crate::lock::Lock;
+use crate::serve::agent::{self, Machine};
+use crate::serve::lock::Lock;
+use crate::uplink::identity::{Identity, IdentityError};
+use crate::uplink::join::{self, JoinError, Joined};
+use crate::uplink::leave::{self, LeaveError};
+use host::clock::now;
 
 /// Joins this machine to a Rampart network and enforces the network's policy in its kernel
 #[derive(Debug, Parser)]

@@ -12,8 +12,8 @@ use policy::{Flow, Generation, PublicKey, Revision};
 
 use super::inspect::{Counters, Inspect, Probed};
 use super::{
-    Attachment, Backend, Datapath, DatapathState, Device, DevicePeer, Early, KernelError, Link, LinkKind, LinkState,
-    PeerConfig, Program, WireGuard,
+    AttachMethod, Backend, Datapath, DatapathState, Device, DevicePeer, EarlyDrop, KernelError, Link, LinkKind,
+    LinkState, PeerConfig, Program, WireGuard,
 };
 use crate::key::PrivateKey;
 use crate::lower::Tables;
@@ -352,13 +352,13 @@ impl Datapath for FakeDatapath {
         self.0.change("attach", |world| {
             world.link()?;
             let datapath = world.datapath.get_or_insert(DatapathState {
-                attachment: Attachment::Tcx,
+                attachment: AttachMethod::Tcx,
                 egress: false,
                 ingress: false,
                 ahead: Vec::new(),
                 generation: Generation::default(),
                 revision: Revision::default(),
-                early: Early::Off,
+                early_drop: EarlyDrop::Off,
             });
             datapath.egress = true;
             datapath.ingress = true;

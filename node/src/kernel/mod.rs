@@ -24,7 +24,7 @@ pub mod wireguard;
 
 pub use guard::Guard;
 pub use inspect::Inspect;
-pub use program::{Place, Program};
+pub use program::{Attachment, Program};
 
 /// Which WireGuard carries the packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,14 +121,14 @@ pub trait Link: Send {
 
 /// How the programs hang on the interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Attachment {
+pub enum AttachMethod {
     Tcx,
     Clsact,
 }
 
 /// The drop at XDP, ahead of the programs that decide.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Early {
+pub enum EarlyDrop {
     /// Not asked for.
     #[default]
     Off,
@@ -140,7 +140,7 @@ pub enum Early {
 /// The datapath as read back from the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DatapathState {
-    pub attachment: Attachment,
+    pub attachment: AttachMethod,
     /// Whether our program is attached, and first, for egress and ingress.
     pub egress: bool,
     pub ingress: bool,
@@ -150,7 +150,7 @@ pub struct DatapathState {
     pub generation: Generation,
     pub revision: Revision,
     /// Of the agent that asks.
-    pub early: Early,
+    pub early_drop: EarlyDrop,
 }
 
 /// The eBPF half of the interface.

@@ -4,20 +4,20 @@ use std::fmt;
 
 /// Where on the interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Place {
+pub enum Attachment {
     Egress,
     Ingress,
     Xdp,
 }
 
-impl Place {
+impl Attachment {
     pub const ALL: [Self; 3] = [Self::Egress, Self::Ingress, Self::Xdp];
 }
 
 /// One program, or a filter that is none.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Program {
-    pub place: Place,
+    pub attachment: Attachment,
     /// In the order in which they run, from 1.
     pub position: usize,
     /// `None`: a filter of another kind than BPF.
@@ -27,7 +27,7 @@ pub struct Program {
     pub ours: bool,
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for Attachment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Egress => "tc egress",
@@ -45,6 +45,6 @@ impl fmt::Display for Program {
             (None, Some(id)) => write!(f, "the program with id {id}")?,
             (None, None) => f.write_str("a filter that is no program")?,
         }
-        write!(f, " at {}, number {}", self.place, self.position)
+        write!(f, " at {}, number {}", self.attachment, self.position)
     }
 }

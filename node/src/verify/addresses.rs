@@ -10,7 +10,7 @@ use ebpf_common::table::{BLOCK, EXTERNAL, INDEX, LOCAL, Leaf, PATH, UNKNOWN, blo
 use ipnet::IpNet;
 use policy::{CidrId, ClassId, NodeId, Slice};
 
-use super::{Difference, Names, Place, Range, Verification};
+use super::{Difference, Names, Ownership, Range, Verification};
 use crate::lower::Tables;
 
 /// Addresses that are one thing, both ends included.
@@ -87,8 +87,8 @@ pub(super) fn compare(slice: &Slice, tables: &Tables, verification: &mut Verific
                 Holder::Gateway(node) if place.is_some() => Some(names.peer(node)),
                 _ => None,
             };
-            let intended = Place { cidr: place.map(|(_, cidr)| names.cidr(cidr)), local, external, gateway };
-            let found = found_place(&names, leaf, &numbers);
+            let intended = Ownership { cidr: place.map(|(_, cidr)| names.cidr(cidr)), local, external, gateway };
+            let found = found_ownership(&names, leaf, &numbers);
             verification.add(Difference::Prefix { addresses: range, intended, found });
         }
         // What one side does not know, or does not stand for, has no cells to compare.
@@ -103,13 +103,13 @@ pub(super) fn compare(slice: &Slice, tables: &Tables, verification: &mut Verific
     kinds
 }
 
-fn found_place(names: &Names<'_>, leaf: Leaf, numbers: &BTreeMap<NodeId, u32>) -> Place {
+fn found_ownership(names: &Names<'_>, leaf: Leaf, numbers: &BTreeMap<NodeId, u32>) -> Ownership {
     let known = leaf.class != 0;
     let gateway = (leaf.holder() != 0).then(|| {
         let node = numbers.iter().find(|(_, number)| **number == leaf.holder());
         node.map_or_else(|| format!("#{}", leaf.holder()), |(node, _)| names.peer(*node))
     });
-    Place {
+    Ownership {
         cidr: known.then(|| names.cidr(CidrId(leaf.cidr))),
         local: leaf.flags & LOCAL != 0,
         external: leaf.flags & EXTERNAL != 0,

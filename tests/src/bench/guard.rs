@@ -15,8 +15,8 @@ use ebpf_common::underlay::reason;
 use nix::net::if_::if_nametoindex;
 use nix::sys::signal::Signal;
 use node::kernel::Guard;
-use node::kernel::datapath::{EbpfGuard, GuardProbe};
-use node::kernel::guard::{Hook, Interfaces, Mode, Wanted};
+
+use node::kernel::guard::{EbpfGuard, GuardProbe, Hook, Interfaces, Mode, Wanted};
 use policy::PublicKey;
 
 use super::Effort;
@@ -180,7 +180,7 @@ impl Field {
         self.bare = in_network(host, || {
             let kept = guard.keep((shield == Shield::Guard).then_some(&*wanted));
             ensure!(kept.error.is_none(), "{kept:?}");
-            ensure!(kept.places.iter().all(|place| place.hook.is_some_and(|hook| hook != Hook::Xdp)), "{kept:?}");
+            ensure!(kept.attachments.iter().all(|place| place.hook.is_some_and(|hook| hook != Hook::Xdp)), "{kept:?}");
             match shield {
                 Shield::Bare => {
                     let link = foreign::attach_bare_drop(if_nametoindex("eth0")?, WIREGUARD);

@@ -6,7 +6,7 @@ use ebpf_common::packet::UDP;
 use ebpf_common::{INGRESS, reason};
 use nix::net::if_::if_nametoindex;
 use node::kernel::datapath::packet::{ACK, Packet, SYN, ip};
-use node::kernel::{Datapath, Early, Inspect};
+use node::kernel::{Datapath, EarlyDrop, Inspect};
 
 use super::network::{ENDS, allowing, flow, node, small};
 use super::{INTERFACE, Lab, wait_until};
@@ -16,7 +16,7 @@ pub fn drops_what_could_not_pass(lab: &mut Lab) {
     let network = allowing(small(), "dns", "cidr:web", "cidr:db", "udp/53");
     lab.restart_with(|datapath| datapath.with_early_drop(true));
     lab.enforce(&network, node(&network, "web1"));
-    assert_eq!(lab.datapath.observe().expect("observed").early, Early::On);
+    assert_eq!(lab.datapath.observe().expect("observed").early_drop, EarlyDrop::On);
     for [web, db, ..] in ENDS {
         let question = Packet::opening(&flow(web, db, "udp/53"));
         let mut fragment = question.to_bytes();
@@ -74,10 +74,10 @@ pub fn is_kept_as_asked(lab: &mut Lab) {
     super::foreign::detach(&pin).expect("detached");
     assert!(!early(lab).ingress, "somebody took it off");
     lab.datapath.attach().expect("put back");
-    assert_eq!((early(lab).ingress, early(lab).early), (true, Early::On));
+    assert_eq!((early(lab).ingress, early(lab).early_drop), (true, EarlyDrop::On));
     lab.restart();
     lab.datapath.attach().expect("attached");
-    assert_eq!((pin.exists(), early(lab).early), (false, Early::Off), "no longer asked for");
+    assert_eq!((pin.exists(), early(lab).early_drop), (false, EarlyDrop::Off), "no longer asked for");
     // Another program's place is not taken, and the policy is enforced all the same.
     let interface = if_nametoindex(INTERFACE).expect("it is there");
     let mut foreign = None;
@@ -92,7 +92,10 @@ pub fn is_kept_as_asked(lab: &mut Lab) {
     lab.restart_with(|datapath| datapath.with_early_drop(true));
     lab.enforce(&network, node(&network, "web1"));
     let state = early(lab);
-    assert!(matches!(&state.early, Early::Failed(error) if error.contains("another XDP program")), "{state:?}");
+    assert!(
+        matches!(&state.early_drop, EarlyDrop::Failed(error) if error.contains("another XDP program")),
+        "{state:?}"
+    );
     assert!(state.egress && state.ingress);
 }
 

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 
 use ebpf_common::{EGRESS, INGRESS};
 use nix::net::if_::if_nametoindex;
-use node::kernel::{Attachment, Datapath, KernelError};
+use node::kernel::{AttachMethod, Datapath, KernelError};
 use node::lower::Tables;
 use policy::Generation;
 
@@ -234,15 +234,17 @@ impl Bench<'_> {
     fn programs(&self, direction: u32) -> usize {
         let index = if_nametoindex(INTERFACE).expect("the interface");
         match self.lab.attachment() {
-            Attachment::Tcx => foreign::count_tcx(index, direction).expect("queried"),
-            Attachment::Clsact => foreign::filters(INTERFACE, name(direction)),
+            AttachMethod::Tcx => foreign::count_tcx(index, direction).expect("queried"),
+            AttachMethod::Clsact => foreign::filters(INTERFACE, name(direction)),
         }
     }
 
     fn take_off(&self, direction: u32) {
         match self.lab.attachment() {
-            Attachment::Tcx => foreign::detach(&self.lab.pin(&format!("links/{}", name(direction)))).expect("detached"),
-            Attachment::Clsact => self.lab.run("tc", &["filter", "del", "dev", INTERFACE, name(direction)]),
+            AttachMethod::Tcx => {
+                foreign::detach(&self.lab.pin(&format!("links/{}", name(direction)))).expect("detached")
+            }
+            AttachMethod::Clsact => self.lab.run("tc", &["filter", "del", "dev", INTERFACE, name(direction)]),
         }
     }
 
@@ -287,7 +289,7 @@ pub fn is_attached_in_the_other_way(lab: &mut Lab) {
     supervised(refused, || lab.datapath.attach()).expect("attached");
     lab.enforce(&network, node(&network, "web1"));
     let state = lab.datapath.observe().expect("observed");
-    assert_eq!((state.attachment, state.egress, state.ingress), (Attachment::Clsact, true, true));
+    assert_eq!((state.attachment, state.egress, state.ingress), (AttachMethod::Clsact, true, true));
     // The next agent finds TCX, and takes the policy over without leaving the filters behind.
     lab.restart();
     lab.datapath.attach().expect("attached");
@@ -295,6 +297,6 @@ pub fn is_attached_in_the_other_way(lab: &mut Lab) {
     assert_eq!((taken.egress, taken.ingress, taken.generation), (true, true, state.generation));
     for direction in DIRECTIONS {
         let filters = foreign::filters(INTERFACE, name(direction));
-        assert_eq!(filters, usize::from(taken.attachment == Attachment::Clsact), "at {}", name(direction));
+        assert_eq!(filters, usize::from(taken.attachment == AttachMethod::Clsact), "at {}", name(direction));
     }
 }

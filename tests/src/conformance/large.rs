@@ -10,7 +10,7 @@ use ebpf_common::packet::{TCP, UDP};
 use ebpf_common::{EGRESS, INGRESS, reason};
 use nix::sys::socket::{setsockopt, sockopt};
 use node::kernel::datapath::packet::{ACK, Packet, SYN, ip};
-use node::kernel::{Attachment, Inspect};
+use node::kernel::{AttachMethod, Inspect};
 
 use super::network::{ENDS, allowing, flow, node, small};
 use super::{INTERFACE, Lab, attachments, foreign};
@@ -74,7 +74,7 @@ pub fn is_judged_whole_at_ingress(lab: &mut Lab) {
 /// Whether a TUN takes UDP that is several on the wire: since 6.2, and TCX came with 6.6. (There is no release between the two
 /// that is tested.)
 fn joins_udp() -> bool {
-    attachments()[0] == Attachment::Tcx
+    attachments()[0] == AttachMethod::Tcx
 }
 
 /// `kind`: the protocol of what is several on the wire.

@@ -37,7 +37,7 @@ use nix::unistd::Pid;
 use node::kernel::datapath::packet::Packet;
 use node::kernel::datapath::{EbpfDatapath, Probe};
 use node::kernel::inspect::Probed;
-use node::kernel::{Attachment, Datapath, Inspect};
+use node::kernel::{AttachMethod, Datapath, Inspect};
 use node::lower::{RuleSlots, Tables, lower};
 use policy::{Generation, Matrix, Network, NodeId, Revision, Slice};
 use tempfile::TempDir;
@@ -54,7 +54,7 @@ pub struct Lab {
     /// Packets written here arrive at the interface.
     pub tun: File,
     pub slots: RuleSlots,
-    attachment: Option<Attachment>,
+    attachment: Option<AttachMethod>,
     /// Of the last slice.
     pub revision: u64,
     _folder: TempDir,
@@ -75,7 +75,7 @@ pub fn in_each_lab(test: impl Fn(&mut Lab) + Sync) {
     }
 }
 
-fn in_lab_with(attachment: Option<Attachment>, test: impl FnOnce(&mut Lab) + Send) {
+fn in_lab_with(attachment: Option<AttachMethod>, test: impl FnOnce(&mut Lab) + Send) {
     assert!(nix::unistd::geteuid().is_root(), "the kernel's programs can only be tested as root: run this as root");
     let result = thread::scope(|scope| scope.spawn(|| test(&mut Lab::new(attachment))).join());
     if let Err(panic) = result {
@@ -116,17 +116,17 @@ fn in_more_labs<T: Send>(
 }
 
 /// The ways of attaching that this kernel has by its version, the preferred one first: TCX came with 6.6.
-pub fn attachments() -> &'static [Attachment] {
+pub fn attachments() -> &'static [AttachMethod] {
     let name = nix::sys::utsname::uname().expect("a kernel");
     let release = name.release().to_string_lossy().into_owned();
     let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    if version >= (6, 6) { &[Attachment::Tcx, Attachment::Clsact] } else { &[Attachment::Clsact] }
+    if version >= (6, 6) { &[AttachMethod::Tcx, AttachMethod::Clsact] } else { &[AttachMethod::Clsact] }
 }
 
 impl Lab {
     /// Leaves the namespaces of the calling thread.
-    fn new(attachment: Option<Attachment>) -> Self {
+    fn new(attachment: Option<AttachMethod>) -> Self {
         unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).expect("namespaces of its own");
         let none: Option<&str> = None;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("mounts of its own");
@@ -155,7 +155,7 @@ impl Lab {
     }
 
     /// The way in which this lab attaches.
-    pub fn attachment(&self) -> Attachment {
+    pub fn attachment(&self) -> AttachMethod {
         self.attachment.unwrap_or(attachments()[0])
     }
 

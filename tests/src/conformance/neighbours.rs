@@ -1,7 +1,7 @@
 //! Programs of others on the same interface: they stay, and see what Rampart let pass and nothing else.
 
 use nix::net::if_::if_nametoindex;
-use node::kernel::{Attachment, Datapath};
+use node::kernel::{AttachMethod, Datapath};
 
 use super::ear::Ear;
 use super::foreign::{Bystander, Place};
@@ -36,8 +36,8 @@ impl Bench<'_> {
         let index = if_nametoindex(INTERFACE).expect("the interface");
         let bystander = Bystander::new(&self.lab.bpffs.join(format!("bystander-{place:?}"))).expect("loaded");
         match self.lab.attachment() {
-            Attachment::Tcx => bystander.attach_tcx(index, INGRESS, place).expect("attached"),
-            Attachment::Clsact => bystander.attach_filter(INTERFACE, name(INGRESS), place),
+            AttachMethod::Tcx => bystander.attach_tcx(index, INGRESS, place).expect("attached"),
+            AttachMethod::Clsact => bystander.attach_filter(INTERFACE, name(INGRESS), place),
         }
         bystander
     }
@@ -52,7 +52,7 @@ pub fn see_what_passed(lab: &mut Lab) {
     let [web, db, ..] = ENDS[0];
     let [open, closed] = [OPEN, CLOSED].map(|port| Ear::new(&lab.tun, db, web, port));
     let mut bench = Bench { lab, open, closed };
-    if bench.lab.attachment() == Attachment::Clsact {
+    if bench.lab.attachment() == AttachMethod::Clsact {
         bench.lab.run("tc", &["qdisc", "add", "dev", INTERFACE, "clsact"]);
     }
     let early = bench.add(Place::Behind);

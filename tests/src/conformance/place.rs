@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 use node::kernel::datapath::Trace;
 use node::kernel::datapath::packet::Packet;
-use node::kernel::{Attachment, Datapath, DatapathState, Inspect, Place};
+use node::kernel::{AttachMethod, Attachment, Datapath, DatapathState, Inspect};
 use policy::{Generation, Network};
 
 use super::network::{ENDS, allowing, flow, node, small};
@@ -92,15 +92,15 @@ pub fn is_put_back(lab: &mut Lab) {
     let generation = enforce(lab);
     for direction in DIRECTIONS {
         match lab.attachment() {
-            Attachment::Tcx => foreign::detach(&lab.pin(&format!("links/{}", name(direction)))).expect("detached"),
-            Attachment::Clsact => lab.run("tc", &["filter", "del", "dev", INTERFACE, name(direction)]),
+            AttachMethod::Tcx => foreign::detach(&lab.pin(&format!("links/{}", name(direction)))).expect("detached"),
+            AttachMethod::Clsact => lab.run("tc", &["filter", "del", "dev", INTERFACE, name(direction)]),
         }
         let state = observe(lab);
         assert_eq!((state.egress, state.ingress), (direction != EGRESS, direction != INGRESS), "it is gone");
         lab.datapath.attach().expect("put back");
         assert_in_force(lab, generation);
     }
-    if lab.attachment() == Attachment::Clsact {
+    if lab.attachment() == AttachMethod::Clsact {
         lab.run("tc", &["qdisc", "del", "dev", INTERFACE, "clsact"]);
         assert!(!observe(lab).egress);
         lab.datapath.attach().expect("put back");
@@ -115,8 +115,8 @@ pub fn is_first_again(lab: &mut Lab) {
     for direction in DIRECTIONS {
         for handle in ["9", "10"] {
             match lab.attachment() {
-                Attachment::Tcx => links.push(foreign::attach_ahead(index, direction).expect("attached")),
-                Attachment::Clsact => lab.run(
+                AttachMethod::Tcx => links.push(foreign::attach_ahead(index, direction).expect("attached")),
+                AttachMethod::Clsact => lab.run(
                     "tc",
                     &[
                         "filter",
@@ -139,8 +139,8 @@ pub fn is_first_again(lab: &mut Lab) {
             }
             let state = observe(lab);
             assert_eq!((state.egress, state.ingress), (direction != EGRESS, direction != INGRESS), "not first");
-            let ahead: Vec<_> = state.ahead.iter().map(|program| (program.place, program.position)).collect();
-            let place = if direction == EGRESS { Place::Egress } else { Place::Ingress };
+            let ahead: Vec<_> = state.ahead.iter().map(|program| (program.attachment, program.position)).collect();
+            let place = if direction == EGRESS { Attachment::Egress } else { Attachment::Ingress };
             assert_eq!(ahead, [(place, 1)], "who is ahead is told");
             lab.datapath.attach().expect("placed ahead");
             assert_in_force(lab, generation);
@@ -163,7 +163,10 @@ pub fn names_others(lab: &mut Lab) {
     let programs = |lab: &mut Lab| lab.datapath.programs().expect("listed");
     let ours = programs(lab);
     assert!(ours.iter().all(|program| program.ours && program.position == 1), "{ours:?}");
-    assert_eq!(ours.iter().map(|program| program.place).collect::<Vec<_>>(), [Place::Egress, Place::Ingress]);
+    assert_eq!(
+        ours.iter().map(|program| program.attachment).collect::<Vec<_>>(),
+        [Attachment::Egress, Attachment::Ingress]
+    );
     assert!(ours.iter().all(|program| program.name.as_deref() == Some("rampart")), "{ours:?}");
     let index = if_nametoindex(INTERFACE).expect("the interface");
     let _xdp = foreign::attach_xdp(index).expect("attached");
@@ -174,8 +177,13 @@ pub fn names_others(lab: &mut Lab) {
         lab.run("tc", &[&add[..], &["bpf", "da", "bytecode", "1,6 0 0 4294967295"]].concat());
     }
     let others: Vec<_> = programs(lab).into_iter().filter(|program| !program.ours).collect();
-    let told: Vec<_> = others.iter().map(|program| (program.place, program.position, program.id.is_some())).collect();
-    assert_eq!(told, [(Place::Egress, 2, false), (Place::Ingress, 2, false), (Place::Xdp, 1, true)], "{others:?}");
+    let told: Vec<_> =
+        others.iter().map(|program| (program.attachment, program.position, program.id.is_some())).collect();
+    assert_eq!(
+        told,
+        [(Attachment::Egress, 2, false), (Attachment::Ingress, 2, false), (Attachment::Xdp, 1, true)],
+        "{others:?}"
+    );
     assert_eq!(others[0].name.as_deref(), Some("bpf"), "its kind");
     let state = observe(lab);
     assert_eq!((state.egress, state.ingress, state.ahead), (true, true, Vec::new()), "none of them is drift");
@@ -230,7 +238,7 @@ pub fn is_attached_over_leftovers(lab: &mut Lab) {
     fs::rename(programs.join("egress"), programs.join("egress-new")).expect("renamed");
     fs::create_dir_all(lab.pin("probe-1-0")).expect("a folder");
     foreign::pin_array(&lab.pin("probe-1-0/FLOWS"), 4, 1).expect("pinned");
-    if lab.attachment() == Attachment::Tcx {
+    if lab.attachment() == AttachMethod::Tcx {
         foreign::pin_array(&lab.pin("links/egress-new"), 4, 1).expect("pinned");
     }
     lab.restart();

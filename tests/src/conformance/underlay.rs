@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ebpf_common::underlay::reason;
 use etherparse::PacketBuilder;
-use node::kernel::datapath::GuardProbe;
+use node::kernel::guard::GuardProbe;
 use node::kernel::guard::{Interfaces, Limit, Limits, Mode, Wanted};
 use policy::PublicKey;
 

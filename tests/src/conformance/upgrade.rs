@@ -12,7 +12,7 @@ use ebpf_common::counter::{Counter, LOSS_FLOW, PairKey};
 use ebpf_common::{ABI_VERSION, EGRESS, INGRESS, map, reason};
 use nix::net::if_::if_nametoindex;
 use node::kernel::datapath::packet::Packet;
-use node::kernel::{Attachment, Datapath, Inspect};
+use node::kernel::{AttachMethod, Datapath, Inspect};
 use policy::{Generation, Network, Revision};
 
 use super::network::{ENDS, allowing, flow, node, small};
@@ -391,8 +391,8 @@ pub fn is_closed_without_a_former(lab: &mut Lab) {
     enforced_by_another(lab);
     lab.datapath.attach().expect("staged");
     match lab.attachment() {
-        Attachment::Tcx => foreign::detach(&former(lab).join("links/ingress")).expect("detached"),
-        Attachment::Clsact => lab.run("tc", &["filter", "del", "dev", INTERFACE, name(INGRESS)]),
+        AttachMethod::Tcx => foreign::detach(&former(lab).join("links/ingress")).expect("detached"),
+        AttachMethod::Clsact => lab.run("tc", &["filter", "del", "dev", INTERFACE, name(INGRESS)]),
     }
     assert!(!observe(lab).ingress, "it is gone");
     lab.datapath.attach().expect("attached");

@@ -7,9 +7,9 @@ use std::process::Command;
 use ebpf_common::INGRESS;
 use ebpf_common::underlay::reason;
 use nix::net::if_::if_nametoindex;
-use node::kernel::datapath::EbpfGuard;
+use node::kernel::guard::EbpfGuard;
 use node::kernel::guard::{Hook, Interfaces, Kept, Mode, Wanted};
-use node::kernel::{Attachment, Guard};
+use node::kernel::{AttachMethod, Guard};
 use tests::conformance::underlay::{PORT, plenty, wanted};
 use tests::conformance::{INTERFACE, Lab, foreign, in_each_lab, in_lab};
 use tests::forge::initiation;
@@ -41,7 +41,7 @@ fn here(mode: Mode) -> Wanted {
 /// The one place, as it should be.
 fn hook(kept: &Kept) -> Hook {
     assert_eq!(kept.error, None);
-    let [place] = &kept.places[..] else { panic!("one place: {kept:?}") };
+    let [place] = &kept.attachments[..] else { panic!("one place: {kept:?}") };
     place.hook.unwrap_or_else(|| panic!("attached: {kept:?}"))
 }
 
@@ -79,7 +79,7 @@ fn pins(lab: &Lab) -> PathBuf {
 fn the_guard_outlives_its_agent_and_is_taken_over() {
     in_each_lab(|lab| {
         connect(lab);
-        let expected = if lab.attachment() == Attachment::Tcx { Hook::Tcx } else { Hook::Clsact };
+        let expected = if lab.attachment() == AttachMethod::Tcx { Hook::Tcx } else { Hook::Clsact };
         let mut former = guard(lab);
         assert_eq!(hook(&former.keep(Some(&here(Mode::Tc)))), expected);
         assert!(sees(&mut former));
@@ -100,8 +100,8 @@ fn the_guard_outlives_its_agent_and_is_taken_over() {
 /// Programs at ingress of the near end, by the kernel's own tools as far as there are any for the kind.
 fn programs_at(lab: &Lab) -> usize {
     match lab.attachment() {
-        Attachment::Tcx => foreign::count_tcx(if_nametoindex(NEAR).expect("an interface"), INGRESS).expect("asked"),
-        Attachment::Clsact => {
+        AttachMethod::Tcx => foreign::count_tcx(if_nametoindex(NEAR).expect("an interface"), INGRESS).expect("asked"),
+        AttachMethod::Clsact => {
             let output = Command::new("tc").args(["filter", "show", "dev", NEAR, "ingress"]).output().expect("tc");
             String::from_utf8_lossy(&output.stdout).lines().filter(|line| line.contains(" handle ")).count()
         }
@@ -125,13 +125,13 @@ fn a_guard_that_somebody_takes_off_is_put_back_and_counted() {
         assert_eq!(guard.keep(Some(&here(Mode::Tc))).repaired, 0);
         assert_eq!(guard.keep(Some(&here(Mode::Tc))).repaired, 0, "nothing to do");
         match lab.attachment() {
-            Attachment::Tcx => foreign::detach(&pins(lab).join("at").join(NEAR).join("tcx")).expect("detached"),
-            Attachment::Clsact => lab.run("tc", &["qdisc", "del", "dev", NEAR, "clsact"]),
+            AttachMethod::Tcx => foreign::detach(&pins(lab).join("at").join(NEAR).join("tcx")).expect("detached"),
+            AttachMethod::Clsact => lab.run("tc", &["qdisc", "del", "dev", NEAR, "clsact"]),
         }
         expect_programs(lab, 0);
         assert_eq!(guard.keep(Some(&here(Mode::Tc))).repaired, 1);
         assert!(sees(&mut guard));
-        if lab.attachment() == Attachment::Tcx {
+        if lab.attachment() == AttachMethod::Tcx {
             std::fs::remove_file(pins(lab).join("at").join(NEAR).join("tcx")).expect("unpinned");
             assert_eq!(guard.keep(Some(&here(Mode::Tc))).repaired, 1, "it would not have outlived the agent");
             expect_programs(lab, 1);
@@ -147,8 +147,8 @@ fn an_interface_that_vanishes_and_comes_is_followed() {
         hook(&guard.keep(Some(&here(Mode::Tc))));
         lab.run("ip", &["link", "del", NEAR]);
         let kept = guard.keep(Some(&here(Mode::Tc)));
-        assert_eq!((kept.places[0].hook, kept.repaired), (None, 0));
-        assert!(kept.places[0].note.as_deref().is_some_and(|note| note.contains("no such interface")), "{kept:?}");
+        assert_eq!((kept.attachments[0].hook, kept.repaired), (None, 0));
+        assert!(kept.attachments[0].note.as_deref().is_some_and(|note| note.contains("no such interface")), "{kept:?}");
         connect(lab);
         hook(&guard.keep(Some(&here(Mode::Tc))));
         assert!(sees(&mut guard));
@@ -170,7 +170,7 @@ fn by_default_it_stands_where_the_default_routes_lead() {
         assert!(kept.error.as_deref().is_some_and(|error| error.contains("`[guard]`")), "{kept:?}");
         lab.run("ip", &["route", "add", "default", "via", "192.0.2.9", "dev", NEAR]);
         let kept = guard(lab).keep(Some(&auto));
-        assert_eq!(kept.places[0].interface, NEAR);
+        assert_eq!(kept.attachments[0].interface, NEAR);
         hook(&kept);
     });
 }
@@ -178,17 +178,17 @@ fn by_default_it_stands_where_the_default_routes_lead() {
 #[test]
 fn others_are_left_where_they_are() {
     in_lab(|lab| {
-        if lab.attachment() != Attachment::Tcx {
+        if lab.attachment() != AttachMethod::Tcx {
             // Of clsact's filters a new one of the same preference comes first: nothing can be put ahead meanwhile.
             return;
         }
         connect(lab);
         let mut guard = guard(lab);
-        assert_eq!(guard.keep(Some(&here(Mode::Tc))).places[0].ahead, 0);
+        assert_eq!(guard.keep(Some(&here(Mode::Tc))).attachments[0].ahead, 0);
         let index = if_nametoindex(NEAR).expect("an interface");
         let _other = foreign::attach_ahead(index, INGRESS).expect("attached");
         let kept = guard.keep(Some(&here(Mode::Tc)));
-        assert_eq!((kept.places[0].ahead, kept.repaired), (1, 0), "{kept:?}");
+        assert_eq!((kept.attachments[0].ahead, kept.repaired), (1, 0), "{kept:?}");
         assert!(sees(&mut guard), "the other one lets on");
         expect_programs(lab, 2);
     });
@@ -219,7 +219,7 @@ fn in_a_driver_it_stands_where_the_driver_can_and_else_at_tc() {
         let elsewhere = Wanted { interfaces: Interfaces::These(["lo".to_owned()].into()), ..here(Mode::Xdp) };
         let kept = next.keep(Some(&elsewhere));
         assert_eq!(hook(&kept), tc);
-        assert!(kept.places[0].note.as_deref().is_some_and(|note| note.contains("driver")), "{kept:?}");
+        assert!(kept.attachments[0].note.as_deref().is_some_and(|note| note.contains("driver")), "{kept:?}");
         assert_eq!(next.keep(Some(&elsewhere)).repaired, 0, "not tried again every time");
     });
 }

@@ -9,13 +9,14 @@ use serde_json::Value;
 use crate::process::output;
 
 /// Every crate, and all that it may depend on, for whatever purpose. `tests` may depend on anything.
-const ARROWS: [(&str, &[&str]); 8] = [
-    ("controller", &["controller-api", "policy"]),
+const ARROWS: [(&str, &[&str]); 9] = [
+    ("controller", &["controller-api", "node-host", "policy"]),
     ("controller-api", &["policy"]),
     ("controller-cli", &["controller-api", "policy"]),
     ("ebpf", &["ebpf-common"]),
     ("ebpf-common", &[]),
-    ("node", &["controller-api", "policy", "ebpf-common"]),
+    ("node", &["controller-api", "policy", "ebpf-common", "node-host"]),
+    ("node-host", &[]),
     ("policy", &[]),
     ("xtask", &[]),
 ];
@@ -76,6 +77,8 @@ mod tests {
     fn only_the_arrows_of_the_house_are_allowed() {
         check("controller", "controller-api", 0);
         check("node", "ebpf-common", 0);
+        check("node", "node-host", 0);
+        check("node-host", "policy", 1);
         check("tests", "node", 0);
         check("policy", "policy", 0);
         check("ebpf", "policy", 1);

@@ -13,8 +13,8 @@ use tokio::time::interval;
 use super::super::table::{bytes, loud, short_time, table};
 use super::super::{UNREACHABLE, colour};
 use super::{Client, Output};
-use crate::control::{Following, Request};
-use crate::report::{DropFilter, DropRecord, Drops, Event, FlowFilter, Flows, LiveFlow, Suppressed};
+use crate::serve::local::{Following, Request};
+use crate::view::{DropFilter, DropRecord, Drops, Event, FlowFilter, Flows, LiveFlow, Suppressed};
 
 /// Flows shown where no number is given: more than anybody reads, less than slows a terminal.
 const FLOWS: usize = 1_000;
@@ -297,7 +297,7 @@ fn flows_table(flows: &Flows) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{Direction, FlowState};
+    use crate::view::{Direction, FlowState};
 
     fn event() -> Event {
         Event {

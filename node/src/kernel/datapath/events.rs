@@ -14,11 +14,10 @@ use ebpf_common::{map, underlay};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::guard;
-use super::map::{is_map, open};
-use super::pin::Pins;
-use super::sys;
 use crate::kernel::KernelError;
+use crate::kernel::datapath::attach::pin::Pins;
+use crate::kernel::datapath::sys;
+use crate::kernel::datapath::tables::map::{is_map, open};
 
 /// The reader of the events. There must be one at a time: what it has read is gone. Its descriptor is readable when
 /// there is something to read.
@@ -48,7 +47,7 @@ impl Events {
         Self::open_in(&Pins::new(pin_root, interface)?.maps)
     }
 
-    pub(super) fn open_in(folder: &Path) -> Result<Self, KernelError> {
+    pub(crate) fn open_in(folder: &Path) -> Result<Self, KernelError> {
         let buckets = Map::Array(open(folder, map::EVENT_BUCKETS)?);
         let buckets = Array::try_from(buckets).map_err(|error| no_counts(map::EVENT_BUCKETS, error))?;
         Self::with(folder, map::EVENTS, Unreported::Buckets(buckets))
@@ -56,12 +55,7 @@ impl Events {
 }
 
 impl Events<underlay::Event> {
-    /// Of the guard of a WireGuard interface in the network namespace of the calling thread, once it stands somewhere.
-    pub fn open_guard(interface: &str, pin_root: &Path) -> Result<Self, KernelError> {
-        Self::open_guard_in(&guard::maps_folder(interface, pin_root)?)
-    }
-
-    pub(super) fn open_guard_in(folder: &Path) -> Result<Self, KernelError> {
+    pub(crate) fn open_guard_in(folder: &Path) -> Result<Self, KernelError> {
         let counts = Map::PerCpuArray(open(folder, underlay::map::UNREPORTED)?);
         let counts = PerCpuArray::try_from(counts).map_err(|error| no_counts(underlay::map::UNREPORTED, error))?;
         Self::with(folder, underlay::map::EVENTS, Unreported::PerCpu(counts))

@@ -9,36 +9,22 @@
 //! ```
 //!
 //! `attach` goes through: folders, maps (a new map is empty, and empty tables drop everything), programs, links, pins of
-//! the programs. Another version's pins are taken over (`former`). Each step leaves what the next `attach` takes up, wherever it is killed. A running program is replaced by
+//! the programs. Another version's pins are taken over (`predecessor`). Each step leaves what the next `attach` takes up, wherever it is killed. A running program is replaced by
 //! one call of the kernel, and both work on the same maps, so that no packet sees neither.
 
-mod attach;
-mod carried;
-mod clsact;
-mod copies;
-mod counters;
-mod description;
-mod early;
-mod events;
-mod filter;
-mod flows;
-mod former;
-mod fragments;
-mod guard;
+pub(crate) mod attach;
+pub(crate) mod count;
+pub(crate) mod events;
 mod inspect;
-mod map;
-mod mapping;
-mod neighbours;
 pub mod packet;
-mod pairs;
-mod pin;
 mod probe;
-mod program;
-mod shares;
-mod sys;
+pub(crate) mod program;
+mod records;
+pub(crate) mod sys;
+pub(crate) mod tables;
 mod trace;
+mod upgrade;
 mod verifier;
-mod xdp;
 
 use std::path::PathBuf;
 
@@ -49,24 +35,23 @@ use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 use policy::{Generation, Revision};
 
+use self::attach::early_drop::EarlyDropProgram;
+use self::attach::pin::{self, Pins};
 use self::attach::{Attached, Hook, POLICY};
-use self::copies::Copies;
-use self::counters::CounterMaps;
-use self::description::Description;
-use self::early::EarlyDrop;
-use self::flows::Flows;
-use self::former::Formers;
-use self::map::Held;
-use self::pin::Pins;
+use self::count::counters::CounterMaps;
 use self::program::{Instance, classifier};
-use super::{Attachment, Datapath, DatapathState, KernelError};
+use self::records::flows::Flows;
+use self::tables::copies::Copies;
+use self::tables::map::{self, Held};
+use self::upgrade::description::Description;
+use self::upgrade::predecessor::{self, Predecessors};
+use super::{AttachMethod, Datapath, DatapathState, KernelError};
 use crate::lower::Tables;
-use crate::reconcile::apply::chain;
+use host::error::chain;
 
+pub use attach::pin::DEFAULT_ROOT;
 pub use events::{EventStream, Events};
-pub use guard::{EbpfGuard, GuardProbe};
 pub use inspect::TableReader;
-pub use pin::DEFAULT_ROOT;
 pub use probe::{Probe, SHORTEST};
 pub use program::BENCH_OBJECT;
 pub use sys::monotonic_ns;
@@ -77,9 +62,9 @@ pub use verifier::{Outcome as VerifierOutcome, Verified, verified};
 pub struct EbpfDatapath {
     interface: String,
     pin_root: PathBuf,
-    forced: Option<Attachment>,
+    forced: Option<AttachMethod>,
     trace: Option<Box<dyn FnMut(Trace) + Send>>,
-    early: EarlyDrop,
+    early_drop: EarlyDropProgram,
     running: Option<Running>,
     staged: Option<Staged>,
     probe: Option<Probe>,
@@ -92,7 +77,7 @@ struct Running {
     copies: Copies,
     counters: CounterMaps,
     flows: Flows,
-    method: Attachment,
+    method: AttachMethod,
     egress: Loaded,
     ingress: Loaded,
 }
@@ -109,7 +94,7 @@ struct Prepared {
 /// Ready to take the place of another version's programs as soon as there is a policy: until then that one's is in force.
 struct Staged {
     pins: Pins,
-    former: Pins,
+    predecessor: Pins,
     prepared: Prepared,
 }
 
@@ -138,7 +123,7 @@ impl EbpfDatapath {
             pin_root: pin_root.into(),
             forced: None,
             trace: None,
-            early: EarlyDrop::default(),
+            early_drop: EarlyDropProgram::default(),
             running: None,
             staged: None,
             probe: None,
@@ -146,13 +131,13 @@ impl EbpfDatapath {
     }
 
     /// Attaches in this way, or fails; otherwise by TCX where the kernel has it.
-    pub fn with_attachment(self, attachment: Attachment) -> Self {
+    pub fn with_attachment(self, attachment: AttachMethod) -> Self {
         Self { forced: Some(attachment), ..self }
     }
 
     /// Drops at XDP what could not pass in any case.
     pub fn with_early_drop(mut self, wanted: bool) -> Self {
-        self.early.wanted = wanted;
+        self.early_drop.wanted = wanted;
         self
     }
 
@@ -163,10 +148,10 @@ impl EbpfDatapath {
     }
 
     fn running(&mut self) -> Result<&mut Running, KernelError> {
-        if let Some(Staged { former, .. }) = &self.staged {
+        if let Some(Staged { predecessor, .. }) = &self.staged {
             return Err(KernelError::new(format!(
                 "the policy in force is that of a `noded` with version {} of the tables, until this one has a policy",
-                former.version
+                predecessor.version
             )));
         }
         let interface = &self.interface;
@@ -193,20 +178,20 @@ impl EbpfDatapath {
             return self.replace(index);
         }
         let mut prepared = self.prepare(&pins)?;
-        // A table that was lost is empty now, and contradicts the others. Maps without programs are of a former
+        // A table that was lost is empty now, and contradicts the others. Maps without programs are of a predecessor's
         // interface, or of a namespace that had this one's number.
         let anew = !complete || !is_enforced(&self.hooks(index), &pins)?;
         if anew {
             prepared.copies.close()?;
             prepared.flows.clear()?;
-            let formers = Formers::find(&self.pin_root, &self.interface)?;
-            if let Some(former) = formers.in_force(&self.hooks(index))?.filter(|_| !at_once) {
-                let version = former.version;
+            let predecessors = Predecessors::find(&self.pin_root, &self.interface)?;
+            if let Some(predecessor) = predecessors.in_force(&self.hooks(index))?.filter(|_| !at_once) {
+                let version = predecessor.version;
                 tracing::info!(
                     version,
                     "the policy of another version of the tables stays in force until there is one"
                 );
-                self.staged = Some(Staged { pins, former: former.clone(), prepared });
+                self.staged = Some(Staged { pins, predecessor: predecessor.clone(), prepared });
                 return Ok(());
             }
         }
@@ -241,7 +226,7 @@ impl EbpfDatapath {
         let egress = self.load(EGRESS, &running.pins)?;
         let ingress = self.load(INGRESS, &running.pins)?;
         Description::pin(&running.pins)?;
-        let formers = Formers::find(&self.pin_root, &self.interface)?;
+        let predecessors = Predecessors::find(&self.pin_root, &self.interface)?;
         let Running { pins, egress: our_egress, ingress: our_ingress, .. } = running;
         let mut method = self.forced.or(Some(running.method));
         for (ebpf, hook, ours) in [egress, ingress]
@@ -250,11 +235,11 @@ impl EbpfDatapath {
             .zip([our_egress, our_ingress])
             .map(|((a, b), c)| (a, b, c))
         {
-            *ours = place(ebpf, &hook, pins, &formers, &mut method)?;
+            *ours = attach_program(ebpf, &hook, pins, &predecessors, &mut method)?;
             ours.pin(pins, hook.direction)?;
             hook.detach(&pins.link(hook.direction), method)?;
         }
-        self.early.keep(pins, index)
+        self.early_drop.keep(pins, index)
     }
 
     /// Attaches what was prepared over what other processes left, if anything. With `anew` the tables were emptied just
@@ -262,29 +247,29 @@ impl EbpfDatapath {
     fn go_in_place(&mut self, pins: Pins, index: u32, prepared: Prepared, anew: bool) -> Result<(), KernelError> {
         let Prepared { egress, ingress, mut copies, mut counters, mut flows } = prepared;
         let mut method = self.forced;
-        let formers = Formers::find(&self.pin_root, &self.interface)?;
+        let predecessors = Predecessors::find(&self.pin_root, &self.interface)?;
         let [egress_hook, ingress_hook] = self.hooks(index);
-        let mut egress = place(egress, &egress_hook, &pins, &formers, &mut method)?;
+        let mut egress = attach_program(egress, &egress_hook, &pins, &predecessors, &mut method)?;
         egress.pin(&pins, EGRESS)?;
-        let mut ingress = place(ingress, &ingress_hook, &pins, &formers, &mut method)?;
+        let mut ingress = attach_program(ingress, &ingress_hook, &pins, &predecessors, &mut method)?;
         ingress.pin(&pins, INGRESS)?;
         for hook in [egress_hook, ingress_hook] {
             hook.detach(&pins.link(hook.direction), method)?;
         }
         if anew {
-            // A packet that the former programs still judged by the former tables may have left a record.
+            // A packet that the predecessor's programs still judged by the predecessor's tables may have left a record.
             copies.settle()?;
             flows.clear()?;
         }
-        if !formers.is_empty() {
-            // Until no packet is counted by the former programs any more.
+        if !predecessors.is_empty() {
+            // Until no packet is counted by the predecessor's programs any more.
             sys::wait_for_readers()
                 .map_err(|error| KernelError::with("failed to wait for an RCU grace period", error))?;
-            formers.succeed(&pins, &mut counters, (!anew).then_some(&mut flows));
+            predecessors.succeed(&pins, &mut counters, (!anew).then_some(&mut flows));
         }
-        let method = method.unwrap_or(Attachment::Tcx);
+        let method = method.unwrap_or(AttachMethod::Tcx);
         let maps = Held::open(&pins.maps)?;
-        self.early.keep(&pins, index)?;
+        self.early_drop.keep(&pins, index)?;
         self.running = Some(Running { pins, maps, copies, counters, flows, method, egress, ingress });
         self.probe = None;
         Ok(())
@@ -301,9 +286,9 @@ impl EbpfDatapath {
                 return Err(error);
             }
         };
-        let Staged { pins, former, mut prepared } = staged;
-        if let Err(error) = former::adopt_flows(&former, &mut prepared.flows, true) {
-            let version = former.version;
+        let Staged { pins, predecessor, mut prepared } = staged;
+        if let Err(error) = predecessor::adopt_flows(&predecessor, &mut prepared.flows, true) {
+            let version = predecessor.version;
             tracing::warn!(version, error = chain(&error), "records of flows cannot be taken over");
         }
         self.go_in_place(pins, index, prepared, false)?;
@@ -329,7 +314,7 @@ impl EbpfDatapath {
         let Ok(index) = self.index() else { return Ok([false; 2]) };
         let hooks = self.hooks(index);
         if let Some(staged) = &self.staged {
-            return former::in_place(&staged.former, &hooks);
+            return predecessor::in_place(&staged.predecessor, &hooks);
         }
         let Some(running) = &self.running else {
             let pins = Pins::new(&self.pin_root, &self.interface)?;
@@ -338,7 +323,7 @@ impl EbpfDatapath {
         let maps = running.maps.are_pinned(&running.pins.maps);
         let check = |hook: &Hook<'_>, loaded: &Loaded| {
             let pinned = maps
-                && (hook.direction == EGRESS || self.early.is_settled(&running.pins))
+                && (hook.direction == EGRESS || self.early_drop.is_settled(&running.pins))
                 && loaded.attached.is_pinned(&running.pins.link(hook.direction))
                 && pinned_program(&running.pins, hook.direction) == Some(loaded.id);
             Ok::<bool, KernelError>(pinned && hook.has(running.method, loaded.id)?)
@@ -348,16 +333,16 @@ impl EbpfDatapath {
 }
 
 /// Attaches a loaded program.
-fn place(
+fn attach_program(
     mut ebpf: Ebpf,
     hook: &Hook<'_>,
     pins: &Pins,
-    formers: &Formers,
-    method: &mut Option<Attachment>,
+    predecessors: &Predecessors,
+    method: &mut Option<AttachMethod>,
 ) -> Result<Loaded, KernelError> {
     let id = program::id(&mut ebpf)?;
     let program = classifier(&mut ebpf)?;
-    let attached = hook.attach(program, &pins.link(hook.direction), &formers.links(hook.direction), method)?;
+    let attached = hook.attach(program, &pins.link(hook.direction), &predecessors.links(hook.direction), method)?;
     Ok(Loaded { ebpf, id, attached })
 }
 
@@ -376,14 +361,14 @@ fn pinned_program(pins: &Pins, direction: u32) -> Option<u32> {
 
 fn is_pinned_first(hook: &Hook<'_>, pins: &Pins) -> Result<bool, KernelError> {
     let Some(program) = pinned_program(pins, hook.direction) else { return Ok(false) };
-    Ok(hook.has(Attachment::Tcx, program)? || hook.has(Attachment::Clsact, program)?)
+    Ok(hook.has(AttachMethod::Tcx, program)? || hook.has(AttachMethod::Clsact, program)?)
 }
 
-/// Whether a former process's program is attached in some direction, wherever among others.
+/// Whether an earlier process's program is attached in some direction, wherever among others.
 fn is_enforced(hooks: &[Hook<'_>; 2], pins: &Pins) -> Result<bool, KernelError> {
     for hook in hooks {
         let Some(program) = pinned_program(pins, hook.direction) else { continue };
-        for attachment in [Attachment::Tcx, Attachment::Clsact] {
+        for attachment in [AttachMethod::Tcx, AttachMethod::Clsact] {
             if hook.programs(attachment)?.contains(&Some(program)) {
                 return Ok(true);
             }
@@ -419,11 +404,11 @@ impl Datapath for EbpfDatapath {
         let [egress, ingress] = self.in_place()?;
         let attachment = match &self.running {
             Some(running) => running.method,
-            None => self.forced.unwrap_or(Attachment::Tcx),
+            None => self.forced.unwrap_or(AttachMethod::Tcx),
         };
         let (generation, revision) = match (&self.running, &self.staged) {
             (Some(running), _) => running.copies.in_force()?,
-            (None, Some(staged)) => former::in_force(&staged.former),
+            (None, Some(staged)) => predecessor::in_force(&staged.predecessor),
             (None, None) => {
                 let pins = Pins::new(&self.pin_root, &self.interface)?;
                 if !pins.map(ebpf_common::map::CONTROL).exists() || !pins.map(ebpf_common::map::TABLES).exists() {
@@ -435,7 +420,15 @@ impl Datapath for EbpfDatapath {
         };
         // Whether somebody got ahead matters only where ours is not first.
         let ahead = if egress && ingress { Vec::new() } else { self.ahead()? };
-        Ok(DatapathState { attachment, egress, ingress, ahead, generation, revision, early: self.early.state() })
+        Ok(DatapathState {
+            attachment,
+            egress,
+            ingress,
+            ahead,
+            generation,
+            revision,
+            early_drop: self.early_drop.state(),
+        })
     }
 
     fn switch(&mut self, tables: &Tables) -> Result<Generation, KernelError> {
@@ -456,7 +449,7 @@ impl Datapath for EbpfDatapath {
     }
 
     fn forget_flows(&mut self, addresses: &[IpNet]) -> Result<usize, KernelError> {
-        // Until no packet is judged by the former tables, records of theirs may come.
+        // Until no packet is judged by the predecessor's tables, records of theirs may come.
         self.settle()?;
         self.running()?.flows.forget(addresses)
     }
@@ -471,7 +464,7 @@ impl Datapath for EbpfDatapath {
         let pins = Pins::new(&self.pin_root, &self.interface)?;
         self.probe = None;
         self.running = None;
-        self.early.remove(&pins)?;
+        self.early_drop.remove(&pins)?;
         self.staged = None;
         for direction in [EGRESS, INGRESS] {
             match self.index() {
@@ -480,7 +473,7 @@ impl Datapath for EbpfDatapath {
                 Err(_) => pin::remove_file(&pins.link(direction))?,
             }
         }
-        Formers::find(&self.pin_root, &self.interface)?.remove()?;
+        Predecessors::find(&self.pin_root, &self.interface)?.remove()?;
         pins.remove()
     }
 }

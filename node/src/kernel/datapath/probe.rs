@@ -16,12 +16,12 @@ use ebpf_common::fragment::{Fragment, FragmentKey};
 use ebpf_common::table::NO_RULE_SLOT;
 use ebpf_common::{EGRESS, INGRESS, reason};
 
-use super::counters::CounterMaps;
-use super::events::Events;
-use super::flows::Flows;
-use super::pin::{create_folder, name};
-use super::program::{Instance, NEXT, classifier};
 use crate::kernel::KernelError;
+use crate::kernel::datapath::attach::pin::{create_folder, name};
+use crate::kernel::datapath::count::counters::CounterMaps;
+use crate::kernel::datapath::events::Events;
+use crate::kernel::datapath::program::{Instance, NEXT, classifier};
+use crate::kernel::datapath::records::flows::Flows;
 use crate::kernel::inspect::{Counters, Probed};
 
 /// Shorter packets the kernel does not take for a test run: the length of an Ethernet header, which it wants to see.
@@ -59,7 +59,7 @@ static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 impl Probe {
     /// `tables` is the folder of the pinned tables. `every`: for [`Probe::report`].
-    pub(super) fn load(tables: &Path, every: bool) -> Result<Self, KernelError> {
+    pub(crate) fn load(tables: &Path, every: bool) -> Result<Self, KernelError> {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let folder = tables.with_file_name(format!("{FOLDER}{}-{number}", process::id()));
         create_folder(&folder)?;
@@ -75,8 +75,8 @@ impl Probe {
         let load = |direction| Instance { direction, trace: false, tables, state, small: true, every }.load();
         let mut ingress = load(INGRESS)?;
         if every {
-            early(&mut ingress)?.load().map_err(|error| {
-                KernelError::with("the kernel's verifier refused the early program: this build is broken", error)
+            early_drop(&mut ingress)?.load().map_err(|error| {
+                KernelError::with("the kernel's verifier refused the early drop: this build is broken", error)
             })?;
         }
         let egress = load(EGRESS)?;
@@ -143,14 +143,14 @@ impl Probe {
         Ok((Probed { passes, reason: event.reason, rule }, event))
     }
 
-    /// Whether the early program, which runs in XDP ahead of the one at ingress, drops a packet, and why.
+    /// Whether the early drop, which runs in XDP ahead of the one at ingress, drops a packet, and why.
     ///
     /// # Errors
     /// As [`Probe::report`]'s.
     pub fn report_early(&mut self, packet: &[u8]) -> Result<Option<Probed>, KernelError> {
         let options = TestRunOptions { data_in: Some(packet), ..TestRunOptions::default() };
-        let result = early(&mut self.ingress)?.test_run(options).map_err(|error| {
-            KernelError::with(format!("failed to run the early program on a packet of {} bytes", packet.len()), error)
+        let result = early_drop(&mut self.ingress)?.test_run(options).map_err(|error| {
+            KernelError::with(format!("failed to run the early drop on a packet of {} bytes", packet.len()), error)
         })?;
         match (result.return_value, self.events.poll(), self.events.poll()) {
             (XDP_PASS, None, None) => Ok(None),
@@ -159,7 +159,7 @@ impl Probe {
                 Ok(Some(Probed { passes: false, reason: event.reason, rule }))
             }
             (returned, event, _) => {
-                Err(KernelError::new(format!("the early program returned {returned} and reported {event:?}")))
+                Err(KernelError::new(format!("the early drop returned {returned} and reported {event:?}")))
             }
         }
     }
@@ -230,14 +230,14 @@ const XDP_PASS: u32 = 2;
 /// Name of the program in the object.
 const EARLY: &str = "early";
 
-fn early(ebpf: &mut Ebpf) -> Result<&mut Xdp, KernelError> {
+fn early_drop(ebpf: &mut Ebpf) -> Result<&mut Xdp, KernelError> {
     let program = ebpf.program_mut(EARLY);
     let program = program.ok_or_else(|| KernelError::new(format!("the embedded object has no program `{EARLY}`")))?;
     program.try_into().map_err(|error| KernelError::with(format!("`{EARLY}` is no XDP program"), error))
 }
 
 /// Removes what probes left that were killed while they were loaded.
-pub(super) fn clean(top: &Path) -> io::Result<()> {
+pub(crate) fn clean(top: &Path) -> io::Result<()> {
     for entry in fs::read_dir(top)? {
         let entry = entry?;
         if entry.file_name().to_string_lossy().starts_with(FOLDER) {

@@ -6,8 +6,8 @@ use aya::programs::{ProgramError, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use ebpf_common::{EARLY_PROGRAM, PROGRAM, global, map};
 
-use super::pin;
 use crate::kernel::KernelError;
+use crate::kernel::datapath::attach::pin;
 
 /// The programs of `cargo xtask bench`.
 pub static BENCH_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bench"));
@@ -15,23 +15,23 @@ pub static BENCH_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_D
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/rampart"));
 
 /// `TCX_NEXT`, and `TC_ACT_UNSPEC` under clsact: whatever runs after us decides on.
-pub(super) const NEXT: i32 = -1;
+pub(crate) const NEXT: i32 = -1;
 
 /// What tells one instance from another.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Instance<'a> {
+pub(crate) struct Instance<'a> {
     /// `EGRESS` or `INGRESS`.
-    pub(super) direction: u32,
+    pub(crate) direction: u32,
     /// Report every packet through aya-log.
-    pub(super) trace: bool,
+    pub(crate) trace: bool,
     /// Folder of the pinned tables.
-    pub(super) tables: &'a Path,
+    pub(crate) tables: &'a Path,
     /// Folder of the pinned counters, records and events.
-    pub(super) state: &'a Path,
+    pub(crate) state: &'a Path,
     /// A probe: records and events for a handful of packets.
-    pub(super) small: bool,
+    pub(crate) small: bool,
     /// Report every packet as an event.
-    pub(super) every: bool,
+    pub(crate) every: bool,
 }
 
 /// Records that a probe has room for.
@@ -45,16 +45,16 @@ const PROBE_EVENT_BYTES: u32 = 4_096;
 
 impl Instance<'_> {
     /// Loads the classifier; maps that are pinned are used, others made and pinned.
-    pub(super) fn load(&self) -> Result<Ebpf, KernelError> {
+    pub(crate) fn load(&self) -> Result<Ebpf, KernelError> {
         let mut ebpf = self.open()?;
         classifier(&mut ebpf)?.load().map_err(|error| self.refused(error))?;
         Ok(ebpf)
     }
 
     /// Loads the early drop, likewise.
-    pub(super) fn load_early(&self) -> Result<Ebpf, KernelError> {
+    pub(crate) fn load_early_drop(&self) -> Result<Ebpf, KernelError> {
         let mut ebpf = self.open()?;
-        early(&mut ebpf)?.load().map_err(|error| self.refused(error))?;
+        early_drop(&mut ebpf)?.load().map_err(|error| self.refused(error))?;
         Ok(ebpf)
     }
 
@@ -102,14 +102,14 @@ impl Instance<'_> {
 }
 
 /// The one for TC.
-pub(super) fn classifier(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, KernelError> {
+pub(crate) fn classifier(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, KernelError> {
     let program = ebpf.program_mut(PROGRAM);
     let program = program.ok_or_else(|| KernelError::new(format!("the embedded object has no program `{PROGRAM}`")))?;
     program.try_into().map_err(|error| KernelError::with(format!("`{PROGRAM}` is no classifier"), error))
 }
 
 /// The one for XDP.
-pub(super) fn early(ebpf: &mut Ebpf) -> Result<&mut Xdp, KernelError> {
+pub(crate) fn early_drop(ebpf: &mut Ebpf) -> Result<&mut Xdp, KernelError> {
     let program = ebpf.program_mut(EARLY_PROGRAM);
     let program =
         program.ok_or_else(|| KernelError::new(format!("the embedded object has no program `{EARLY_PROGRAM}`")))?;
@@ -117,7 +117,7 @@ pub(super) fn early(ebpf: &mut Ebpf) -> Result<&mut Xdp, KernelError> {
 }
 
 /// The kernel's id of an instance.
-pub(super) fn id(ebpf: &mut Ebpf) -> Result<u32, KernelError> {
+pub(crate) fn id(ebpf: &mut Ebpf) -> Result<u32, KernelError> {
     let info = classifier(ebpf)?.info();
     info.map(|info| info.id()).map_err(|error| KernelError::with("failed to ask for the program's id", error))
 }

@@ -53,7 +53,7 @@ struct BatchAttributes {
 }
 
 /// Everything in a hash map. Entries that come or go meanwhile may be missed or seen.
-pub(super) fn read_hash<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
+pub(crate) fn read_hash<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
     // A bucket must fit whole; the kernel says ENOSPC when it does not.
     let mut chunk = 4_096usize;
     let mut all = Vec::new();
@@ -97,10 +97,10 @@ pub(super) fn read_hash<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(
 }
 
 /// Key and value of an entry, as bytes.
-pub(super) type RawEntry = (Vec<u8>, Vec<u8>);
+pub(crate) type RawEntry = (Vec<u8>, Vec<u8>);
 
 /// Everything in a map, as bytes: a key and the values of every CPU that it has, `value_size` bytes in all.
-pub(super) fn read_raw(map: BorrowedFd<'_>, key_size: usize, value_size: usize) -> io::Result<Vec<RawEntry>> {
+pub(crate) fn read_raw(map: BorrowedFd<'_>, key_size: usize, value_size: usize) -> io::Result<Vec<RawEntry>> {
     let mut all = Vec::new();
     visit_raw(map, key_size, value_size, |key, value| all.push((key.to_vec(), value.to_vec())))?;
     Ok(all)
@@ -110,7 +110,7 @@ pub(super) fn read_raw(map: BorrowedFd<'_>, key_size: usize, value_size: usize) 
 const AT_ONCE: usize = 1 << 20;
 
 /// Likewise, one after the other: with many CPUs there is much of it.
-pub(super) fn visit_raw(
+pub(crate) fn visit_raw(
     map: BorrowedFd<'_>,
     key_size: usize,
     value_size: usize,
@@ -154,14 +154,14 @@ pub(super) fn visit_raw(
 }
 
 /// Makes an array.
-pub(super) fn create_array(value_size: u32, entries: u32) -> io::Result<OwnedFd> {
+pub(crate) fn create_array(value_size: u32, entries: u32) -> io::Result<OwnedFd> {
     let mut array =
         CreateAttributes { kind: BPF_MAP_TYPE_ARRAY, key_size: 4, value_size, entries, ..Default::default() };
     bpf(BPF_MAP_CREATE, &mut array).map(new_fd)
 }
 
 /// Makes a hash map.
-pub(super) fn create_hash(key_size: u32, value_size: u32, entries: u32) -> io::Result<OwnedFd> {
+pub(crate) fn create_hash(key_size: u32, value_size: u32, entries: u32) -> io::Result<OwnedFd> {
     let mut hash = CreateAttributes { kind: BPF_MAP_TYPE_HASH, key_size, value_size, entries, ..Default::default() };
     bpf(BPF_MAP_CREATE, &mut hash).map(new_fd)
 }
@@ -175,7 +175,7 @@ struct ObjectAttributes {
 }
 
 /// Opens what is pinned at a path; `None`: nothing is.
-pub(super) fn object(path: &Path) -> io::Result<Option<OwnedFd>> {
+pub(crate) fn object(path: &Path) -> io::Result<Option<OwnedFd>> {
     let text = CString::new(path.as_os_str().as_bytes())?;
     let mut attributes = ObjectAttributes { path: text.as_ptr() as u64, ..Default::default() };
     match bpf(BPF_OBJ_GET, &mut attributes) {
@@ -187,16 +187,16 @@ pub(super) fn object(path: &Path) -> io::Result<Option<OwnedFd>> {
 
 /// What a TCX link says of itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct TcxLink {
-    pub(super) id: u32,
-    pub(super) program: u32,
+pub(crate) struct TcxLink {
+    pub(crate) id: u32,
+    pub(crate) program: u32,
     /// 0: the interface is gone.
-    pub(super) interface: u32,
+    pub(crate) interface: u32,
     attach_type: u32,
 }
 
 impl TcxLink {
-    pub(super) fn is_at(&self, interface: u32, direction: u32) -> bool {
+    pub(crate) fn is_at(&self, interface: u32, direction: u32) -> bool {
         self.interface == interface && self.attach_type == attach_type(direction)
     }
 }
@@ -223,7 +223,7 @@ struct LinkInfo {
 }
 
 /// `None`: a link of another kind.
-pub(super) fn tcx_link(link: BorrowedFd<'_>) -> io::Result<Option<TcxLink>> {
+pub(crate) fn tcx_link(link: BorrowedFd<'_>) -> io::Result<Option<TcxLink>> {
     let info = link_info(link)?;
     Ok((info.kind == BPF_LINK_TYPE_TCX).then_some(TcxLink {
         id: info.id,
@@ -235,15 +235,15 @@ pub(super) fn tcx_link(link: BorrowedFd<'_>) -> io::Result<Option<TcxLink>> {
 
 /// What an XDP link says of itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct XdpLink {
-    pub(super) id: u32,
-    pub(super) program: u32,
+pub(crate) struct XdpLink {
+    pub(crate) id: u32,
+    pub(crate) program: u32,
     /// 0: the interface is gone.
-    pub(super) interface: u32,
+    pub(crate) interface: u32,
 }
 
 /// `None`: a link of another kind.
-pub(super) fn xdp_link(link: BorrowedFd<'_>) -> io::Result<Option<XdpLink>> {
+pub(crate) fn xdp_link(link: BorrowedFd<'_>) -> io::Result<Option<XdpLink>> {
     let LinkInfo { kind, id, program, interface, .. } = link_info(link)?;
     Ok((kind == BPF_LINK_TYPE_XDP).then_some(XdpLink { id, program, interface }))
 }
@@ -268,7 +268,7 @@ struct ByIdAttributes {
 }
 
 /// Opens a program by its id, which takes CAP_SYS_ADMIN.
-pub(super) fn program_by_id(id: u32) -> io::Result<OwnedFd> {
+pub(crate) fn program_by_id(id: u32) -> io::Result<OwnedFd> {
     bpf(BPF_PROG_GET_FD_BY_ID, &mut ByIdAttributes { id, ..Default::default() }).map(new_fd)
 }
 
@@ -283,7 +283,7 @@ struct ProgramInfo {
 }
 
 /// A program's id and name.
-pub(super) fn program(program: BorrowedFd<'_>) -> io::Result<(u32, String)> {
+pub(crate) fn program(program: BorrowedFd<'_>) -> io::Result<(u32, String)> {
     let mut info = ProgramInfo::default();
     let mut attributes = InfoAttributes {
         fd: program.as_raw_fd() as u32,
@@ -317,7 +317,7 @@ struct QueryAttributes {
 
 /// Ids of the TCX programs of an interface in the order in which they run. Asks for nothing by id, which would take
 /// CAP_SYS_ADMIN. `None`: the kernel has no TCX.
-pub(super) fn tcx_programs(interface: u32, direction: u32) -> io::Result<Option<Vec<u32>>> {
+pub(crate) fn tcx_programs(interface: u32, direction: u32) -> io::Result<Option<Vec<u32>>> {
     // The kernel allows 64 (BPF_MPROG_MAX).
     let mut programs = vec![0u32; 64];
     let mut attributes = QueryAttributes {
@@ -344,7 +344,7 @@ const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
 /// membarrier(2)'s global command is `synchronize_rcu()`, and programs run inside an RCU read section. Kernels that were
 /// started with `nohz_full` refuse it (EINVAL); there the update of an array of maps does, which waits in the same way so
 /// that userspace knows the old inner map unused.
-pub(super) fn wait_for_readers() -> io::Result<()> {
+pub(crate) fn wait_for_readers() -> io::Result<()> {
     // SAFETY: takes three integers.
     let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
     if result == 0 {
@@ -400,7 +400,7 @@ fn replace_inner_map() -> io::Result<()> {
 }
 
 /// A value from the bytes of a ring buffer's record; `None`: too few.
-pub(super) fn from_bytes<T: Pod>(bytes: &[u8]) -> Option<T> {
+pub(crate) fn from_bytes<T: Pod>(bytes: &[u8]) -> Option<T> {
     // SAFETY: there are enough bytes, and any bytes are a T: it is Pod.
     (bytes.len() >= size_of::<T>()).then(|| unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) })
 }

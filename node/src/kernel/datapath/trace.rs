@@ -9,8 +9,8 @@ use aya_log::EbpfLogger;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::pin;
 use crate::kernel::KernelError;
+use crate::kernel::datapath::attach::pin;
 
 /// The log of one instance of the program, to be written to the process's logger.
 pub struct Trace {
@@ -27,7 +27,7 @@ impl std::fmt::Debug for Trace {
 }
 
 impl Trace {
-    pub(super) fn new(ebpf: &mut Ebpf, direction: u32) -> Result<Self, KernelError> {
+    pub(crate) fn new(ebpf: &mut Ebpf, direction: u32) -> Result<Self, KernelError> {
         let mut logger = EbpfLogger::init(ebpf).map_err(|error| {
             KernelError::with(format!("failed to open the trace of the {} program", pin::name(direction)), error)
         })?;

@@ -4,8 +4,8 @@ use aya::EbpfLoader;
 use aya::programs::{Program, ProgramError, ProgramInfo};
 use ebpf_common::{EGRESS, INGRESS, global};
 
-use super::pin::name;
 use crate::kernel::KernelError;
+use crate::kernel::datapath::attach::pin::name;
 
 /// Every object that build.rs makes for nodes, by name.
 static OBJECTS: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/objects.rs"));

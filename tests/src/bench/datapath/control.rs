@@ -8,14 +8,14 @@ use anyhow::{Context, Result, ensure};
 use aya::maps::MapData;
 use controller_api::v1;
 use ebpf_common::map;
-use node::controller::receive;
-use node::enforcer::{Enforcer, Setup};
-use node::guard::Watch;
+use node::enforce::guard::Watch;
+use node::enforce::{Enforcer, Setup};
 use node::kernel::datapath::EbpfDatapath;
 use node::kernel::fake::FakeKernel;
 use node::kernel::{Backend, Datapath};
 use node::key::PrivateKey;
 use node::lower::{RuleSlots, lower};
+use node::uplink::follow::receive;
 use policy::{Change, Matrix, RuleSpec, Slice};
 use tokio::sync::watch;
 

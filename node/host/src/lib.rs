@@ -1,0 +1,5 @@
+//! What both daemons need of the machine that they run on.
+
+pub mod clock;
+pub mod error;
+pub mod file;

@@ -1,0 +1,224 @@
+//! The last good state on disk: what a node enforces when it starts and its controller is away.
+//!
+//! One file, replaced whole: a line with its version, the SHA-256 of the rest, and a protobuf message whose heart is the
+//! slice as the controller would send it in a snapshot. A file that is not exactly that is set aside, never used.
+
+use std::path::{Path, PathBuf};
+
+use controller_api::v1;
+use ipnet::IpNet;
+use policy::{NodeId, PublicKey, RuleId, Slice, SliceDelta};
+use prost::Message as _;
+use sha2::{Digest as _, Sha256};
+
+use crate::enforce::reconcile::Holders;
+use crate::lower::RuleSlots;
+use host::file::{self, DiskError};
+
+/// The file's name in the state directory.
+pub const FILE: &str = "state";
+
+/// Raised with every change of what follows it.
+const MAGIC: &[u8] = b"rampart node state 1\n";
+const DIGEST: usize = 32;
+/// Larger than any slice within the policy's limits.
+const FILE_MAX: u64 = 256 * 1024 * 1024;
+
+/// What a node must not forget.
+#[derive(Clone, Debug, PartialEq)]
+pub struct State {
+    /// The slice that was last put in force.
+    pub slice: Slice,
+    /// Which rule counts where, in counters that outlive the agent.
+    pub slots: RuleSlots,
+    /// Who last held an address: flows die when it changes.
+    pub holders: Holders,
+    /// The latest time this node has evaluated conditions at, in seconds since the epoch; it never goes back.
+    pub time: u64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Stored {
+    #[prost(message, optional, tag = "1")]
+    slice: Option<v1::Update>,
+    #[prost(btree_map = "uint32, uint32", tag = "2")]
+    slots: std::collections::BTreeMap<u32, u32>,
+    #[prost(message, repeated, tag = "3")]
+    holders: Vec<StoredHolder>,
+    #[prost(uint64, tag = "4")]
+    time: u64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct StoredHolder {
+    /// As printed.
+    #[prost(string, tag = "1")]
+    prefix: String,
+    #[prost(bytes = "vec", tag = "2")]
+    key: Vec<u8>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The file was set aside.
+    #[error("the last good state was corrupt ({reason}) and is kept as `{}`", aside.display())]
+    Corrupt { aside: PathBuf, reason: String },
+    /// Written by a newer or older version; set aside.
+    #[error("the last good state is not of this version of noded and is kept as `{}`", aside.display())]
+    OtherVersion { aside: PathBuf },
+}
+
+/// Why bytes are no state.
+#[derive(Debug, PartialEq, Eq)]
+enum Refused {
+    Version,
+    Corrupt(String),
+}
+
+/// The state of this directory, or `None` where there is none. A file that cannot be used is set aside and reported.
+pub fn load(state_dir: &Path, node: NodeId) -> Result<Option<State>, StateError> {
+    let path = state_dir.join(FILE);
+    let bytes = match file::read(&path, FILE_MAX) {
+        Ok(bytes) => bytes,
+        Err(error) if error.is_missing() => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let refused = match decode(&bytes) {
+        Ok(state) if state.slice.local.node == node => return Ok(Some(state)),
+        Ok(state) => Refused::Corrupt(format!("it is that of node `{}`", state.slice.local.name)),
+        Err(refused) => refused,
+    };
+    Err(match refused {
+        Refused::Version => StateError::OtherVersion { aside: file::set_aside(&path, "other-version")? },
+        Refused::Corrupt(reason) => StateError::Corrupt { aside: file::set_aside(&path, "corrupt")?, reason },
+    })
+}
+
+pub fn store(state_dir: &Path, state: &State) -> Result<(), DiskError> {
+    file::write_private(&state_dir.join(FILE), &encode(state))
+}
+
+/// Removes the state, and what was set aside of earlier ones.
+pub fn remove(state_dir: &Path) -> Result<(), DiskError> {
+    file::remove_aside(&state_dir.join(FILE))?;
+    file::remove(&state_dir.join(FILE))
+}
+
+fn encode(state: &State) -> Vec<u8> {
+    let State { slice, slots, holders, time } = state;
+    let stored = Stored {
+        slice: Some(v1::Update::from(&slice.to_delta())),
+        slots: slots.pairs().into_iter().map(|(rule, slot)| (rule.0, slot)).collect(),
+        holders: holders
+            .iter()
+            .map(|(prefix, key)| StoredHolder { prefix: prefix.to_string(), key: key.as_bytes().to_vec() })
+            .collect(),
+        time: *time,
+    };
+    let message = stored.encode_to_vec();
+    [MAGIC, Sha256::digest(&message).as_slice(), &message].concat()
+}
+
+fn decode(bytes: &[u8]) -> Result<State, Refused> {
+    let corrupt = |reason: &str| Refused::Corrupt(reason.to_owned());
+    let Some(rest) = bytes.strip_prefix(MAGIC) else {
+        let family = &MAGIC[..MAGIC.len() - 2];
+        return Err(if bytes.starts_with(family) { Refused::Version } else { corrupt("it does not begin like one") });
+    };
+    let Some((digest, message)) = rest.split_at_checked(DIGEST) else { return Err(corrupt("it is cut off")) };
+    if Sha256::digest(message).as_slice() != digest {
+        return Err(corrupt("its checksum is wrong"));
+    }
+    let stored = Stored::decode(message).map_err(|error| Refused::Corrupt(error.to_string()))?;
+    from_stored(stored).map_err(Refused::Corrupt)
+}
+
+fn from_stored(stored: Stored) -> Result<State, String> {
+    let Stored { slice, slots, holders, time } = stored;
+    let update = slice.ok_or("it has no slice")?;
+    let delta = SliceDelta::try_from(update).map_err(|error| error.to_string())?;
+    let holder = |StoredHolder { prefix, key }| -> Result<(IpNet, PublicKey), String> {
+        let prefix = prefix.parse().map_err(|_| format!("`{prefix}` is no prefix"))?;
+        Ok((prefix, PublicKey::try_from(key.as_slice()).map_err(|error| error.to_string())?))
+    };
+    Ok(State {
+        slice: Slice::from_snapshot(delta).map_err(|error| error.to_string())?,
+        slots: RuleSlots::from_pairs(slots.into_iter().map(|(rule, slot)| (RuleId(rule), slot))),
+        holders: holders.into_iter().map(holder).collect::<Result<_, _>>()?,
+        time,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::enforce::reconcile::holders;
+    use crate::fixture;
+    use crate::lower::lower;
+
+    fn example() -> State {
+        let slice = fixture::slice(&fixture::network(), "app1", 9, None);
+        let mut slots = RuleSlots::new();
+        lower(&slice, &mut slots).unwrap();
+        let holders = holders::holders(&slice, fixture::public_key("app1"));
+        // As they are when they have been read back: claimed by the next slice.
+        let slots = RuleSlots::from_pairs(slots.pairs());
+        State { slice: (*slice).clone(), slots, holders, time: 1_700_000_000 }
+    }
+
+    #[test]
+    fn a_state_reads_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = example();
+        assert_eq!(load(directory.path(), state.slice.local.node).unwrap(), None);
+        store(directory.path(), &state).unwrap();
+        assert_eq!(load(directory.path(), state.slice.local.node).unwrap(), Some(state.clone()));
+        remove(directory.path()).unwrap();
+        assert_eq!(load(directory.path(), state.slice.local.node).unwrap(), None);
+    }
+
+    #[test]
+    fn any_flipped_byte_and_any_missing_end_is_noticed() {
+        let whole = encode(&example());
+        assert!(decode(&whole).is_ok());
+        for at in 0..whole.len() {
+            let mut flipped = whole.clone();
+            flipped[at] ^= 1;
+            assert!(decode(&flipped).is_err(), "byte {at} flipped");
+            assert!(decode(&whole[..at]).is_err(), "{at} bytes");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_set_aside_and_said() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = example();
+        let node = state.slice.local.node;
+        let path = directory.path().join(FILE);
+        let whole = encode(&state);
+        let nothing = Stored::default().encode_to_vec();
+        let mut newer = whole.clone();
+        newer[MAGIC.len() - 2] = b'2';
+        let cases: [(&[u8], NodeId, &str); 6] = [
+            (b"", node, "begin"),
+            (b"garbage", node, "begin"),
+            (&whole[..whole.len() - 1], node, "checksum"),
+            (&newer, node, "version"),
+            (&[MAGIC, Sha256::digest(&nothing).as_slice(), &nothing].concat(), node, "slice"),
+            (&whole, NodeId(node.0 + 1), "`app1`"),
+        ];
+        for (content, node, word) in cases {
+            std::fs::write(&path, content).unwrap();
+            let error = load(directory.path(), node).unwrap_err().to_string();
+            assert!(error.contains(word), "{word}: {error}");
+            assert!(!path.exists());
+            assert_eq!(load(directory.path(), node).unwrap(), None);
+        }
+        assert!(directory.path().join("state.corrupt-4").exists());
+        assert!(directory.path().join("state.other-version-1").exists());
+        remove(directory.path()).unwrap();
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+}
