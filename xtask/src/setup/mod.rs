@@ -8,7 +8,6 @@ use nix::unistd::Uid;
 
 use crate::process::interrupted;
 use crate::progress::seconds;
-use crate::vm::KernelVersion;
 
 mod apt;
 pub(crate) mod kernel;
@@ -17,6 +16,7 @@ pub(crate) mod qemu;
 mod toolchain;
 mod unpacked;
 
+use kernel::KernelVersion;
 pub(crate) use program::find as find_program;
 
 /// Bring what is missing for building and testing
