@@ -44,6 +44,8 @@ enum Stage {
     Format,
     /// Dependencies between crates, layers and folders
     Arrows,
+    /// Licences, duplicates and sources of what is linked in
+    Dependencies,
     /// Links and commands in documents
     Docs,
     /// Clippy has nothing to say
@@ -84,7 +86,7 @@ impl Stage {
             Self::Conformance => {
                 15 * MINUTE + minutes.map_or(Duration::ZERO, |minutes| Duration::from_secs(60 * minutes))
             }
-            Self::Format | Self::Arrows | Self::Docs => 2 * MINUTE,
+            Self::Format | Self::Arrows | Self::Dependencies | Self::Docs => 2 * MINUTE,
             Self::Lint | Self::Build => 30 * MINUTE,
             Self::Unit => 15 * MINUTE,
             Self::Netns => 20 * MINUTE,
@@ -162,6 +164,7 @@ fn stage_result(stage: Stage, minutes: Option<u64>, xtask: &clap::Command) -> Re
         Stage::Format => cargo(&["fmt", "--all", "--check"], limit),
         Stage::Lint => cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], limit),
         Stage::Arrows => in_order(What::Arrows, xtask),
+        Stage::Dependencies => in_order(What::Dependencies, xtask),
         Stage::Docs => in_order(What::Docs, xtask),
         Stage::Build => {
             let built = demo::build()?;

@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::{Command, ValueEnum};
 
 mod arrows;
+mod dependencies;
 mod docs;
 
 /// Check what no compiler looks at
@@ -21,13 +22,15 @@ pub(crate) struct Args {
 pub(crate) enum What {
     /// Which crate, layer and folder may import from which
     Arrows,
+    /// Licences, duplicates and sources of what is linked in
+    Dependencies,
     /// Links between documents, and commands in them
     Docs,
 }
 
 /// `xtask` is the command line that documents speak of.
 pub(crate) fn run(args: &Args, xtask: &Command) -> Result<ExitCode> {
-    let checks = args.what.map_or_else(|| vec![What::Arrows, What::Docs], |what| vec![what]);
+    let checks = args.what.map_or_else(|| What::value_variants().to_vec(), |what| vec![what]);
     let mut good = true;
     for what in checks {
         good &= check(what, xtask)?;
@@ -40,6 +43,7 @@ pub(crate) fn check(what: What, xtask: &Command) -> Result<bool> {
     let root = crate::checkout::root();
     let findings = match what {
         What::Arrows => arrows::findings(root)?,
+        What::Dependencies => dependencies::findings()?,
         What::Docs => docs::findings(root, xtask)?,
     };
     let name = what.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
