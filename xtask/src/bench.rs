@@ -10,8 +10,9 @@ use nix::unistd::Uid;
 
 use crate::demo;
 use crate::process::{Ended, kill_orphans, run as run_command};
+use crate::setup::kernel::KernelVersion;
 use crate::setup::{self, Purpose};
-use crate::vm::{self, Job, KernelVersion};
+use crate::vm::{self, Job};
 
 /// Optimised, and quicker to build than a release. A first build on two cores takes some minutes.
 const PROFILE: &str = "measured";
@@ -74,7 +75,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if !built.success() {
         bail!("failed to build the bench ({built})");
     }
-    let mut command = Command::new(crate::target().join(PROFILE).join(PROGRAM));
+    let mut command = Command::new(crate::checkout::target().join(PROFILE).join(PROGRAM));
     command.args(args.words());
     let ended = run_command(&mut command, RUN_LIMIT)?;
     if !matches!(ended, Ended::Exited(_)) {
@@ -98,7 +99,7 @@ fn run_in_machine(args: &Args, version: KernelVersion) -> Result<ExitCode> {
         words.extend(["--only".to_owned(), IN_MACHINE.to_owned()]);
     }
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let program = crate::target().join("debug").join(PROGRAM);
+    let program = crate::checkout::target().join("debug").join(PROGRAM);
     let ended = vm::start(version, Job::new(&program, &words, RUN_LIMIT))?;
     if !ended.clean() {
         eprintln!("vm {version}: {ended}");

@@ -6,8 +6,9 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 
 use crate::process::{Ended, kill_orphans, run as run_command};
+use crate::setup::kernel::KernelVersion;
 use crate::setup::{self, Purpose};
-use crate::vm::{self, Job, KernelVersion};
+use crate::vm::{self, Job};
 
 /// A first build on two cores takes 6 minutes.
 const BUILD_LIMIT: Duration = Duration::from_secs(30 * 60);
@@ -38,7 +39,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if !built.success() {
         bail!("failed to build the demo ({built})");
     }
-    let program = crate::target().join("debug/demo");
+    let program = crate::checkout::target().join("debug/demo");
     if let Some(version) = args.vm {
         let ended = vm::start(version, Job::new(&program, &[], RUN_LIMIT))?;
         if !ended.clean() {

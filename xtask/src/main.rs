@@ -1,14 +1,14 @@
 //! `cargo xtask VERB`: everything a checkout needs, from the tool chain to the tests. One module per verb. It depends
 //! on no other crate of the workspace, because set-up runs before what those need is there.
 
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 mod bench;
 mod check;
+mod checkout;
 mod demo;
 mod process;
 mod progress;
@@ -50,33 +50,21 @@ fn main() -> ExitCode {
 }
 
 fn dispatch(verb: Verb) -> Result<ExitCode> {
-    let root = root();
+    let root = checkout::root();
     std::env::set_current_dir(root).with_context(|| format!("failed to enter `{}`", root.display()))?;
     match verb {
         Verb::Setup(args) => setup::run(&args),
         Verb::Demo(args) => demo::run(&args),
-        Verb::Test(args) => test::run(&args),
+        Verb::Test(args) => test::run(&args, &Cli::command()),
         Verb::Vm(args) => vm::run(&args),
         Verb::Bench(args) => bench::run(&args),
-        Verb::Check(args) => check::run(&args),
+        Verb::Check(args) => check::run(&args, &Cli::command()),
     }
-}
-
-/// The root of the repository.
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the root")
-}
-
-/// Where cargo builds, and where xtask keeps kernels and images.
-fn target() -> PathBuf {
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |dir| root().join(dir))
 }
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
-    use super::Cli;
+    use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {

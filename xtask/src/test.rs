@@ -16,8 +16,9 @@ use crate::check::{self, What};
 use crate::demo;
 use crate::process::{self, Running, interrupted, kill_orphans};
 use crate::progress::seconds;
+use crate::setup::kernel::KernelVersion;
 use crate::setup::{self, Purpose};
-use crate::vm::{self, Job, KernelVersion};
+use crate::vm::{self, Job};
 
 /// Run every test
 ///
@@ -41,8 +42,10 @@ const MOST_MINUTES: u64 = 7 * 24 * 60;
 enum Stage {
     /// The code is formatted
     Format,
-    /// Dependencies between the crates
+    /// Dependencies between crates, layers and folders
     Arrows,
+    /// Licences, duplicates and sources of what is linked in
+    Dependencies,
     /// Links and commands in documents
     Docs,
     /// Clippy has nothing to say
@@ -83,7 +86,7 @@ impl Stage {
             Self::Conformance => {
                 15 * MINUTE + minutes.map_or(Duration::ZERO, |minutes| Duration::from_secs(60 * minutes))
             }
-            Self::Format | Self::Arrows | Self::Docs => 2 * MINUTE,
+            Self::Format | Self::Arrows | Self::Dependencies | Self::Docs => 2 * MINUTE,
             Self::Lint | Self::Build => 30 * MINUTE,
             Self::Unit => 15 * MINUTE,
             Self::Netns => 20 * MINUTE,
@@ -110,14 +113,15 @@ struct Outcome {
     took: Duration,
 }
 
-pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+/// `xtask` is the command line that documents speak of.
+pub(crate) fn run(args: &Args, xtask: &clap::Command) -> Result<ExitCode> {
     let started = Instant::now();
     setup::ensure_tests()?;
     let wanted = |stage: &&Stage| args.only.is_empty() || args.only.contains(stage);
     let mut outcomes: Vec<Outcome> = Vec::new();
     for &stage in Stage::value_variants().iter().filter(wanted) {
         let unbuilt = outcomes.iter().any(|outcome| outcome.stage == Stage::Build && outcome.result.is_err());
-        outcomes.push(run_stage(stage, args.minutes, unbuilt));
+        outcomes.push(run_stage(stage, args.minutes, unbuilt, xtask));
         if let Some(signal) = interrupted() {
             print_summary(&outcomes, started.elapsed());
             bail!("interrupted by {signal}");
@@ -128,14 +132,14 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn run_stage(stage: Stage, minutes: Option<u64>, unbuilt: bool) -> Outcome {
+fn run_stage(stage: Stage, minutes: Option<u64>, unbuilt: bool, xtask: &clap::Command) -> Outcome {
     let limit = stage.limit(minutes);
     println!("\n==> {stage} (at most {} min)", limit.as_secs() / 60);
     let started = Instant::now();
     let result = if unbuilt {
         Err("not run: the build failed".to_owned())
     } else {
-        stage_result(stage, minutes).map_err(|error| format!("{error:#}"))
+        stage_result(stage, minutes, xtask).map_err(|error| format!("{error:#}"))
     };
     let orphans = kill_orphans();
     let result = match (result, orphans.as_slice()) {
@@ -151,7 +155,7 @@ fn run_stage(stage: Stage, minutes: Option<u64>, unbuilt: bool) -> Outcome {
     Outcome { stage, result, took }
 }
 
-fn stage_result(stage: Stage, minutes: Option<u64>) -> Result<()> {
+fn stage_result(stage: Stage, minutes: Option<u64>, xtask: &clap::Command) -> Result<()> {
     if stage.needs_root() && !Uid::effective().is_root() {
         bail!("it makes namespaces and loads eBPF programs; run `cargo xtask test` as root");
     }
@@ -159,8 +163,9 @@ fn stage_result(stage: Stage, minutes: Option<u64>) -> Result<()> {
     match stage {
         Stage::Format => cargo(&["fmt", "--all", "--check"], limit),
         Stage::Lint => cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], limit),
-        Stage::Arrows => in_order(What::Arrows),
-        Stage::Docs => in_order(What::Docs),
+        Stage::Arrows => in_order(What::Arrows, xtask),
+        Stage::Dependencies => in_order(What::Dependencies, xtask),
+        Stage::Docs => in_order(What::Docs, xtask),
         Stage::Build => {
             let built = demo::build()?;
             if !built.success() {
@@ -193,8 +198,8 @@ fn cargo_with(arguments: &[&str], environment: Option<(&str, String)>, limit: Du
     Ok(())
 }
 
-fn in_order(what: What) -> Result<()> {
-    if !check::check(what)? {
+fn in_order(what: What, xtask: &clap::Command) -> Result<()> {
+    if !check::check(what, xtask)? {
         bail!("see the findings above");
     }
     Ok(())
@@ -210,7 +215,7 @@ fn netns(limit: Duration) -> Result<()> {
     if !build.success() {
         bail!("`cargo build`: {build}");
     }
-    let files = netns_tests(&crate::root().join("tests/tests"))?;
+    let files = netns_tests(&crate::checkout::root().join("tests/tests"))?;
     let mut arguments = [&["test", "--no-fail-fast"], &TESTS[..]].concat();
     arguments.extend(files.iter().flat_map(|file| ["--test", file]));
     cargo(&arguments, limit)
@@ -248,7 +253,7 @@ fn machine(version: KernelVersion, limit: Duration) -> Result<()> {
     let runs: [(PathBuf, &[&str]); 4] = [
         (conformance, &[]),
         (wireguard, &["--ignored"]),
-        (crate::target().join("debug/demo"), &[]),
+        (crate::checkout::target().join("debug/demo"), &[]),
         (netns, &["--test-threads=1", "ingress_alone", "killed_agents"]),
     ];
     for (program, arguments) in runs {
@@ -268,7 +273,7 @@ fn machine(version: KernelVersion, limit: Duration) -> Result<()> {
 
 /// Builds integration tests by name and says where they are.
 fn test_executables<const N: usize>(names: [&str; N], limit: Duration) -> Result<[PathBuf; N]> {
-    let list = crate::target().join("tests.json");
+    let list = crate::checkout::target().join("tests.json");
     let file = fs::File::create(&list).with_context(|| format!("failed to create `{}`", list.display()))?;
     let mut command = Command::new("cargo");
     command.args(["test", "--workspace", "--no-run"]).args(names.iter().flat_map(|name| ["--test", name]));

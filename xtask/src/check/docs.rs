@@ -5,13 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use clap::Parser;
-
-use crate::Cli;
+use clap::Command;
 
 const COMMAND: &str = "cargo xtask ";
 
-pub(super) fn findings(root: &Path) -> Result<Vec<String>> {
+pub(super) fn findings(root: &Path, xtask: &Command) -> Result<Vec<String>> {
     let mut findings = Vec::new();
     for path in documents(root)? {
         let document = path.strip_prefix(root).unwrap_or(&path);
@@ -21,7 +19,8 @@ pub(super) fn findings(root: &Path) -> Result<Vec<String>> {
             findings.push(format!("`{}` links to `{link}`, which is not there", document.display()));
         }
         for command in commands(&text) {
-            if let Err(error) = Cli::try_parse_from(["xtask"].into_iter().chain(command.split_whitespace()))
+            let words = ["xtask"].into_iter().chain(command.split_whitespace());
+            if let Err(error) = xtask.clone().try_get_matches_from(words)
                 && error.use_stderr()
             {
                 let reason = error.to_string();

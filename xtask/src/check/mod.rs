@@ -3,9 +3,10 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::ValueEnum;
+use clap::{Command, ValueEnum};
 
 mod arrows;
+mod dependencies;
 mod docs;
 
 /// Check what no compiler looks at
@@ -19,26 +20,31 @@ pub(crate) struct Args {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum What {
-    /// Which crate of the workspace may depend on which
+    /// Which crate, layer and folder may import from which
     Arrows,
+    /// Licences, duplicates and sources of what is linked in
+    Dependencies,
     /// Links between documents, and commands in them
     Docs,
 }
 
-pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    let checks = args.what.map_or_else(|| vec![What::Arrows, What::Docs], |what| vec![what]);
+/// `xtask` is the command line that documents speak of.
+pub(crate) fn run(args: &Args, xtask: &Command) -> Result<ExitCode> {
+    let checks = args.what.map_or_else(|| What::value_variants().to_vec(), |what| vec![what]);
     let mut good = true;
     for what in checks {
-        good &= check(what)?;
+        good &= check(what, xtask)?;
     }
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Checks one thing and prints what is wrong with it, or that nothing is.
-pub(crate) fn check(what: What) -> Result<bool> {
+pub(crate) fn check(what: What, xtask: &Command) -> Result<bool> {
+    let root = crate::checkout::root();
     let findings = match what {
-        What::Arrows => arrows::findings()?,
-        What::Docs => docs::findings(crate::root())?,
+        What::Arrows => arrows::findings(root)?,
+        What::Dependencies => dependencies::findings()?,
+        What::Docs => docs::findings(root, xtask)?,
     };
     let name = what.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
     for finding in &findings {

@@ -115,7 +115,7 @@ fn install_all(packages: &[String]) -> Result<()> {
 }
 
 pub(super) fn log(name: &str) -> std::path::PathBuf {
-    crate::target().join("setup").join(format!("{name}.log"))
+    crate::checkout::target().join("setup").join(format!("{name}.log"))
 }
 
 /// While this lives, packages that are installed start no service (Debian's policy-rc.d, 101: forbidden).

@@ -1,14 +1,35 @@
 //! Debian's kernels, unpacked under `target/vm/<version>` and never installed.
 
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 
 use super::{apt, unpacked};
 use crate::process::output;
-use crate::vm::KernelVersion;
+
+/// A kernel that Debian 12 has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KernelVersion {
+    /// Debian 12's own; programs attach by clsact
+    #[value(name = "6.1")]
+    V6_1,
+    /// Debian 13's; programs attach by TCX
+    #[value(name = "6.12")]
+    V6_12,
+}
+
+impl fmt::Display for KernelVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V6_1 => "6.1",
+            Self::V6_12 => "6.12",
+        })
+    }
+}
 
 /// An unpacked kernel.
 #[derive(Clone, Debug)]
@@ -41,7 +62,7 @@ impl Kernel {
 
 /// Where everything about one kernel lies.
 pub(crate) fn directory(version: KernelVersion) -> PathBuf {
-    crate::target().join("vm").join(version.to_string())
+    crate::checkout::target().join("vm").join(version.to_string())
 }
 
 pub(super) fn is_there(version: KernelVersion) -> bool {

@@ -8,15 +8,16 @@ use nix::unistd::Uid;
 
 use crate::process::interrupted;
 use crate::progress::seconds;
-use crate::vm::KernelVersion;
 
 mod apt;
+mod cargo_deny;
 pub(crate) mod kernel;
 mod program;
 pub(crate) mod qemu;
 mod toolchain;
 mod unpacked;
 
+use kernel::KernelVersion;
 pub(crate) use program::find as find_program;
 
 /// Bring what is missing for building and testing
@@ -71,6 +72,7 @@ enum Remedy {
         llvm: u32,
     },
     RustComponent(&'static str),
+    CargoDeny,
     Kernel(KernelVersion),
     /// Unpacked, not installed, since apt would remove these packages for it.
     Qemu {
@@ -154,6 +156,7 @@ fn missing(purposes: &[Purpose]) -> Result<Vec<Missing>> {
     }
     if purposes.contains(&Purpose::Test) {
         missing.extend(toolchain::missing_components()?);
+        missing.extend(cargo_deny::missing());
     }
     let vm = |purpose: &Purpose| matches!(purpose, Purpose::Vm(_));
     if purposes.iter().any(vm) {
@@ -202,6 +205,7 @@ impl Remedy {
         match self {
             Self::BpfLinker { llvm } => toolchain::install_bpf_linker(*llvm),
             Self::RustComponent(name) => toolchain::install_component(name),
+            Self::CargoDeny => cargo_deny::install(),
             Self::Kernel(version) => kernel::fetch(*version),
             Self::Qemu { .. } => qemu::fetch(),
             Self::Package(_) | Self::DebianCompiler | Self::LlvmHeaders { .. } | Self::ByHand(_) => Ok(()),
@@ -213,9 +217,12 @@ impl Remedy {
             Self::Package(name) => vec![(*name).to_owned()],
             Self::DebianCompiler => vec!["rustc-web".to_owned(), "rust-web-src".to_owned()],
             Self::LlvmHeaders { major } => vec![format!("llvm-{major}-dev")],
-            Self::BpfLinker { .. } | Self::RustComponent(_) | Self::Kernel(_) | Self::Qemu { .. } | Self::ByHand(_) => {
-                Vec::new()
-            }
+            Self::BpfLinker { .. }
+            | Self::RustComponent(_)
+            | Self::CargoDeny
+            | Self::Kernel(_)
+            | Self::Qemu { .. }
+            | Self::ByHand(_) => Vec::new(),
         }
     }
 
@@ -231,6 +238,7 @@ impl Remedy {
             }
             Self::BpfLinker { llvm } => toolchain::bpf_linker_command(*llvm),
             Self::RustComponent(name) => format!("rustup component add {name}"),
+            Self::CargoDeny => cargo_deny::command(),
             Self::Kernel(_) => "cargo xtask setup".to_owned(),
             Self::Qemu { removes } => qemu::command(removes),
             Self::ByHand(text) => text.clone(),

@@ -70,7 +70,7 @@ impl Qemu {
 }
 
 fn folder() -> PathBuf {
-    crate::target().join("setup/qemu")
+    crate::checkout::target().join("setup/qemu")
 }
 
 pub(super) fn missing() -> Option<Missing> {

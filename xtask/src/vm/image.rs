@@ -45,7 +45,7 @@ pub(super) struct RunDirectory(PathBuf);
 
 impl RunDirectory {
     pub(super) fn create() -> Result<Self> {
-        let folder = crate::target().join("vm");
+        let folder = crate::checkout::target().join("vm");
         remove_stale(&folder)?;
         let run = Self(folder.join(format!("{RUN}{}", std::process::id())));
         create(&run.0)?;
@@ -150,7 +150,7 @@ fn age(data: &fs::Metadata) -> Result<u128> {
 /// The archive of one run: Rampart's programs, the program to run, and what to run.
 fn overlay(run: &RunDirectory, program: &Path, job: &Job) -> Result<PathBuf> {
     let tree = run.file("overlay");
-    let debug = crate::target().join("debug");
+    let debug = crate::checkout::target().join("debug");
     let ours = PROGRAMS.iter().map(|name| debug.join(name)).filter(|path| path.is_file());
     let programs: BTreeSet<PathBuf> = ours.chain([program.to_owned()]).collect();
     let loaded = libraries(&programs)?;
@@ -163,7 +163,7 @@ fn overlay(run: &RunDirectory, program: &Path, job: &Job) -> Result<PathBuf> {
         let file = std::path::absolute(file).with_context(|| format!("failed to resolve `{}`", file.display()))?;
         copy(&file, &tree)?;
     }
-    create(&inside(&tree, crate::root()))?;
+    create(&inside(&tree, crate::checkout::root()))?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let passed_on = std::env::vars()
         .filter(|(name, _)| PASSED_ON.iter().any(|prefix| name.starts_with(prefix)) && !name.contains("RUSTUP"))
@@ -173,7 +173,7 @@ fn overlay(run: &RunDirectory, program: &Path, job: &Job) -> Result<PathBuf> {
     let etc = tree.join("etc/vm");
     write(&etc.join("argv"), zero_terminated(&job.argv))?;
     write(&etc.join("environment"), zero_terminated(&environment))?;
-    write(&etc.join("directory"), format!("{}\n", crate::root().display()))?;
+    write(&etc.join("directory"), format!("{}\n", crate::checkout::root().display()))?;
     write(&etc.join("now"), format!("{now}\n"))?;
     let archive = run.file("overlay.cpio");
     pack(&tree, &archive)?;
@@ -215,7 +215,7 @@ fn libraries(programs: &BTreeSet<PathBuf>) -> Result<BTreeSet<PathBuf>> {
 fn stripped(program: &Path) -> Result<PathBuf> {
     let data = fs::metadata(program).with_context(|| format!("failed to look at `{}`", program.display()))?;
     let name = program.file_name().context("a program has a name")?.to_string_lossy();
-    let keep = crate::target().join("vm/stripped");
+    let keep = crate::checkout::target().join("vm/stripped");
     let kept = keep.join(format!("{name}-{}-{}", data.len(), age(&data)?));
     if kept.exists() {
         return Ok(kept);

@@ -1,15 +1,13 @@
 //! `cargo xtask vm`: runs a program of this machine under one of Debian's kernels, which have a WireGuard of their
 //! own, in qemu without any help of the hardware.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use clap::ValueEnum;
 
-use crate::setup::kernel::Kernel;
+use crate::setup::kernel::{Kernel, KernelVersion};
 use crate::setup::{self, Purpose, find_program};
 
 mod boot;
@@ -39,26 +37,6 @@ pub(crate) struct Args {
     /// Program and its arguments: a path, or a name that is looked for in target/debug and then on the path
     #[arg(last = true, required = true, value_name = "PROGRAM")]
     program: Vec<String>,
-}
-
-/// A kernel that Debian 12 has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum KernelVersion {
-    /// Debian 12's own; programs attach by clsact
-    #[value(name = "6.1")]
-    V6_1,
-    /// Debian 13's; programs attach by TCX
-    #[value(name = "6.12")]
-    V6_12,
-}
-
-impl fmt::Display for KernelVersion {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::V6_1 => "6.1",
-            Self::V6_12 => "6.12",
-        })
-    }
 }
 
 /// What is to run in a machine.
@@ -99,7 +77,7 @@ pub(crate) fn start(version: KernelVersion, mut job: Job) -> Result<Ended> {
     let name = job.argv.first().context("no program was given to run")?;
     let program = locate(name)?;
     // Names of the machine's own tools stay names: the machine has them on its path.
-    if name.contains('/') || program.starts_with(crate::target()) {
+    if name.contains('/') || program.starts_with(crate::checkout::target()) {
         job.argv[0] = program.to_string_lossy().into_owned();
     }
     let run = image::RunDirectory::create()?;
@@ -109,9 +87,9 @@ pub(crate) fn start(version: KernelVersion, mut job: Job) -> Result<Ended> {
 
 /// The file of a program given by path or name.
 fn locate(name: &str) -> Result<PathBuf> {
-    let built = crate::target().join("debug").join(name);
+    let built = crate::checkout::target().join("debug").join(name);
     let found = match name.contains('/') {
-        true => Some(crate::root().join(name)).filter(|path| path.is_file()),
+        true => Some(crate::checkout::root().join(name)).filter(|path| path.is_file()),
         false => Some(built).filter(|path| path.is_file()).or_else(|| find_program(name)),
     };
     match found {
