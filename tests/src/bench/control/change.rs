@@ -134,10 +134,10 @@ fn report_seen(lab: &Lab, reach: Reach, seen: &Seen, report: &mut Report) {
         report.push(Row::new(name, quantile(&seen.enforced, share), "ms").at_most(hundred.then_some(target)));
     }
     let bytes = seen.sent.bytes / updates;
-    report.push(Row::new(row("bytes per affected node"), bytes, "B").target(Target::AtMost(BYTES)));
+    report.push(Row::new(row("bytes per node that hears of it"), bytes, "B").target(Target::AtMost(BYTES)));
     if reach != Reach::All {
         let others = f64::from(lab.shape.nodes) * turns - (seen.heard - seen.heard_besides) as f64;
         let bytes = bytes * seen.heard_besides as f64 / others.max(1.0);
-        report.push(Row::new(row("bytes per other node"), bytes, "B").target(Target::AtMost(0.0)));
+        report.push(Row::new(row("bytes per node that it is not meant for"), bytes, "B").target(Target::AtMost(0.0)));
     }
 }

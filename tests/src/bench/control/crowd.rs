@@ -265,7 +265,12 @@ impl Crowd {
     }
 
     /// Events until there are none for a while, or until the limit (`false`).
-    pub(super) fn until_quiet(&mut self, quiet: Duration, limit: Duration, mut each: impl FnMut(Event)) -> Result<bool> {
+    pub(super) fn until_quiet(
+        &mut self,
+        quiet: Duration,
+        limit: Duration,
+        mut each: impl FnMut(Event),
+    ) -> Result<bool> {
         let end = Instant::now() + limit;
         while Instant::now() < end {
             match self.events.recv_timeout(quiet) {

@@ -1,5 +1,6 @@
 //! A network namespace with nothing but a loopback interface, which has many addresses: a node that connects to one of
-//! them comes from it, so that nodes are as many callers as they would be.
+//! them comes from it, so that nodes are as many callers as they would be. The addresses are those that are set aside for
+//! benchmarks (RFC 2544), since 127.0.0.0/8 is never where a node is reached.
 
 use std::io::Write as _;
 use std::net::Ipv4Addr;
@@ -14,7 +15,7 @@ const ADDRESSES: u32 = 250;
 /// The address of a node, from which and at which it finds the controller.
 pub(super) fn address(index: u32) -> Ipv4Addr {
     let last = u8::try_from(index % ADDRESSES + 1).unwrap_or(u8::MAX);
-    Ipv4Addr::new(127, 0, 1, last)
+    Ipv4Addr::new(198, 18, 1, last)
 }
 
 /// Takes this thread, and what it starts from now on, into a namespace of its own.

@@ -1,8 +1,8 @@
 //! What nodes cost their controller, and how soon they hear of a change: the node's own code with a kernel that only
-//! remembers, against a real `controllerd` over mutual TLS on loopback, in a network namespace of its own.
+//! remembers, against a real `controllerd` over mutual TLS in a network namespace that has nothing but a loopback interface.
 //!
 //! ```text
-//! measure control ──Unix socket (admin)──► controllerd ◄──mTLS, 127.0.1.x── measure control-followers (3,500 nodes each)
+//! measure control ──Unix socket (admin)──► controllerd ◄──mTLS, 198.18.1.x── measure control-followers (3,500 nodes each)
 //!        ▲──────────────────────── what nodes hear and do, and when ────────────────────────────┘
 //! ```
 
@@ -76,8 +76,12 @@ pub fn run(selection: &Selection, effort: Effort) -> Result<Report> {
             continue;
         }
         match part {
-            Part::Groups => networks(Kind::Groups, &effort.choose(vec![100, 1_000, 10_000], vec![20]), effort, &mut report)?,
-            Part::Mesh => networks(Kind::Mesh, &effort.choose(vec![100, 1_000, 2_000], vec![20]), effort, &mut report)?,
+            Part::Groups => {
+                networks(Kind::Groups, &effort.choose(vec![100, 1_000, 10_000], vec![20, 40]), effort, &mut report)?
+            }
+            Part::Mesh => {
+                networks(Kind::Mesh, &effort.choose(vec![100, 1_000, 2_000], vec![20, 40]), effort, &mut report)?
+            }
             Part::Compile => compile::measure(effort, &mut report)?,
         }
     }
@@ -99,11 +103,13 @@ fn networks(kind: Kind, sizes: &[u32], effort: Effort, report: &mut Report) -> R
     Ok(())
 }
 
+/// Measures something of one network; the text: why nothing can follow it.
+type Measure = fn(&mut Lab, &mut Report, &mut Growth) -> Result<Option<String>>;
+
 /// Everything that is measured of one network; what ended it early, if anything did.
 fn network(lab: &mut Lab, report: &mut Report, growth: &mut Growth) -> Result<Option<String>> {
     let began = Instant::now();
-    let parts: [fn(&mut Lab, &mut Report, &mut Growth) -> Result<Option<String>>; 5] =
-        [start::cold, change::measure, arrive::moves, arrive::joins, start::resume];
+    let parts: [Measure; 5] = [start::cold, change::measure, arrive::moves, arrive::joins, start::resume];
     for part in parts {
         if began.elapsed() > NETWORK_LIMIT {
             return Ok(Some(format!("not within {} s", NETWORK_LIMIT.as_secs())));
