@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{BufRead as _, BufReader, BufWriter, Write as _};
 use std::path::PathBuf;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{ChildStdin, Command, Stdio};
 use std::str::FromStr;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
@@ -17,9 +17,9 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Semaphore;
 
 use super::follower::Follower;
+use super::running::Running;
 use super::seed::node_dir;
 use super::shape::Shape;
-use crate::namespace::die_with_parent;
 
 /// Nodes of one process, each of which is an open file or two.
 const EACH: usize = 3_500;
@@ -197,7 +197,7 @@ fn write_events(receiver: &Receiver<Event>) {
 /// All nodes of a network, as the bench holds them.
 #[derive(Debug)]
 pub(super) struct Crowd {
-    processes: Vec<(Vec<u32>, Child, ChildStdin)>,
+    processes: Vec<(Vec<u32>, Running, ChildStdin)>,
     events: Receiver<Event>,
 }
 
@@ -219,8 +219,8 @@ impl Crowd {
                 }
             }
             command.stdin(Stdio::piped()).stdout(Stdio::piped());
-            die_with_parent(&mut command);
-            let mut child = command.spawn().context("failed to start a process of nodes")?;
+            let mut process = Running::start(&mut command)?;
+            let child = &mut process.0;
             let (stdin, stdout) = (child.stdin.take().context("no stdin")?, child.stdout.take().context("no stdout")?);
             let sender = sender.clone();
             thread::spawn(move || {
@@ -231,7 +231,7 @@ impl Crowd {
                     }
                 }
             });
-            processes.push((indices.to_vec(), child, stdin));
+            processes.push((indices.to_vec(), process, stdin));
         }
         Ok(Self { processes, events })
     }
@@ -284,20 +284,11 @@ impl Crowd {
 
     /// Every process is still there.
     pub(super) fn check(&mut self) -> Result<()> {
-        for (_, child, _) in &mut self.processes {
-            let ended = child.try_wait()?;
+        for (_, process, _) in &mut self.processes {
+            let ended = process.0.try_wait()?;
             ensure!(ended.is_none(), "a process of nodes has ended: {ended:?}");
         }
         Ok(())
-    }
-}
-
-impl Drop for Crowd {
-    fn drop(&mut self) {
-        for (_, child, _) in &mut self.processes {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
     }
 }
 

@@ -14,13 +14,12 @@ mod follower;
 mod growth;
 mod lab;
 mod loopback;
+mod running;
 mod seed;
 mod server;
 mod shape;
 mod start;
 
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -33,6 +32,7 @@ use super::Effort;
 use super::report::{Report, Row};
 
 pub use self::crowd::{Process, run as run_followers};
+pub use self::running::clean_up;
 
 /// A part of the bench.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -120,18 +120,4 @@ fn network(lab: &mut Lab, report: &mut Report, growth: &mut Growth) -> Result<Op
         lab.crowd.check()?;
     }
     Ok(None)
-}
-
-/// Directories to remove when this process is ended by a signal.
-static DIRECTORIES: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
-
-fn remove_at_end(directory: &Path) {
-    DIRECTORIES.lock().unwrap_or_else(PoisonError::into_inner).push(directory.to_owned());
-}
-
-/// Removes what a bench that is ended now has on disk. Its processes die with it.
-pub fn clean_up() {
-    for directory in DIRECTORIES.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-        let _ = std::fs::remove_dir_all(directory);
-    }
 }

@@ -23,9 +23,9 @@ use policy::{Endpoint, Network, NetworkParts, NodeName, NodeState};
 use rand::Rng as _;
 use tempfile::TempDir;
 
-use super::loopback;
 use super::server::PORT;
 use super::shape::Shape;
+use super::{loopback, running};
 
 /// Longer than any bench.
 const LIFETIME: Duration = Duration::from_secs(86_400);
@@ -50,12 +50,9 @@ pub(super) fn node_dir(nodes: &Path, index: u32) -> PathBuf {
 /// Makes the network. Active nodes get keys, a certificate and the endpoint that the controller will see; `indices` says
 /// which nodes, by their place in `parts`, are to follow.
 pub(super) fn seed(mut parts: NetworkParts, indices: &[u32]) -> Result<Seeded> {
-    let controller = tempfile::Builder::new().prefix("rampart-bench-").tempdir()?;
-    super::remove_at_end(controller.path());
     let memory = Path::new(MEMORY);
-    let root = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
-    let nodes = tempfile::Builder::new().prefix("rampart-bench-").tempdir_in(root)?;
-    super::remove_at_end(nodes.path());
+    let controller = running::directory(&std::env::temp_dir())?;
+    let nodes = running::directory(if memory.is_dir() { memory } else { controller.path() })?;
     let now = clock::now();
     let authority = Authority::create(controller.path(), &parts.name, now)?;
     let mut records = Records {

@@ -2,7 +2,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,9 +13,10 @@ use policy::Change;
 use tokio::runtime::Runtime;
 use tonic::transport::Channel;
 
+use super::running::Running;
 use crate::mesh::program_folder;
 use crate::metrics::Page;
-use crate::namespace::{die_with_parent, signal};
+use crate::namespace::signal;
 
 /// Where it listens, at every address of the namespace.
 pub(super) const PORT: u16 = 7_443;
@@ -29,7 +30,7 @@ pub(super) const POLL: Duration = Duration::from_millis(10);
 /// A running controller.
 #[derive(Debug)]
 pub(super) struct Server {
-    child: Child,
+    process: Running,
     state_dir: PathBuf,
     runtime: Runtime,
     admin: AdminClient<Channel>,
@@ -65,29 +66,22 @@ impl Server {
     /// Starts it on a state directory, and waits until it answers.
     pub(super) fn start(state_dir: &Path) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let mut child = spawn(state_dir)?;
-        let admin = match runtime.block_on(answers(state_dir, &mut child)) {
-            Ok(admin) => admin,
-            Err(error) => {
-                let _ = child.kill();
-                let _ = child.wait();
-                return Err(error);
-            }
-        };
-        Ok(Self { child, state_dir: state_dir.to_owned(), runtime, admin })
+        let mut process = spawn(state_dir)?;
+        let admin = runtime.block_on(answers(state_dir, &mut process))?;
+        Ok(Self { process, state_dir: state_dir.to_owned(), runtime, admin })
     }
 
     /// Ends it as an upgrade would, and starts it again. Returns the moment at which the new process was started.
     pub(super) fn restart(&mut self) -> Result<Instant> {
-        signal(&self.child, Signal::SIGTERM)?;
+        signal(&self.process.0, Signal::SIGTERM)?;
         let end = Instant::now() + STOP;
-        while self.child.try_wait()?.is_none() {
+        while self.process.0.try_wait()?.is_none() {
             ensure!(Instant::now() < end, "`controllerd` does not end");
             std::thread::sleep(POLL);
         }
         let started = Instant::now();
-        self.child = spawn(&self.state_dir)?;
-        self.admin = self.runtime.block_on(answers(&self.state_dir, &mut self.child))?;
+        self.process = spawn(&self.state_dir)?;
+        self.admin = self.runtime.block_on(answers(&self.state_dir, &mut self.process))?;
         Ok(started)
     }
 
@@ -133,21 +127,14 @@ impl Server {
 
     /// CPU seconds that the process has used so far.
     pub(super) fn cpu(&self) -> Result<f64> {
-        process_cpu(self.child.id())
+        process_cpu(self.process.0.id())
     }
 
     /// Memory that is its own, in KB, with its part of what it shares.
     pub(super) fn memory(&self) -> Result<f64> {
-        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.child.id()))?;
+        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.process.0.id()))?;
         let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss")?;
         Ok(line.trim().trim_end_matches(" kB").parse()?)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -155,7 +142,7 @@ fn socket(state_dir: &Path) -> PathBuf {
     state_dir.join("bench.sock")
 }
 
-fn spawn(state_dir: &Path) -> Result<Child> {
+fn spawn(state_dir: &Path) -> Result<Running> {
     let mut command = Command::new(program_folder()?.join("controllerd"));
     command
         .args(["serve", "--config", "/dev/null", "--state-dir"])
@@ -163,12 +150,11 @@ fn spawn(state_dir: &Path) -> Result<Child> {
         .args(["--listen", &format!("0.0.0.0:{PORT}"), "--metrics", &METRICS.to_string(), "--socket"])
         .arg(socket(state_dir))
         .env("RUST_LOG", "error");
-    die_with_parent(&mut command);
-    command.spawn().context("failed to start `controllerd`")
+    Running::start(&mut command)
 }
 
 /// Waits until it answers at its socket.
-async fn answers(state_dir: &Path, child: &mut Child) -> Result<AdminClient<Channel>> {
+async fn answers(state_dir: &Path, process: &mut Running) -> Result<AdminClient<Channel>> {
     let end = Instant::now() + START;
     loop {
         if let Ok(channel) = client::connect_unix(socket(state_dir)).await {
@@ -177,7 +163,7 @@ async fn answers(state_dir: &Path, child: &mut Child) -> Result<AdminClient<Chan
                 return Ok(admin);
             }
         }
-        if let Some(ended) = child.try_wait()? {
+        if let Some(ended) = process.0.try_wait()? {
             bail!("`controllerd` ended with {ended}; see the message above");
         }
         ensure!(Instant::now() < end, "`controllerd` does not answer within {} s", START.as_secs());
