@@ -19,9 +19,7 @@ const TURNS_QUICK: u32 = 4;
 /// For all changes of one kind.
 const LIMIT: Duration = Duration::from_secs(12);
 /// For one change to be in force where it is meant for.
-const ONE_LIMIT: Duration = Duration::from_secs(20);
-/// Nothing more comes of a change.
-const QUIET: Duration = Duration::from_millis(150);
+const ONE_LIMIT: Duration = Duration::from_secs(60);
 /// Bytes of an update that one change causes.
 const BYTES: f64 = 200.0;
 /// Milliseconds from the call to 100 nodes that enforce: median, and of 99 in 100.
@@ -101,7 +99,7 @@ fn turn(lab: &mut Lab, reach: Reach, meant: &BTreeSet<u32>, seen: &mut Seen) -> 
             return Ok(false);
         }
     }
-    lab.crowd.until_quiet(QUIET, ONE_LIMIT, &mut note)?;
+    lab.settle(ONE_LIMIT, &mut note)?;
     seen.cpu += (lab.server.cpu()? - cpu - lab.idle * began.elapsed().as_secs_f64()).max(0.0);
     seen.sent = seen.sent.plus(lab.server.sent()?.since(sent));
     seen.calls.push(call.as_secs_f64() * 1e3);

@@ -264,24 +264,6 @@ impl Crowd {
         }
     }
 
-    /// Events until there are none for a while, or until the limit (`false`).
-    pub(super) fn until_quiet(
-        &mut self,
-        quiet: Duration,
-        limit: Duration,
-        mut each: impl FnMut(Event),
-    ) -> Result<bool> {
-        let end = Instant::now() + limit;
-        while Instant::now() < end {
-            match self.events.recv_timeout(quiet) {
-                Ok(event) => each(event),
-                Err(RecvTimeoutError::Timeout) => return Ok(true),
-                Err(RecvTimeoutError::Disconnected) => anyhow::bail!("the processes of nodes have ended"),
-            }
-        }
-        Ok(false)
-    }
-
     /// Every process is still there.
     pub(super) fn check(&mut self) -> Result<()> {
         for (_, process, _) in &mut self.processes {

@@ -1,10 +1,11 @@
 //! One network with its controller and its nodes.
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::crowd::Crowd;
+use super::crowd::{Crowd, Event};
 use super::seed::{Seeded, seed};
 use super::server::Server;
 use super::shape::Shape;
@@ -12,6 +13,11 @@ use crate::bench::Effort;
 
 /// Nodes that move, at most: a third of them one by one, the others together.
 const MOVING: u32 = 36;
+
+/// Nothing happened for this long.
+const QUIET: Duration = Duration::from_millis(150);
+/// CPU seconds per second, beyond what it uses at rest, of a controller that still has something to do.
+const BUSY: f64 = 0.05;
 
 /// Everything that runs. Dropped in this order: nodes, controller, directories.
 #[derive(Debug)]
@@ -41,6 +47,24 @@ impl Lab {
         let enforcing_list: Vec<u32> = enforcing.iter().copied().collect();
         let crowd = Crowd::new(seeded.nodes.path(), &indices, &enforcing_list, &moving)?;
         Ok(Self { crowd, server, seeded, shape, effort, enforcing, moving, idle: 0.0 })
+    }
+
+    /// Until nodes hear nothing more and the controller is at rest, or until the limit (`false`).
+    pub(super) fn settle(&mut self, limit: Duration, mut each: impl FnMut(Event)) -> Result<bool> {
+        let end = Instant::now() + limit;
+        while Instant::now() < end {
+            let (cpu, start, mut heard) = (self.server.cpu()?, Instant::now(), false);
+            self.crowd.until(QUIET, |event| {
+                heard = true;
+                each(event);
+                false
+            })?;
+            let busy = (self.server.cpu()? - cpu) / start.elapsed().as_secs_f64() - self.idle;
+            if !heard && busy < BUSY {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// The name of a row of this network.

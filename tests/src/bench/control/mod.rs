@@ -56,7 +56,7 @@ pub struct Selection {
 /// Nodes that join while all others follow.
 const JOINING: u32 = 200;
 /// What there is left of the time of one network decides whether its next measurement begins.
-const NETWORK_LIMIT: Duration = Duration::from_secs(200);
+const NETWORK_LIMIT: Duration = Duration::from_secs(240);
 
 /// Runs the parts, and returns one table.
 pub fn run(selection: &Selection, effort: Effort) -> Result<Report> {
