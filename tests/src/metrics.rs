@@ -27,7 +27,12 @@ pub struct Sample {
 impl Page {
     /// Scrapes `address` from inside a namespace.
     pub fn scrape(host: &Namespace, address: SocketAddr) -> Result<Self> {
-        let text = fetch(host, address, "/metrics")?;
+        host.enter(|| Self::scrape_here(address))
+    }
+
+    /// Scrapes `address` from where this process is.
+    pub fn scrape_here(address: SocketAddr) -> Result<Self> {
+        let text = fetch_here(address, "/metrics")?;
         let samples = text.lines().filter_map(parse).collect();
         Ok(Self { text, samples })
     }
@@ -47,18 +52,20 @@ impl Page {
 
 /// The body of what `address` answers to a GET of `path`, asked from inside a namespace.
 pub fn fetch(host: &Namespace, address: SocketAddr, path: &str) -> Result<String> {
-    host.enter(|| {
-        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))
-            .with_context(|| format!("nothing answers at `{address}`"))?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        // 1.0: no chunks to put together.
-        write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
-        let mut response = String::new();
-        stream.read_to_string(&mut response)?;
-        let (head, body) = response.split_once("\r\n\r\n").context("the response has no body")?;
-        ensure!(head.contains(" 200 "), "`{address}{path}` answered {:?}", head.lines().next());
-        Ok(body.to_owned())
-    })
+    host.enter(|| fetch_here(address, path))
+}
+
+fn fetch_here(address: SocketAddr, path: &str) -> Result<String> {
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))
+        .with_context(|| format!("nothing answers at `{address}`"))?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    // 1.0: no chunks to put together.
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
+    let mut response = String::new();
+    stream.read_to_string(&mut response)?;
+    let (head, body) = response.split_once("\r\n\r\n").context("the response has no body")?;
+    ensure!(head.contains(" 200 "), "`{address}{path}` answered {:?}", head.lines().next());
+    Ok(body.to_owned())
 }
 
 /// `name{key="value",…} number`; comments and blank lines give nothing.

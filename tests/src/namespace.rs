@@ -45,9 +45,9 @@ pub fn end_all() {
     }
 }
 
-/// Ctrl-C and SIGTERM end every namespace, and with them everything that was started.
-pub fn end_all_on_signal() {
-    thread::spawn(|| {
+/// Ctrl-C and SIGTERM end every namespace, and with them everything that was started; `clean_up` does what is left to do.
+pub fn end_all_on_signal(clean_up: fn()) {
+    thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         runtime.block_on(async {
             let mut terminate =
@@ -58,6 +58,7 @@ pub fn end_all_on_signal() {
             }
         });
         end_all();
+        clean_up();
         std::process::exit(130);
     });
 }
@@ -167,7 +168,7 @@ pub fn signal(child: &Child, signal: Signal) -> Result<()> {
 
 /// SIGKILL when the thread that starts `command` ends, so that nothing outlives a killed test.
 #[allow(unsafe_code, reason = "pre_exec is unsafe by its signature")]
-fn die_with_parent(command: &mut Command) {
+pub(crate) fn die_with_parent(command: &mut Command) {
     // SAFETY: the closure makes one system call, which is allowed between fork and exec.
     unsafe {
         command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?));

@@ -34,11 +34,46 @@ const WANTED: [&str; 24] = [
     "apply a one-rule delta to 300 cidrs and 3,000 rules, p99",
 ];
 
+/// Likewise, of the bench `control`.
+const WANTED_OF_CONTROL: [&str; 22] = [
+    "groups 20: cold start",
+    "groups 40: controller memory per node",
+    "groups 20: change of 2 nodes: commit call, p50",
+    "groups 20: change of 2 nodes: controller CPU",
+    "groups 20: change of 100 nodes: call to enforced, p99",
+    "groups 20: change of all nodes: call to received, p99",
+    "groups 40: change of 2 nodes: bytes per node that hears of it",
+    "groups 40: change of 2 nodes: bytes per node that it is not meant for",
+    "groups 40: a move is known to the peers, p99",
+    "groups 40: moves per second",
+    "groups 40: joins per second",
+    "groups 40: all resumed after a restart",
+    "groups 40: snapshots sent after a restart",
+    "groups 40: answer to an admin while all come back, p99",
+    "groups, change of 2 nodes: growth of the commit call with n, exponent",
+    "mesh 20: change of 2 nodes: call to enforced, p50",
+    "mesh 40: all resumed after a restart",
+    "mesh, change of 2 nodes: growth of the controller CPU with n, exponent",
+    "50 cidrs, 500 rules: compile, in full",
+    "100 cidrs, 1000 rules: edit, compiled and held against the limits, p99",
+    "100 cidrs, 1000 rules: commit call without followers, p50",
+    "100 cidrs, 1000 rules: call to enforced at two nodes, p50",
+];
+
 #[test]
 fn every_part_gives_its_rows() -> Result<()> {
+    check("datapath", &WANTED)
+}
+
+#[test]
+fn nodes_and_their_controller_are_measured() -> Result<()> {
+    check("control", &WANTED_OF_CONTROL)
+}
+
+fn check(bench: &str, wanted: &[&str]) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let json = folder.path().join("rows.json");
-    let output = measure(&["datapath", "--quick", "--json"], &json)?;
+    let output = measure(&[bench, "--quick", "--json"], &json)?;
     ensure!(output.contains("targets met"), "there is no table:\n{output}");
     let rows: Vec<Value> = serde_json::from_str(&std::fs::read_to_string(&json)?)?;
     for row in &rows {
@@ -48,9 +83,9 @@ fn every_part_gives_its_rows() -> Result<()> {
         ensure!(row["value"].as_f64().is_some_and(f64::is_finite), "not measured: {row}");
         ensure!(row["met"].is_boolean() == row["target"].is_number(), "{row}");
     }
-    let missing: Vec<&str> = WANTED
-        .into_iter()
-        .filter(|wanted| !rows.iter().any(|row| row["name"].as_str().is_some_and(|name| name.starts_with(wanted))))
+    let missing: Vec<&&str> = wanted
+        .iter()
+        .filter(|wanted| !rows.iter().any(|row| row["name"].as_str().is_some_and(|name| name.starts_with(**wanted))))
         .collect();
     ensure!(missing.is_empty(), "no rows begin with {missing:?}");
     Ok(())

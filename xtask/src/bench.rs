@@ -21,7 +21,7 @@ const PROGRAM: &str = "measure";
 const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
 /// The part of a bench that a kernel with a WireGuard of its own has more to say to.
 const IN_MACHINE: &str = "tunnel";
-/// A full run takes less than ten minutes on two cores.
+/// A full run of one bench takes less than twelve minutes on two cores.
 const RUN_LIMIT: Duration = Duration::from_secs(40 * 60);
 
 /// Measure on this machine and print one table
@@ -58,6 +58,8 @@ pub(crate) enum What {
     Datapath,
     /// A node under a flood of forged handshakes
     Guard,
+    /// What nodes cost their controller, and how soon they hear of a change
+    Control,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {

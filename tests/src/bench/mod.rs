@@ -1,6 +1,7 @@
 //! What `cargo xtask bench` measures. A bench reports: a target that is missed is printed as missed, and only a failure to
 //! measure is a failure.
 
+pub mod control;
 pub mod datapath;
 pub mod guard;
 pub mod report;

@@ -24,7 +24,7 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    namespace::end_all_on_signal();
+    namespace::end_all_on_signal(|| {});
     let mut story = Story::new();
     match tell(&options, &mut story) {
         Ok(()) if story.failed == 0 => {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use tests::bench::{Effort, datapath, guard};
+use tests::bench::{Effort, control, datapath, guard};
 use tests::namespace;
 
 /// Measures, and prints one table. Exit status 0 also where a target is missed, 1 where something could not be measured.
@@ -31,11 +31,16 @@ enum What {
     Datapath(datapath::Selection),
     /// A node under a flood of forged handshakes.
     Guard,
+    /// What nodes cost their controller, and how soon they hear of a change.
+    Control(control::Selection),
+    /// Nodes of the bench `control`, which starts this.
+    #[command(hide = true)]
+    ControlFollowers(control::Process),
 }
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    namespace::end_all_on_signal();
+    namespace::end_all_on_signal(control::clean_up);
     match run(&options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -50,6 +55,8 @@ fn run(options: &Options) -> Result<()> {
     let report = match &options.what {
         What::Datapath(selection) => datapath::run(selection, effort)?,
         What::Guard => guard::run(effort)?,
+        What::Control(selection) => control::run(selection, effort)?,
+        What::ControlFollowers(process) => return control::run_followers(process),
     };
     print!("{}", if options.readme { report.to_markdown() } else { report.to_text() });
     if let Some(path) = &options.json {
