@@ -67,8 +67,8 @@ pub(crate) fn allow(network: &mut Network, name: &str, from: &str, to: &str, ser
 }
 
 /// A node's slice.
-pub(crate) fn slice(network: &Network, node: &str, revision: u64, previous: Option<&Slice>) -> Arc<Slice> {
+pub(crate) fn slice(network: &Network, node: &str, revision: u64, _previous: Option<&Slice>) -> Arc<Slice> {
     let id = network.node_named(&node.parse().unwrap()).unwrap().id;
     let matrix = Matrix::compile(network).unwrap();
-    Arc::new(matrix.slice(network, Revision(revision), id, previous).unwrap())
+    Arc::new(matrix.slice(id, Revision(revision)).unwrap())
 }

@@ -18,6 +18,8 @@ pub struct Peer {
     pub public_key: PublicKey,
     /// The configured one. Where there is none, what was observed counts, which is no part of the policy.
     pub endpoint: Option<SocketAddr>,
+    /// Where it was seen. Not part of the policy: no delta says it, and no digest counts it.
+    pub seen: Option<SocketAddr>,
     pub allowed_ips: BTreeSet<IpNet>,
 }
 
@@ -29,12 +31,18 @@ impl Peer {
             name: node.name.clone(),
             public_key: node.public_key?,
             endpoint: node.endpoint,
+            seen: None,
             allowed_ips: node.addresses.iter().map(IpNet::from).chain(served(network, node)).collect(),
         })
     }
 
+    /// Where it is reached: where an operator says, else where it was seen.
+    pub fn reached_at(&self) -> Option<SocketAddr> {
+        self.endpoint.or(self.seen)
+    }
+
     pub(crate) fn digest(&self, id: NodeId) -> Digest {
-        let Self { name, public_key, endpoint, allowed_ips } = self;
+        let Self { name, public_key, endpoint, seen: _, allowed_ips } = self;
         Digest::of_row(b'p', |row| {
             row.number(id.0.into());
             row.bytes(name.as_str().as_bytes());

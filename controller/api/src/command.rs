@@ -93,10 +93,10 @@ mod tests {
         );
         let name: policy::NodeName = "web1".parse().expect("a name");
         let address = "192.0.2.1:51820".parse().expect("an address");
-        let observed = Some(policy::Endpoint { address, fixed: false });
+        let endpoint = Some(address);
         assert_eq!(
-            describe(&Change::SetEndpoint { name: name.clone(), endpoint: observed }),
-            "node seen web1 192.0.2.1:51820"
+            describe(&Change::SetEndpoint { name: name.clone(), endpoint }),
+            "node endpoint web1 192.0.2.1:51820"
         );
         assert_eq!(describe(&Change::SetEndpoint { name, endpoint: None }), "node endpoint web1 --observed");
     }

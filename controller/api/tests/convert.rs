@@ -192,6 +192,7 @@ fn delta() -> SliceDelta {
         name: text("db1"),
         public_key: key(3),
         endpoint: endpoint.map(text),
+        seen: None,
         allowed_ips: [text("10.42.3.1/32"), text("192.168.0.0/16")].into(),
     };
     SliceDelta {

@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use policy::{CidrId, CidrName, Generation, PublicKey, Revision, RuleName, Slice};
+use policy::{CidrId, Generation, PublicKey, Revision, RuleName, Slice, SliceCidr};
 use tokio::sync::watch;
 
 use crate::enforce::reconcile::holders;
@@ -21,7 +21,7 @@ use crate::enforce::reconcile::{Desired, Holders, Kernel, Observed, Outcome, Ste
 use crate::kernel::{Device, Inspect, KernelError, Link, PeerConfig, WireGuard};
 use crate::key::PrivateKey;
 use crate::lower::{Lowering, RuleSlots, Tables};
-use crate::uplink::follow::Enforced;
+use crate::uplink::follow::{Enforced, FEATURES};
 use crate::uplink::state::{self, State};
 use crate::verify::finding::{self, Expected, Finding};
 
@@ -50,7 +50,7 @@ pub struct Setup {
 /// What numbers in events mean.
 #[derive(Clone, Debug, Default)]
 pub struct Names {
-    pub cidrs: policy::Map<CidrId, CidrName>,
+    pub cidrs: policy::Map<CidrId, SliceCidr>,
     /// By counter slot.
     pub rules: BTreeMap<u32, RuleName>,
 }
@@ -63,6 +63,10 @@ pub struct Enforcer {
     pub guard: guard::Watch,
     pub slots: RuleSlots,
     pub intent: Option<Intent>,
+    /// The slice that the intent was made of, as the controller sent it.
+    received: Option<Arc<Slice>>,
+    /// What that requires and this node does not understand: what it concerns is denied.
+    pub lacks: Vec<String>,
     /// Repairs since the start, by kind.
     pub repairs: BTreeMap<&'static str, u64>,
     /// What could not be done in the last round.
@@ -150,6 +154,8 @@ impl Enforcer {
             stale_counters: slots.is_none(),
             slots: slots.unwrap_or_default(),
             intent: None,
+            received: None,
+            lacks: Vec::new(),
             repairs: BTreeMap::new(),
             error: None,
             refused: None,
@@ -231,8 +237,9 @@ impl Enforcer {
     }
 
     /// Makes a slice the intent and puts it in force. A slice that the kernel's tables cannot hold changes nothing.
-    pub fn enforce(&mut self, slice: Arc<Slice>) {
-        let revision = slice.revision;
+    pub fn enforce(&mut self, received: Arc<Slice>) {
+        let revision = received.revision;
+        let slice = received.understood(FEATURES).map_or_else(|| Arc::clone(&received), Arc::new);
         if self.stale_counters {
             self.reset_stale_counters();
         }
@@ -241,6 +248,8 @@ impl Enforcer {
             Err(error) => return self.refuse(revision, format!("revision {revision} cannot be put in force: {error}")),
         };
         (self.refused, self.outdated) = (None, None);
+        self.note_lacks(&received);
+        self.received = Some(received);
         match self.intent.take() {
             // The rest is as it was, as far as anybody knows: the tables need not wait until it was looked at.
             Some(old) if old.settled && self.attached && same_peers(&old.slice, &slice) => {
@@ -254,6 +263,14 @@ impl Enforcer {
             // Another version's programs were in force, whose counters were only now taken over.
             self.reset_stale_counters();
         }
+    }
+
+    fn note_lacks(&mut self, received: &Slice) {
+        let lacks: Vec<String> = received.lacks(FEATURES).into_iter().collect();
+        if lacks != self.lacks && !lacks.is_empty() {
+            tracing::warn!(features = lacks.join(", "), "policy requires what this noded does not understand: denied");
+        }
+        self.lacks = lacks;
     }
 
     /// Nothing but the policy changes. What goes wrong here the round tries again, and reports.
@@ -280,7 +297,7 @@ impl Enforcer {
         tracing::error!(error, "policy refused; the one in force stays");
         self.refused = Some(error.clone());
         let generation = self.enforced.borrow().generation;
-        self.enforced.send_replace(Enforced { revision, generation, error: Some(error) });
+        self.enforced.send_replace(Enforced { revision, generation, error: Some(error), lacks: self.lacks.clone() });
     }
 
     /// One look at the kernel, and what follows from it.
@@ -453,6 +470,7 @@ impl Enforcer {
             revision: intent.slice.revision,
             generation: intent.generation.unwrap_or_else(|| self.enforced.borrow().generation),
             error,
+            lacks: self.lacks.clone(),
         };
         if switched {
             let slots = &self.slots;
@@ -466,9 +484,9 @@ impl Enforcer {
     }
 
     fn store(&mut self) -> Result<(), host::file::DiskError> {
-        let Some(intent) = &self.intent else { return Ok(()) };
+        let Some(slice) = &self.received else { return Ok(()) };
         self.time = self.time.max(host::clock::now());
-        let slice = (*intent.slice).clone();
+        let slice = Slice::clone(slice);
         let state = State { slice, slots: self.slots.clone(), holders: self.holders.clone(), time: self.time };
         state::store(&self.state_dir, &state)
     }
@@ -535,7 +553,7 @@ pub fn desired(slice: &Slice, public_key: PublicKey, persistent_keepalive: Optio
 fn peers(slice: &Slice, persistent_keepalive: Option<Duration>) -> BTreeMap<PublicKey, PeerConfig> {
     let peer = |peer: &policy::Peer| PeerConfig {
         public_key: peer.public_key,
-        endpoint: peer.endpoint,
+        endpoint: peer.reached_at(),
         allowed_ips: peer.allowed_ips.clone(),
         persistent_keepalive,
     };
@@ -546,10 +564,10 @@ fn peers(slice: &Slice, persistent_keepalive: Option<Duration>) -> BTreeMap<Publ
 /// WireGuard has learned while no agent ran is as good as what the agent once heard.
 fn fresh_endpoints(old: Option<&Slice>, new: &Slice) -> BTreeSet<PublicKey> {
     let Some(old) = old else { return BTreeSet::new() };
-    let known: BTreeMap<_, _> = old.peers.values().map(|peer| (peer.public_key, peer.endpoint)).collect();
+    let known: BTreeMap<_, _> = old.peers.values().map(|peer| (peer.public_key, peer.reached_at())).collect();
     new.peers
         .values()
-        .filter(|peer| peer.endpoint.is_some() && known.get(&peer.public_key) != Some(&peer.endpoint))
+        .filter(|peer| peer.reached_at().is_some() && known.get(&peer.public_key) != Some(&peer.reached_at()))
         .map(|peer| peer.public_key)
         .collect()
 }

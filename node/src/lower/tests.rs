@@ -20,9 +20,9 @@ mod holders;
 mod laws;
 mod room;
 
-fn slice_of(network: &Network, node: NodeId, previous: Option<&Slice>) -> Slice {
+fn slice_of(network: &Network, node: NodeId, _previous: Option<&Slice>) -> Slice {
     let matrix = Matrix::compile(network).expect("within limits");
-    matrix.slice(network, Revision(7), node, previous).expect("an active node")
+    matrix.slice(node, Revision(7)).expect("an active node")
 }
 
 fn lowered(slice: &Slice) -> Tables {
@@ -53,7 +53,7 @@ fn by_node(network: &Network, flows: &[(NodeId, Flow)]) -> Vec<(Slice, Tables, V
     nodes
         .into_iter()
         .map(|node| {
-            let slice = matrix.slice(network, Revision(7), node, None).expect("an active node");
+            let slice = matrix.slice(node, Revision(7)).expect("an active node");
             let tables = lowered(&slice);
             (slice, tables, flows.iter().filter(|(of, _)| *of == node).map(|(_, flow)| *flow).collect())
         })

@@ -204,9 +204,14 @@ mod tests {
         }
     }
 
+    fn cidr(name: &str) -> policy::SliceCidr {
+        let prefixes = policy::Prefixes::from_nets(["10.42.0.0/16".parse().unwrap()]).unwrap();
+        policy::SliceCidr { name: name.parse().unwrap(), prefixes, is_routed: false }
+    }
+
     fn names() -> Names {
         Names {
-            cidrs: [(CidrId(3), "web".parse().unwrap()), (CidrId(4), "db".parse().unwrap())].into_iter().collect(),
+            cidrs: [(CidrId(3), cidr("web")), (CidrId(4), cidr("db"))].into_iter().collect(),
             rules: [(2, "no-db".parse().unwrap())].into(),
         }
     }

@@ -10,9 +10,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use controller_api::convert::{FollowError, Followed, digest_to_wire};
 use controller_api::refusal::Refusal;
 use controller_api::v1::sync_client::SyncClient;
-use controller_api::{ConvertError, defaults, v1};
+use controller_api::{defaults, v1};
 use policy::{DeltaError, Generation, NodeId, Revision, Slice, SliceDelta};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -33,7 +34,12 @@ pub struct Enforced {
     pub generation: Generation,
     /// Why `revision` is not, or not wholly, in force.
     pub error: Option<String>,
+    /// What the policy requires that this node does not understand: it denies what that concerns.
+    pub lacks: Vec<String>,
 }
+
+/// What this node understands beyond the first version of the protocol.
+pub const FEATURES: &[&str] = &[];
 
 /// How it stands with the controller.
 #[derive(Clone, Debug, Default)]
@@ -79,7 +85,7 @@ enum SessionError {
 #[derive(Debug, thiserror::Error)]
 pub enum UpdateError {
     #[error(transparent)]
-    Convert(#[from] ConvertError),
+    Follow(#[from] FollowError),
     #[error(transparent)]
     Delta(#[from] DeltaError),
     #[error("it begins at revision {from}, and this node holds {held}")]
@@ -181,35 +187,44 @@ impl Follower {
         keys: &Keys,
         revision: Revision,
     ) -> Result<std::convert::Infallible, SessionError> {
+        let mut held = (revision != Revision(0)).then(|| self.received.borrow().clone()).flatten();
         let (outbox, requests) = mpsc::channel(OUTBOX);
         let hello = v1::follow_request::Kind::Hello(v1::Hello {
             revision: revision.0,
             listen_port: self.listen_port.into(),
             endpoint: self.endpoint.map(|endpoint| endpoint.to_string()).unwrap_or_default(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            digest: held.as_ref().map(|held| digest_to_wire(held.digest)).unwrap_or_default(),
+            features: FEATURES.iter().map(|feature| (*feature).to_owned()).collect(),
         });
         let _ = outbox.try_send(v1::FollowRequest { kind: Some(hello) });
         let mut sync = sync_client(channel.clone());
         let mut updates = sync.follow(ReceiverStream::new(requests)).await.map_err(status_error)?.into_inner();
         self.connected(channel, revision);
         let mut greeted = false;
-        let mut held = (revision != Revision(0)).then(|| self.received.borrow().clone()).flatten();
         let mut renewal = Box::pin(tokio::time::sleep(until_renewal(identity)));
         loop {
             tokio::select! {
-                update = next(&mut updates) => {
-                    let slice = Arc::new(receive(held.as_deref(), update?, identity.node)?);
-                    tracing::debug!(revision = %slice.revision, "update received");
-                    self.keep_name(identity, &slice);
-                    // A controller that has forgotten what this node holds sends it again.
-                    if held.as_ref() != Some(&slice) {
+                followed = next(&mut updates) => {
+                    let Followed { update, endpoints } = followed?;
+                    if let Some(update) = update {
+                        let slice = Arc::new(receive(held.as_deref(), update, identity.node)?);
+                        tracing::debug!(revision = %slice.revision, "update received");
+                        self.keep_name(identity, &slice);
+                        // A controller that has forgotten what this node holds sends it again.
+                        if held.as_ref() != Some(&slice) {
+                            held = Some(Arc::clone(&slice));
+                            self.received.send_replace(Some(slice));
+                        }
+                        if !greeted {
+                            greeted = true;
+                            // What is enforced already is news to this stream.
+                            self.enforced.mark_changed();
+                        }
+                    }
+                    if let Some(slice) = seeing(held.as_deref(), endpoints) {
                         held = Some(Arc::clone(&slice));
                         self.received.send_replace(Some(slice));
-                    }
-                    if !greeted {
-                        greeted = true;
-                        // What is enforced already is news to this stream.
-                        self.enforced.mark_changed();
                     }
                 }
                 // Before the first update nobody knows whether this controller ever sent what is enforced.
@@ -233,10 +248,7 @@ impl Follower {
     fn dismiss(&self) {
         let held = self.received.borrow().clone();
         let Some(held) = held.filter(|held| known_revision(held) != Revision(0)) else { return };
-        match dismissed(&held) {
-            Ok(empty) => drop(self.received.send_replace(Some(Arc::new(empty)))),
-            Err(error) => tracing::error!(error = host::error::chain(&error), "policy in force stays"),
-        }
+        self.received.send_replace(Some(Arc::new(dismissed(&held))));
     }
 
     fn connected(&self, channel: &Channel, revision: Revision) {
@@ -288,10 +300,12 @@ pub fn sync_client(channel: Channel) -> SyncClient<Channel> {
 }
 
 /// The slice after an update. `held` is not touched: what does not fit leaves no trace.
-pub fn receive(held: Option<&Slice>, update: v1::Update, node: NodeId) -> Result<Slice, UpdateError> {
-    let delta = SliceDelta::try_from(update)?;
+pub fn receive(held: Option<&Slice>, delta: SliceDelta, node: NodeId) -> Result<Slice, UpdateError> {
     let slice = if delta.from == Revision(0) {
-        Slice::from_snapshot(delta)?
+        let mut slice = Slice::from_snapshot(delta)?;
+        // Where peers were seen is not said again.
+        slice.see(held.into_iter().flat_map(Slice::seen));
+        slice
     } else {
         let held = held
             .filter(|held| held.revision == delta.from)
@@ -306,11 +320,16 @@ pub fn receive(held: Option<&Slice>, update: v1::Update, node: NodeId) -> Result
     Ok(slice)
 }
 
+/// The slice with what was said of where peers were seen; `None`: that is no news.
+fn seeing(held: Option<&Slice>, endpoints: Vec<(NodeId, SocketAddr)>) -> Option<Arc<Slice>> {
+    let mut slice = held?.clone();
+    slice.see(endpoints).then(|| Arc::new(slice))
+}
+
 /// The slice of a node that has no part in the network (any more). It is newer than what the node held, and no newer than
 /// the revision that dismissed it.
-fn dismissed(held: &Slice) -> Result<Slice, DeltaError> {
-    let (revision, local) = (Revision(held.revision.0.saturating_add(1)), Some((*held.local).clone()));
-    Slice::from_snapshot(SliceDelta { revision, local, ..SliceDelta::default() })
+fn dismissed(held: &Slice) -> Slice {
+    held.emptied(Revision(held.revision.0.saturating_add(1)))
 }
 
 /// What the controller may build upon; not upon the slice of a [`dismissed`] node, which it need not know. That of an
@@ -319,14 +338,20 @@ fn known_revision(slice: &Slice) -> Revision {
     if slice.prefixes.is_empty() { Revision(0) } else { slice.revision }
 }
 
-async fn next(updates: &mut Streaming<v1::Update>) -> Result<v1::Update, SessionError> {
-    updates.message().await.map_err(status_error)?.ok_or(SessionError::Ended)
+async fn next(responses: &mut Streaming<v1::FollowResponse>) -> Result<Followed, SessionError> {
+    let response = responses.message().await.map_err(status_error)?.ok_or(SessionError::Ended)?;
+    Ok(Followed::try_from(response).map_err(UpdateError::from)?)
 }
 
 fn acknowledgement(enforced: Enforced) -> v1::FollowRequest {
-    let Enforced { revision, generation, error } = enforced;
+    let Enforced { revision, generation, error, lacks } = enforced;
     let acknowledgement =
-        v1::Acknowledgement { revision: revision.0, generation: generation.0, error: error.unwrap_or_default() };
+        v1::Acknowledgement {
+        revision: revision.0,
+        generation: generation.0,
+        error: error.unwrap_or_default(),
+        lacks,
+    };
     v1::FollowRequest { kind: Some(v1::follow_request::Kind::Acknowledgement(acknowledgement)) }
 }
 
@@ -397,6 +422,8 @@ pub fn now() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use policy::Digest;
+
     use super::*;
     use crate::fixture;
 
@@ -426,31 +453,54 @@ mod tests {
         let mut network = fixture::network();
         let before = fixture::slice(&network, "app1", 3, None);
         fixture::allow(&mut network, "db-to-app", "cidr:db", "cidr:app", "udp/53");
-        let after = fixture::slice(&network, "app1", 4, Some(&before));
+        let after = fixture::slice(&network, "app1", 4, None);
         let node = before.local.node;
-        let change = v1::Update::from(&before.diff(&after));
+        let change = before.diff(&after);
         assert_eq!(receive(Some(&before), change.clone(), node).unwrap(), *after);
-        assert_eq!(receive(None, v1::Update::from(&after.to_delta()), node).unwrap(), *after);
+        assert_eq!(receive(None, after.to_delta(), node).unwrap(), *after);
         let gap = receive(Some(&after), change.clone(), node).unwrap_err();
         assert!(matches!(gap, UpdateError::Gap { from: Revision(3), held: Revision(4) }), "{gap}");
         assert!(matches!(receive(Some(&before), change.clone(), NodeId(99)), Err(UpdateError::OtherNode(_))));
-        let unnamed = v1::Update { rules: Vec::new(), ..change.clone() };
-        assert!(receive(Some(&before), unnamed, node).is_err(), "a cell names a rule that nobody knows");
-        let garbled = v1::Update { removed_peers: vec![0], ..change };
-        assert!(matches!(receive(Some(&before), garbled, node), Err(UpdateError::Convert(_))));
+        let unnamed = policy::arbitrary::sealed(Some(&before), SliceDelta { rules: Default::default(), ..change.clone() });
+        assert!(receive(Some(&before), unnamed, node).is_err(), "a cell names a rule that is not in the slice");
+        // Another controller may have given revision 3 to something else.
+        let other = SliceDelta { base: Digest::from_bytes([9; 16]), ..change.clone() };
+        let error = receive(Some(&before), other, node).unwrap_err();
+        assert!(matches!(error, UpdateError::Delta(DeltaError::Base { .. })), "{error}");
+        let lying = SliceDelta { digest: Digest::from_bytes([9; 16]), ..change };
+        let error = receive(Some(&before), lying, node).unwrap_err();
+        assert!(matches!(error, UpdateError::Delta(DeltaError::Digest { .. })), "{error}");
+    }
+
+    #[test]
+    fn where_peers_were_seen_outlives_updates_and_is_no_revision() {
+        let mut network = fixture::network();
+        let before = fixture::slice(&network, "app1", 3, None);
+        let peer = *before.peers.keys().next().unwrap();
+        let endpoint: SocketAddr = "192.0.2.7:51820".parse().unwrap();
+        let seen = seeing(Some(&before), vec![(peer, endpoint), (NodeId(9_999), endpoint)]).unwrap();
+        assert_eq!((seen.revision, seen.digest), (before.revision, before.digest));
+        assert_eq!(seen.peers[&peer].reached_at(), Some(endpoint));
+        assert!(seeing(Some(&seen), vec![(peer, endpoint)]).is_none(), "it is no news");
+        fixture::allow(&mut network, "db-to-app", "cidr:db", "cidr:app", "udp/53");
+        let after = fixture::slice(&network, "app1", 4, None);
+        for delta in [before.diff(&after), after.to_delta()] {
+            let slice = receive(Some(&seen), delta, before.local.node).unwrap();
+            assert_eq!(slice.peers[&peer].reached_at(), Some(endpoint));
+            assert_eq!(slice.digest, after.digest);
+        }
     }
 
     #[test]
     fn a_dismissed_node_allows_nothing_and_asks_for_everything() {
         let mut network = fixture::network();
         let before = fixture::slice(&network, "app1", 3, None);
-        let empty = dismissed(&before).unwrap();
-        assert_eq!((&empty.local, empty.revision), (&before.local, Revision(4)));
+        let empty = dismissed(&before);
+        assert_eq!((&empty.local.name, empty.revision), (&before.local.name, Revision(4)));
         assert!(empty.peers.is_empty() && empty.prefixes.is_empty() && empty.cells.is_empty());
         assert_eq!((known_revision(&before), known_revision(&empty)), (Revision(3), Revision(0)));
         // What the controller says at the end says the same.
-        let last = SliceDelta { revision: Revision(4), local: Some((*before.local).clone()), ..SliceDelta::default() };
-        assert_eq!(receive(Some(&before), v1::Update::from(&last), before.local.node).unwrap(), empty);
+        assert_eq!(receive(Some(&before), empty.to_delta(), before.local.node).unwrap(), empty);
         // A node that nothing is allowed to still knows where it is.
         for rule in ["web-to-app", "app-to-db"] {
             network.apply(&policy::Change::DeleteRule { name: rule.parse().unwrap() }).unwrap();
@@ -473,9 +523,9 @@ mod tests {
 
     #[test]
     fn a_change_of_another_revision_and_an_empty_snapshot_are_refused() {
-        let update = v1::Update { from: 3, revision: 4, ..v1::Update::default() };
+        let update = SliceDelta { from: Revision(3), revision: Revision(4), ..SliceDelta::default() };
         let error = receive(None, update, NodeId(1)).unwrap_err();
         assert!(matches!(error, UpdateError::Gap { from: Revision(3), held: Revision(0) }), "{error}");
-        assert!(receive(None, v1::Update { revision: 4, ..v1::Update::default() }, NodeId(1)).is_err());
+        assert!(receive(None, SliceDelta { revision: Revision(4), ..SliceDelta::default() }, NodeId(1)).is_err());
     }
 }

@@ -19,7 +19,7 @@ use host::file::{self, DiskError};
 pub const FILE: &str = "state";
 
 /// Raised with every change of what follows it.
-const MAGIC: &[u8] = b"rampart node state 1\n";
+const MAGIC: &[u8] = b"rampart node state 2\n";
 const DIGEST: usize = 32;
 /// Larger than any slice within the policy's limits.
 const FILE_MAX: u64 = 256 * 1024 * 1024;

@@ -17,7 +17,7 @@ use std::net::IpAddr;
 
 use ebpf_common::{EGRESS, INGRESS};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use policy::{CidrName, NodeName, RuleId, RuleName, ServiceRange, Slice};
+use policy::{NodeName, RuleId, RuleName, ServiceRange, Slice, SliceCidr};
 use serde::Serialize;
 
 use crate::lower::Tables;
@@ -288,7 +288,7 @@ struct Names<'a>(&'a Slice);
 
 impl Names<'_> {
     fn cidr(&self, id: policy::CidrId) -> String {
-        name_of::<CidrName>(self.0.cidrs.get(&id), id)
+        name_of::<SliceCidr>(self.0.cidrs.get(&id), id)
     }
 
     fn peer(&self, id: policy::NodeId) -> String {

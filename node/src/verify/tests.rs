@@ -24,7 +24,7 @@ fn enforced() -> impl Strategy<Value = (Slice, Tables, Vec<Flow>)> {
         .prop_map(|(network, flows): (Network, Vec<(NodeId, Flow)>)| {
             let node = flows[0].0;
             let matrix = Matrix::compile(&network).expect("within limits");
-            let slice = matrix.slice(&network, Revision(7), node, None).expect("active");
+            let slice = matrix.slice(node, Revision(7)).expect("active");
             let tables = lower(&slice, &mut RuleSlots::new()).expect("within limits");
             let flows = flows.into_iter().filter(|(of, _)| *of == node).map(|(_, flow)| flow);
             // No packet goes between families.

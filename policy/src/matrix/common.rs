@@ -1,5 +1,7 @@
 //! What every slice says of the cidrs.
 
+use std::fmt;
+
 use super::Matrix;
 use crate::network::Network;
 use crate::object::digest::Digest;
@@ -13,6 +15,13 @@ pub struct SliceCidr {
     pub prefixes: Prefixes,
     /// External, and some node is its active gateway: routed to the interface by all others.
     pub is_routed: bool,
+}
+
+/// Its name.
+impl fmt::Display for SliceCidr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.name.fmt(f)
+    }
 }
 
 impl SliceCidr {

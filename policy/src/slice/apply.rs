@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::SocketAddr;
 
 use super::digest::{of_cell, of_prefix};
 use super::tally::{Kept, Tally};
@@ -10,7 +11,7 @@ use crate::Map;
 use crate::limit::{self, Bounded};
 use crate::matrix::SliceCidr;
 use crate::object::digest::Digest;
-use crate::object::id::Revision;
+use crate::object::id::{NodeId, Revision};
 use crate::peer::Peer;
 
 impl Slice {
@@ -50,6 +51,24 @@ impl Slice {
         slice.validate()?;
         slice.kept = Kept::new(Tally::of(&slice));
         Ok(slice)
+    }
+
+    /// Takes note of where peers were seen; returns whether that is news. Of others nothing is kept.
+    pub fn see(&mut self, endpoints: impl IntoIterator<Item = (NodeId, SocketAddr)>) -> bool {
+        let mut is_news = false;
+        for (id, endpoint) in endpoints {
+            if let Some(peer) = self.peers.get(&id).filter(|peer| peer.seen != Some(endpoint)) {
+                let peer = Peer { seen: Some(endpoint), ..peer.clone() };
+                self.peers.insert(id, peer);
+                is_news = true;
+            }
+        }
+        is_news
+    }
+
+    /// Where peers were seen.
+    pub fn seen(&self) -> impl Iterator<Item = (NodeId, SocketAddr)> {
+        self.peers.iter().filter_map(|(id, peer)| Some((*id, peer.seen?)))
     }
 
     /// The slice of a node that has no part in the network (any more): it knows itself, and nothing is allowed.
@@ -117,6 +136,9 @@ impl Slice {
             self.digest = self.digest - self.local.digest() + local.digest();
             let external_routes = self.local.external_routes.clone();
             self.local = Local { external_routes, ..local }.into();
+        }
+        for (id, peer) in &mut peers {
+            peer.seen = self.peers.get(id).and_then(|known| known.seen);
         }
         self.change_itself(peers.remove(&self.local.node), removed_peers.remove(&self.local.node))?;
         let digest = &mut self.digest;

@@ -45,7 +45,8 @@ pub struct Cells {
 impl Slice {
     /// What turns this slice into `new`: `old.apply(old.diff(&new))` gives `new`.
     pub fn diff(&self, new: &Slice) -> SliceDelta {
-        let (mut peers, mut removed_peers) = changes(&self.peers, &new.peers);
+        let (peers, mut removed_peers) = changes(&self.peers, &new.peers);
+        let mut peers = unseen(peers);
         match &new.itself {
             Some(peer) if self.itself.as_ref() != Some(peer) => drop(peers.insert(new.local.node, peer.clone())),
             None if self.itself.is_some() => drop(removed_peers.insert(self.local.node)),
@@ -77,7 +78,7 @@ impl Slice {
 
     /// The whole slice as a delta from nothing.
     pub fn to_delta(&self) -> SliceDelta {
-        let mut peers = whole(&self.peers);
+        let mut peers = unseen(whole(&self.peers));
         peers.extend(self.itself.clone().map(|peer| (self.local.node, peer)));
         SliceDelta {
             revision: self.revision,
@@ -105,6 +106,11 @@ fn changes<K: Ord + Copy, V: Clone + PartialEq>(old: &Map<K, V>, new: &Map<K, V>
     let set = new.iter().filter(|&(key, value)| old.get(key) != Some(value));
     let removed = old.keys().filter(|key| !new.contains_key(*key));
     (set.map(|(key, value)| (*key, value.clone())).collect(), removed.copied().collect())
+}
+
+/// As a controller sends them.
+fn unseen(peers: BTreeMap<NodeId, Peer>) -> BTreeMap<NodeId, Peer> {
+    peers.into_iter().map(|(id, peer)| (id, Peer { seen: None, ..peer })).collect()
 }
 
 fn whole<K: Ord + Copy, V: Clone>(map: &Map<K, V>) -> BTreeMap<K, V> {

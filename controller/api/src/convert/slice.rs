@@ -196,7 +196,7 @@ impl TryFrom<v1::Local> for Local {
 }
 
 fn peer_to_wire(node: NodeId, peer: &Peer) -> v1::Peer {
-    let Peer { name, public_key, endpoint, allowed_ips } = peer;
+    let Peer { name, public_key, endpoint, seen: _, allowed_ips } = peer;
     v1::Peer {
         node: node.0,
         name: name.to_string(),
@@ -213,6 +213,7 @@ fn peer_from_wire(peer: v1::Peer) -> Result<(NodeId, Peer), ConvertError> {
         name: parse("peer.name", &name)?,
         public_key: public_key("peer.public_key", &key)?,
         endpoint: if endpoint.is_empty() { None } else { Some(parse("peer.endpoint", &endpoint)?) },
+        seen: None,
         allowed_ips: prefixes_to_nets(allowed_ips)?,
     };
     Ok((node, peer))

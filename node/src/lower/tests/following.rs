@@ -83,8 +83,7 @@ proptest! {
             let matrix = Matrix::compile(&network).expect("within limits");
             for node in network.nodes().keys().take(2) {
                 let held = followers.remove(node);
-                let previous = held.as_ref().map(|held| &held.slice);
-                let Some(slice) = matrix.slice(&network, Revision(8), *node, previous) else { continue };
+                let Some(slice) = matrix.slice(*node, Revision(8)) else { continue };
                 let follower = match held {
                     Some(mut held) => {
                         let before = held.follow(&slice);

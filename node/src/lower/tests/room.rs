@@ -63,7 +63,7 @@ fn wild() -> impl Strategy<Value = Slice> {
                 1 => drop(peer.allowed_ips.insert(net)),
                 2 => drop(local.external_routes.insert(net)),
                 3 => drop(local.gateway_for.insert(net)),
-                _ => drop(slice.prefixes.insert(net, (ClassId(class), CidrId(cidr)))),
+                _ => drop(slice.prefixes.insert(net, (ClassId(u64::from(class)), CidrId(cidr)))),
             }
         }
         slice
