@@ -1,4 +1,4 @@
-//! A flood of forged handshake initiations, as fast as one sender can, from sources that nobody has.
+//! A flood of forged handshake initiations from spoofed sources, as fast as one sender can send.
 #![allow(unsafe_code, reason = "sendmmsg(2) on a packet socket is called as it is")]
 
 use std::io;
@@ -59,7 +59,7 @@ pub fn during<T>(sender: &Namespace, target: &Target, work: impl FnOnce() -> Res
     let (stop, frames) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| {
         let flood = scope.spawn(|| sender.enter(|| send(target, &stop, &frames)));
-        // A flood that cannot begin is heard of when it is joined.
+        // A flood that fails to start is reported by the join below.
         while frames.load(Ordering::Relaxed) == 0 && !flood.is_finished() {
             thread::yield_now();
         }
@@ -133,7 +133,7 @@ fn send(target: &Target, stop: &AtomicBool, sent: &AtomicU64) -> Result<()> {
     Ok(())
 }
 
-/// Another source, address and port, and another session. The first byte keeps clear of what no router would forward.
+/// Another source address and port, and another session. The first byte stays clear of addresses that routers drop.
 fn vary(frame: &mut [u8], zero: u16, random: u64) {
     let random = random.to_ne_bytes();
     let source = [20 + random[0] % 80, random[1], random[2], random[3]];
@@ -157,7 +157,7 @@ fn packet_socket(interface: &str) -> Result<OwnedFd> {
     if socket < 0 {
         return Err(io::Error::last_os_error().into());
     }
-    // SAFETY: nobody else has it.
+    // SAFETY: the descriptor is new, and this is its only owner.
     let socket = unsafe { OwnedFd::from_raw_fd(socket) };
     // SAFETY: all zero is a valid address of this kind.
     let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };

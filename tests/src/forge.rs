@@ -1,9 +1,9 @@
-//! WireGuard messages that nobody's key made: as a flood has them, and with the first MAC right, as they come from whoever
-//! knows the receiver's public key.
+//! Forged WireGuard messages: random ones, as a flood sends them, and ones whose first MAC is right, as a sender who knows
+//! the receiver's public key can make them.
 
 use ebpf_common::underlay::{INITIATION_LENGTH, MAC_LENGTH, RESPONSE_LENGTH, mac1, mac1_state};
 
-/// A message of a type and length, its body as good as random.
+/// A message of a type and length with a pseudo-random body.
 pub fn message(kind: u8, length: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;
     let mut bytes: Vec<u8> = (0..length)

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::Signal;
 
-/// What the first process of a namespace does: mounts of its own, then reaps whatever is orphaned.
+/// The first process of a namespace makes the mounts, then reaps orphans.
 const HOLDER: &str = "
 set -e
 mount -t proc proc /proc
@@ -111,7 +111,7 @@ impl Namespace {
         self.holder
     }
 
-    /// Does `work` inside, on a thread of its own. Sockets made there stay there.
+    /// Runs `work` inside, on a new thread. Sockets that it opens belong to the namespace.
     pub fn enter<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         let open = |kind: &str| File::open(format!("/proc/{}/ns/{kind}", self.holder));
         let (net, pid, mnt) = (open("net")?, open("pid")?, open("mnt")?);

@@ -184,8 +184,7 @@ pub fn first_echo(host: &Namespace, destination: SocketAddr, limit: Duration) ->
     Ok(None)
 }
 
-/// An echo that stays out for longer than this means that the flow was cut: longer than an emulated processor is busy with
-/// something else.
+/// A flow without an echo for this long was cut. It is longer than an emulated processor is busy with something else.
 pub const BEAT_LIMIT: Duration = Duration::from_secs(1);
 
 /// A TCP connection that has a byte echoed every millisecond.

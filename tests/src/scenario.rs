@@ -144,8 +144,7 @@ pub fn lines() -> Vec<Line> {
     lines.collect()
 }
 
-/// Makes every attempt. Those whose counters could be mistaken for each other run one after the other, all others side
-/// by side.
+/// Makes every attempt. Attempts that move the same counter run one after the other, all others in parallel.
 pub fn run(mesh: &Mesh, lines: &[Line]) -> Result<Vec<Outcome>> {
     let mut groups = BTreeMap::<_, Vec<usize>>::new();
     for (index, line) in lines.iter().enumerate() {

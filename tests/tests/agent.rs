@@ -1,4 +1,4 @@
-//! A node's own half against this controller: it joins, follows, is let go, and comes back.
+//! The node's end of the protocol against this controller: it joins, follows, is dismissed, and comes back.
 
 #[path = "../../controller/tests/common/mod.rs"]
 mod common;

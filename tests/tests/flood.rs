@@ -45,8 +45,8 @@ fn target(mesh: &Mesh) -> Result<Target> {
     Target::of(app1.namespace(), mesh.underlay().port(address), address, WIREGUARD)
 }
 
-/// Gives `db1` another address on the underlay and a new WireGuard device, while nobody can tell `app1` of it: a peer whose
-/// endpoint is not known there.
+/// Gives `db1` another address on the underlay and a new WireGuard device while the controller cannot tell `app1`, so that
+/// `app1` does not know the endpoint of this peer.
 fn become_a_stranger(mesh: &mut Mesh) -> Result<()> {
     mesh.stop_controller(Signal::SIGKILL)?;
     mesh.stop_node("db1", Signal::SIGTERM)?;

@@ -71,7 +71,7 @@ fn check_allowed(mesh: &Mesh, when: &str) -> Result<()> {
 #[test]
 fn ingress_alone_refuses() -> Result<()> {
     let (mut mesh, _servers) = story()?;
-    // Peers of each other by one service, so that WireGuard would carry every other.
+    // They are peers because of one service, so WireGuard would carry every other one as well.
     for (name, from, to) in [("peers-1", "web", "db"), ("peers-2", "db", "app")] {
         let (from, to) = (format!("cidr:{from}"), format!("cidr:{to}"));
         mesh.meshctl_ok(&["rule", "add", name, "--from", &from, "--to", &to, "--service", "tcp/9001"])?;
@@ -232,7 +232,7 @@ fn a_deleted_link_is_made_anew_and_enforced_before_it_is_up() -> Result<()> {
             node.run("ip", &["link", "delete", "rampart0"])?;
             wait_for("traffic after the link was deleted", START_LIMIT, || {
                 let seen = probe::attempt(web.namespace(), app.v4.into(), Traffic::Tcp(8080), Duration::from_secs(1));
-                // While there is no link there is no source address either.
+                // Without the link there is no source address.
                 Ok(seen.is_ok_and(|seen| seen == Seen::Answered))
             })
         });
@@ -364,7 +364,7 @@ fn nothing_for_the_mesh_leaves_in_clear() -> Result<()> {
     Ok(())
 }
 
-/// A disabled node is nobody's peer, and is refused by the controller; enabled again it is back.
+/// A disabled node has no peers and is refused by the controller; enabled again it is back.
 #[test]
 fn a_disabled_node_is_cut_off() -> Result<()> {
     let (mesh, _servers) = story()?;

@@ -19,7 +19,7 @@ const PROFILE: &str = "measured";
 /// Of crate `tests`. (Crate `ebpf` has a `bench`.)
 const PROGRAM: &str = "measure";
 const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
-/// The part of a bench that a kernel with a WireGuard of its own has more to say to.
+/// The part of a bench for which the kernel's own WireGuard matters.
 const IN_MACHINE: &str = "tunnel";
 /// A full run of one bench takes less than twelve minutes on two cores.
 const RUN_LIMIT: Duration = Duration::from_secs(40 * 60);

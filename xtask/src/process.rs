@@ -88,7 +88,7 @@ impl fmt::Display for Ended {
     }
 }
 
-/// A command that runs in a process group of its own. Dropping it kills the group.
+/// A command that runs in a new process group. Dropping it kills the group.
 #[derive(Debug)]
 pub(crate) struct Running {
     child: Child,
@@ -143,7 +143,7 @@ impl Running {
         }
     }
 
-    /// Reaps orphans that have ended. Who waits for a process to be gone must not find it here, waiting for us.
+    /// Reaps orphans that have ended, so that a program that waits for a process to be gone does not wait for a zombie.
     fn reap_others(&self) {
         let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
         while REAPER.load(Ordering::SeqCst) {
@@ -197,7 +197,7 @@ pub(crate) fn shown(command: &Command) -> String {
     words.map(OsStr::to_string_lossy).collect::<Vec<_>>().join(" ")
 }
 
-/// A process that an ended command left to us, its reaper.
+/// A process that an ended command left behind; this process is its reaper.
 #[derive(Debug)]
 pub(crate) struct Orphan {
     pid: Pid,

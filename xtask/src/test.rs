@@ -35,7 +35,7 @@ pub(crate) struct Args {
     minutes: Option<u64>,
 }
 
-/// A week: whoever wants longer starts it again.
+/// A week. A longer run is a second one.
 const MOST_MINUTES: u64 = 7 * 24 * 60;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -76,7 +76,7 @@ const EMULATED_SECONDS: u64 = 15;
 const RANDOM_SECONDS: &str = "RAMPART_RANDOM_SECONDS";
 /// And how many times less often they do what takes thousands of repetitions.
 const SHARE: &str = "RAMPART_SHARE=8";
-/// Run by a stage of its own.
+/// Run by another stage.
 const NOT_NETNS: [&str; 1] = [CONFORMANCE];
 
 impl Stage {
@@ -240,8 +240,8 @@ fn netns_tests(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// What needs a kernel with a WireGuard of its own, or another way to attach: conformance, the kernel's WireGuard, the
-/// demo, and the tests that take programs and agents away.
+/// What needs the kernel's WireGuard or another way to attach: conformance, WireGuard itself, the demo, and the tests that
+/// detach programs and kill agents.
 fn machine(version: KernelVersion, limit: Duration) -> Result<()> {
     setup::ensure(&[Purpose::Vm(version)])?;
     let started = Instant::now();

@@ -154,7 +154,7 @@ impl Field {
         wait_for("the first handshake", HANDSHAKE, || {
             Ok(field.way()?.carry(Load::RoundTrips, Duration::from_millis(1)).is_ok())
         })?;
-        // As configured to have no guard, so that what it leaves is none.
+        // Configured without a guard, so that nothing of it is left.
         field.mesh.stop_node("app1", Signal::SIGTERM)?;
         field.mesh.configure_node("app1", "[guard]\nenabled = false\n")?;
         field.mesh.start_node("app1")?;

@@ -54,7 +54,7 @@ impl Row {
         Self { name: name.into(), value: Some(value), unit, target: None, also: Vec::new(), note: String::new() }
     }
 
-    /// A figure that there is none of, and why.
+    /// A missing figure, and why it is missing.
     pub fn missing(name: impl Into<String>, why: impl Into<String>, unit: &'static str) -> Self {
         Self { value: None, note: why.into(), ..Self::new(name, f64::NAN, unit) }
     }
@@ -107,7 +107,7 @@ impl Row {
     }
 }
 
-/// Everything that a run found out.
+/// All rows of a run.
 #[derive(Clone, Debug)]
 pub struct Report {
     /// The machine, when, and how it was built.
@@ -120,13 +120,13 @@ impl Report {
         Self { heading: heading(what), rows: Vec::new() }
     }
 
-    /// Adds a row, and shows it to whoever waits.
+    /// Adds a row and prints it at once.
     pub fn push(&mut self, row: Row) {
         eprintln!("  {}: {} {} {} {}", row.name, row.value_text(), row.unit, row.also_text(), row.verdict());
         self.rows.push(row);
     }
 
-    /// The table. What there is no figure of says why below it.
+    /// The table. Below it stands why a figure is missing.
     pub fn to_text(&self) -> String {
         let cells: Vec<[String; 6]> = self
             .rows

@@ -81,7 +81,7 @@ pub fn is_kept_as_asked(lab: &mut Lab) {
     // Another program's place is not taken, and the policy is enforced all the same.
     let interface = if_nametoindex(INTERFACE).expect("it is there");
     let mut foreign = None;
-    // The kernel lets go of the link whose pin went when nobody reads it any more.
+    // The kernel frees an unpinned link when its last reader is gone.
     wait_until(
         || {
             foreign = super::foreign::attach_xdp(interface).ok();

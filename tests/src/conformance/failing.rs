@@ -230,7 +230,7 @@ impl Bench<'_> {
         }
     }
 
-    /// Programs of ours at a hook of the interface, by the kernel's word.
+    /// Rampart's programs at a hook of the interface, as the kernel lists them.
     fn programs(&self, direction: u32) -> usize {
         let index = if_nametoindex(INTERFACE).expect("the interface");
         match self.lab.attachment() {
@@ -266,7 +266,7 @@ fn list(folder: &Path, pins: &mut BTreeSet<PathBuf>) {
     }
 }
 
-/// An error says what was tried and on what, and with which of its own the kernel refused.
+/// An error names the operation, its object, and the kernel's own error.
 fn assert_is_explained(error: &KernelError, fault: Fault, what: &str) {
     let mut chain = error.to_string();
     let mut source = error.source();

@@ -114,7 +114,7 @@ impl Call {
     }
 }
 
-/// Asks for the personality, which changes nothing and which nobody here does otherwise.
+/// Calls personality(2), which changes nothing and is used by nothing else here.
 const MARK: libc::c_long = libc::SYS_personality;
 
 const WATCHED: [libc::c_long; 8] = [
@@ -155,7 +155,7 @@ pub fn deadly(size: usize, offset: usize) -> io::Result<()> {
         }
         for value in [start, start + size] {
             let page = (value + offset) / PAGE * PAGE;
-            // SAFETY: pages of a mapping that stays; whoever writes to them is meant to die.
+            // SAFETY: pages of a mapping that stays; a write to them is meant to kill the writer.
             if unsafe { libc::mprotect(page as *mut libc::c_void, PAGE, libc::PROT_READ) } != 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -204,7 +204,7 @@ pub fn in_child(work: impl FnOnce()) -> WaitStatus {
     }
 }
 
-/// Answers until nobody is left who is watched.
+/// Answers until the last watched process is gone.
 fn supervise(listener: &OwnedFd, mut decide: impl FnMut(Call) -> Fate) -> io::Result<()> {
     while wait_for_call(listener)? {
         // SAFETY: all zeros is how the kernel wants the structure.
@@ -231,7 +231,7 @@ fn supervise(listener: &OwnedFd, mut decide: impl FnMut(Call) -> Fate) -> io::Re
     Ok(())
 }
 
-/// `false`: nobody is watched any more.
+/// `false`: no watched process is left.
 fn wait_for_call(listener: &OwnedFd) -> io::Result<bool> {
     let mut poll = libc::pollfd { fd: listener.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     loop {

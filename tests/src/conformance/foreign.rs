@@ -143,7 +143,7 @@ pub fn attach_xdp(interface: u32) -> io::Result<OwnedFd> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     Ahead,
-    /// Ahead of nobody, by its own wish.
+    /// It asks for no place ahead of others.
     Behind,
     /// Likewise, and after all others.
     Last,
@@ -300,7 +300,7 @@ impl Out {
         if bound < 0 { Err(io::Error::last_os_error()) } else { Ok(Self(socket)) }
     }
 
-    /// That the packet is dropped on its way out is no error.
+    /// A packet that is dropped on its way out is not an error.
     pub fn send(&self, packet: &[u8]) -> io::Result<()> {
         match nix::sys::socket::send(self.0.as_raw_fd(), packet, nix::sys::socket::MsgFlags::empty()) {
             Ok(_) | Err(nix::errno::Errno::ENOBUFS) => Ok(()),
@@ -336,7 +336,7 @@ pub fn freeze(path: &Path) -> io::Result<()> {
     bpf(BPF_MAP_FREEZE, &mut fd).map(drop)
 }
 
-/// Takes a pinned link off its interface, whoever holds it.
+/// Detaches a pinned link from its interface, also while others hold it.
 pub fn detach(path: &Path) -> io::Result<()> {
     let link = open(path)?;
     let mut fd = link.as_raw_fd() as u32;
@@ -352,7 +352,7 @@ struct CreateMap {
     entries: u32,
 }
 
-/// Pins an array that is none of ours.
+/// Pins an array that does not belong to Rampart.
 pub fn pin_array(path: &Path, value_size: u32, entries: u32) -> io::Result<()> {
     pin_map(path, CreateMap { kind: BPF_MAP_TYPE_ARRAY, key_size: 4, value_size, entries })
 }

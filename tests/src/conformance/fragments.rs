@@ -116,7 +116,7 @@ pub fn cannot_overlap_their_first(lab: &mut Lab) {
             judge.expect_bytes(EGRESS, &overlapping, reason::FRAGMENT_OVERLAP, &format!("from byte {start} on"));
         }
         judge.expect_bytes(EGRESS, &datagram.part(24, 40, UDP), reason::RULE, "right behind it");
-        // Whoever sends another first fragment is judged by that.
+        // Another first fragment replaces the verdict.
         let other = Datagram { id: 7, ..Datagram::new(web, db, "udp/54", 7) };
         judge.expect_bytes(EGRESS, &other.first(), reason::NO_RULE, "another first one");
     }

@@ -26,10 +26,10 @@ fn calls() -> impl Iterator<Item = usize> {
     (0..).step_by(step)
 }
 
-/// Set in the process of a test that has one of its own.
+/// Set in the environment of a test that runs in a separate process.
 const ALONE: &str = "RAMPART_ALONE";
 
-/// Runs the test of this name in a process of its own: it makes copies of that, which would hold what other tests let go.
+/// Runs the test of this name in a separate process: the test forks, and a child would keep open what other tests close.
 pub fn alone(name: &str, test: impl FnOnce()) {
     if env::var_os(ALONE).is_some() {
         return test();
@@ -56,7 +56,7 @@ struct Bench<'a> {
 /// How an agent ended that was to be killed at a call.
 enum Ended {
     Killed(Call),
-    /// There was no such call any more.
+    /// It made fewer calls than that.
     Finished,
 }
 
@@ -250,7 +250,7 @@ impl Bench<'_> {
         assert!(killed > 0, "nothing was killed");
     }
 
-    /// The link is not up by then: what comes before the programs are there is not the agent's fault.
+    /// The link is not up yet: packets that arrive before the programs are attached are not the agent's fault.
     fn while_attaching_anew(&mut self) {
         let mut killed = 0;
         // A dozen of about sixty, others each time: most of them pin maps, all alike.

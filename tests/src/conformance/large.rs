@@ -1,4 +1,4 @@
-//! Packets that are several on the wire, and of which the headers alone lie in one piece.
+//! Aggregates (GSO, GRO): several packets on the wire, of which only the headers are linear.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
@@ -135,7 +135,7 @@ fn datagram(lab: &mut Lab, web: &str) -> usize {
     }
 }
 
-/// As TCP of this host sends where the interface cuts for it: the payload is in pages of its own.
+/// TCP of this host with segmentation offload: the payload lies in separate pages.
 pub fn is_judged_whole_at_egress(lab: &mut Lab) {
     lab.take_interface_away();
     enforce(lab);
@@ -154,7 +154,7 @@ pub fn is_judged_whole_at_egress(lab: &mut Lab) {
         while sent.payload < PAYLOAD {
             sent.read(lab, web);
         }
-        // Nobody acknowledges, so the host sends again what is late: that is to be read too.
+        // Nothing is acknowledged, so the host retransmits; retransmissions are read too.
         let seen = loop {
             let after = count(lab, EGRESS, reason::RULE);
             let seen = (after.packets - before.packets, after.bytes - before.bytes, after.segments - before.segments);

@@ -108,7 +108,7 @@ fn mix(network: &Network, tables: &Tables) -> Vec<Shot> {
 }
 
 pub fn is_exact(lab: &mut Lab) {
-    // Else the kernel itself would send packets.
+    // Otherwise the kernel would send packets by itself.
     fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").expect("without IPv6 of its own");
     let network = network();
     let tables = [network.clone(), allowing(network.clone(), "more", "cidr:db", "cidr:web", "udp/4000")]
@@ -151,10 +151,9 @@ pub fn is_exact(lab: &mut Lab) {
     overflows(lab, &network, &tables[0], &mut expected);
 }
 
-/// A pair whose own place is taken is counted at another, one that there is no room for as lost, and everything else as
-/// always.
+/// A pair whose slot is taken is counted in another one; a pair without room is counted as lost; all else counts as always.
 fn overflows(lab: &mut Lab, network: &Network, tables: &Tables, expected: &mut Counters) {
-    // Each processor has places of its own: a pair is new to the other one.
+    // Each processor has its own slots: a pair is new to the other one.
     on_processor(0);
     let of_no_network =
         |number: u32| PairKey { source: number, destination: u32::MAX, direction: 9, ..PairKey::default() };

@@ -1,4 +1,4 @@
-//! The loaded program against the policy: a host of its own with an interface, the datapath on it, and probes.
+//! The loaded program against the policy: a host with an interface, the datapath on it, and probes.
 //!
 //! `tests/conformance.rs` is made of these. Everything runs as root in namespaces of one thread; nothing of it is seen
 //! outside, and it goes with the thread.
@@ -106,7 +106,7 @@ fn in_more_labs<T: Send>(
         return test(labs);
     }
     let attachment = attachments()[labs.len() % attachments().len()];
-    // Boxed, or each depth would be a type of its own.
+    // Boxed, else each depth would be another type.
     let test: Boxed<'_, T> = Box::new(test);
     in_lab_with(Some(attachment), move |lab| {
         let prepared = prepare(lab);
@@ -176,7 +176,7 @@ impl Lab {
         self.tun = foreign::tun(INTERFACE).expect("a TUN interface");
     }
 
-    /// Whoever else holds the descriptor, a process that is just being started or a clone.
+    /// Also while a clone or a process that is just being started holds the descriptor.
     pub fn take_interface_away(&mut self) {
         self.run("ip", &["link", "delete", INTERFACE]);
         self.tun = File::open("/dev/null").expect("/dev/null");

@@ -73,7 +73,7 @@ pub fn see_what_passed(lab: &mut Lab) {
     bench.lab.datapath.attach().expect("put ahead again");
     assert_eq!(bench.seen([&ahead, &early, &late], true, false), [PACKETS; 3], "of one that was put behind");
     assert!(bench.is_first());
-    // Another agent takes its own over, and nobody else's.
+    // Another agent takes over Rampart's programs and leaves those of others.
     bench.lab.restart();
     bench.lab.datapath.attach().expect("taken over");
     assert_eq!(bench.seen([&ahead, &early, &late], true, false), [PACKETS; 3], "after another agent came");

@@ -227,7 +227,7 @@ impl Bench<'_> {
         Enforced { matrix, slice, tables }
     }
 
-    /// One flow at one hook: its first packet, and the answer at the opposite one; then what is no packet of it.
+    /// One flow at one hook: its first packet, the answer at the opposite hook, then packets that belong to no flow.
     fn flow(
         &mut self,
         network: &Network,

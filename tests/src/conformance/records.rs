@@ -141,7 +141,8 @@ pub fn are_found_while_others_go(lab: &mut Lab) {
     assert!(kept[0] > 0 && gone[0] > gone[1], "{gone:?}");
 }
 
-/// A filter without its bits drops answers, until records are collected; one that nobody filled has the records asked.
+/// A filter whose bits were cleared drops answers until records are collected; without a filled filter the records are
+/// looked up.
 pub fn are_found_again_where_the_filter_was_lost(lab: &mut Lab) {
     let network = allowing(small(), "udp", "cidr:web", "cidr:db", "udp");
     lab.enforce(&network, node(&network, "web1"));

@@ -38,7 +38,7 @@ pub fn wanted(limits: Limits, endpoints: &[&str]) -> Wanted {
     }
 }
 
-/// The program with maps of its own.
+/// The program, with maps that only the test uses.
 #[derive(Debug)]
 pub struct Guarded {
     pub probe: GuardProbe,

@@ -20,7 +20,7 @@ use super::place::observe;
 use super::wait_until;
 use super::{INTERFACE, Lab, foreign, name};
 
-/// A version that is none of ours and is not known by heart.
+/// A version that does not exist, so that only its description can tell.
 const FORMER: u32 = 1;
 
 fn network() -> Network {
@@ -68,7 +68,7 @@ fn reasons(lab: &mut Lab) -> BTreeMap<(u32, u8), Counter> {
     reasons
 }
 
-/// Of the packets that arrived. What the interface sends by itself is another matter.
+/// Of the packets that arrived; the interface also sends some by itself.
 fn received(lab: &mut Lab) -> BTreeMap<u8, Counter> {
     let received = reasons(lab).into_iter().filter(|((direction, _), _)| *direction == INGRESS);
     received.map(|((_, reason), counter)| (reason, counter)).collect()
@@ -299,7 +299,7 @@ pub fn knows_version_2(lab: &mut Lab) {
         };
         let seen = [EGRESS, INGRESS].map(|direction| counters.reasons[&(direction, reason)]);
         assert_eq!(seen[1], of(REASONS + number), "{reason}");
-        // What the interface sends by itself is of another reason.
+        // Packets that the interface sends by itself have another reason.
         assert_eq!(seen[0], of(number), "{reason}");
     }
     assert_eq!(counters.losses[..4], [1, 2, 3, 4]);

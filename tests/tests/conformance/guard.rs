@@ -304,7 +304,7 @@ fn whoever_forges_a_known_endpoint_does_not_shut_it_out() {
 fn strangers_macs_are_computed_only_so_often() {
     let limits = Limits { checks: Limit { per_second: ONCE, burst: 1 }, ..plenty() };
     each(limits, &[], |guarded| {
-        // The test runs on one CPU or another: each has a budget of its own.
+        // Each CPU has its own budget, and the test may run on any of them.
         let cpus = std::thread::available_parallelism().expect("CPUs").get();
         let mut seen = Vec::new();
         for n in 0..=cpus {

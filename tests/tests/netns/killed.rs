@@ -119,7 +119,7 @@ fn in_force(mesh: &Mesh) -> Result<()> {
 #[derive(Debug)]
 enum Ended {
     Killed(Call),
-    /// There was no such call any more.
+    /// It made fewer calls than that.
     Finished,
 }
 
@@ -131,8 +131,8 @@ struct Watch {
     killed_at: Option<Call>,
 }
 
-/// Runs the `noded` of `app1` until it enforces what there is, then changes the policy; it is killed at the call of this number
-/// among those that change something from there on.
+/// Runs the `noded` of `app1` until it enforces the policy, then changes the policy. From there on the calls that change
+/// something are counted, and it is killed at the call of this number.
 fn kill_at(mesh: &Mesh, number: usize, change: &[&str]) -> Result<Ended> {
     let watch = Mutex::new(Watch::default());
     let decide = |call: Call| {
@@ -153,7 +153,7 @@ fn kill_at(mesh: &Mesh, number: usize, change: &[&str]) -> Result<Ended> {
         watch.lock().expect("no panic").counts = true;
         mesh.meshctl_ok(change)?;
         wait_for("the change, or the end", START_LIMIT, || Ok(is_killed() || is_in_force(mesh)?))?;
-        // Answered when all that follows from the change is done, or not at all.
+        // The answer comes when the change is enforced, or never.
         mesh.nodectl("app1", &["status"])?;
         watch.lock().expect("no panic").counts = false;
         Ok(is_killed())
@@ -161,15 +161,15 @@ fn kill_at(mesh: &Mesh, number: usize, change: &[&str]) -> Result<Ended> {
     Ok(watch.into_inner().expect("no panic").killed_at.map_or(Ended::Finished, Ended::Killed))
 }
 
-/// Does `work` beside the `noded` of `app1`, whose calls `decide` is asked about, once that enforces what there is; then ends
-/// it, unless `work` says that this was done.
+/// Runs `work` beside the `noded` of `app1` once that enforces the policy; `decide` is asked about each of its calls. Ends it
+/// afterwards, unless `work` says that it has ended.
 fn watched(mesh: &Mesh, decide: impl FnMut(Call) -> Fate + Send, work: impl FnOnce() -> Result<bool>) -> Result<()> {
     thread::scope(|scope| {
         let (sender, started) = mpsc::channel();
         let noded =
             scope.spawn(|| supervised(decide, || mesh.run_node("app1", move |id| sender.send(id).expect("heard"))));
         let id = started.recv().context("`noded` did not start")?;
-        // The question is answered when all that follows from the start is done.
+        // The answer comes when the start is complete.
         let up = in_force(mesh).and_then(|()| mesh.nodectl_ok("app1", &["status"]));
         let done = up.and_then(|_| work());
         if !matches!(done, Ok(true)) {
@@ -258,7 +258,7 @@ fn a_node_killed_or_refused_at_a_call_of_a_change_has_the_old_policy_or_the_new(
         Ok::<_, anyhow::Error>(())
     })?;
     let revision = app1(&mesh)?["newest"].clone();
-    // The next one finds everything in place, and its state on disk while there is nobody to ask.
+    // The next one finds everything in place and its state on disk, while the controller is away.
     mesh.stop_controller(Signal::SIGKILL)?;
     mesh.start_node("app1")?;
     mesh.wait_until_up("app1")?;

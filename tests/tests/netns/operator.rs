@@ -240,7 +240,7 @@ fn tables_that_somebody_wrote_to_are_named_cell_by_cell_and_repaired() -> Result
     Ok(())
 }
 
-/// By itself, where nobody asks.
+/// The check on the interval finds it, without `nodectl policy verify`.
 #[test]
 fn tables_are_verified_at_intervals() -> Result<()> {
     let (mut mesh, _servers) = story()?;

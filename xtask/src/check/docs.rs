@@ -1,4 +1,4 @@
-//! Documents: their links lead somewhere, and the verbs of xtask that they name are there. (The commands of the
+//! Documents: their links lead somewhere, the files and the verbs of xtask that they name are there. (The commands of the
 //! README's quick start are run by the test `readme` of crate `tests`.)
 
 use std::fs;
@@ -8,6 +8,8 @@ use anyhow::{Context, Result};
 use clap::Command;
 
 const COMMAND: &str = "cargo xtask ";
+/// What the path of a file begins with.
+const FOLDERS: [&str; 7] = ["controller/", "docs/", "ebpf/", "node/", "policy/", "tests/", "xtask/"];
 
 pub(super) fn findings(root: &Path, xtask: &Command) -> Result<Vec<String>> {
     let mut findings = Vec::new();
@@ -17,6 +19,9 @@ pub(super) fn findings(root: &Path, xtask: &Command) -> Result<Vec<String>> {
         let folder = path.parent().unwrap_or(root);
         for link in links(&text).filter(|link| !folder.join(link).exists()) {
             findings.push(format!("`{}` links to `{link}`, which is not there", document.display()));
+        }
+        for named in files(&text).filter(|file| !root.join(file).exists()) {
+            findings.push(format!("`{}` names `{named}`, which is not there", document.display()));
         }
         for command in commands(&text) {
             let words = ["xtask"].into_iter().chain(command.split_whitespace());
@@ -58,6 +63,14 @@ fn links(text: &str) -> impl Iterator<Item = &str> {
         .filter(|link| !link.is_empty() && !link.contains("://") && !link.starts_with("mailto:"))
 }
 
+/// The files and folders that are named in a line, as seen from the root.
+fn files(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)).filter(|word| {
+        let is_path = |c: char| c.is_ascii_alphanumeric() || "/_-.".contains(c);
+        FOLDERS.iter().any(|folder| word.starts_with(folder)) && word.chars().all(is_path)
+    })
+}
+
 /// What follows `cargo xtask` where it stands at the start of a line of code.
 fn commands(text: &str) -> impl Iterator<Item = &str> {
     text.lines()
@@ -68,6 +81,12 @@ fn commands(text: &str) -> impl Iterator<Item = &str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_are_told_from_other_words() {
+        let text = "`node/src/lib.rs`, `a/node/b`, `ebpf/`, `tests/*.rs`, policy/src and `cargo xtask`.\n";
+        assert_eq!(files(text).collect::<Vec<_>>(), ["node/src/lib.rs", "ebpf/"]);
+    }
 
     #[test]
     fn links_and_commands_are_found() {

@@ -107,7 +107,7 @@ fn install_all(packages: &[String]) -> Result<()> {
     command.args(["--no-install-recommends", "--no-remove", "install"]).args(packages);
     progress.run(&mut command, INSTALL_LIMIT, &log("apt-install"))?;
     if packages.iter().any(|package| package == "prometheus") && Path::new("/run/systemd/system").exists() {
-        // The tests run their own; it was not there before, so nobody else wants this one at the next boot.
+        // The tests start their own; the service was not there before, so it need not start at the next boot.
         output(Command::new("systemctl").args(["disable", "--now", "prometheus.service"]))?;
     }
     progress.done();

@@ -200,7 +200,7 @@ fn text(error: Error) -> String {
 }
 
 impl Remedy {
-    /// Applies one that is no package.
+    /// Applies a remedy that is not a package.
     fn apply(&self) -> Result<()> {
         match self {
             Self::BpfLinker { llvm } => toolchain::install_bpf_linker(*llvm),

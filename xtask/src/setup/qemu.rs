@@ -79,7 +79,7 @@ pub(super) fn missing() -> Option<Missing> {
     if find(PROGRAM).is_some() || runs() {
         return None;
     }
-    // Without lists of packages nobody knows yet; the installation fetches them, and if it is refused we come back.
+    // Without lists of packages the answer is unknown: the installation fetches them, and a refusal leads back here.
     let plan = apt::simulate(&[PACKAGE.to_owned()]).unwrap_or_default();
     if plan.removes.is_empty() {
         return Some(missing_program(PROGRAM, PACKAGE, WHY));

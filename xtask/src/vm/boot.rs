@@ -92,7 +92,7 @@ pub(super) fn boot(kernel: &Kernel, run: &RunDirectory, initrd: &Path, limit: Du
     })?;
     drop(booting);
     let _relayed = relay.join();
-    // Kept for whoever wants to know more; several machines may run at a time, and the last one is kept.
+    // The log of the last machine is kept; several may run at a time.
     let kept = directory(kernel.version).join("console.log");
     fs::copy(&console, &kept).with_context(|| format!("failed to keep the console in `{}`", kept.display()))?;
     Ok(judge(ended, &fs::read_to_string(&status).unwrap_or_default(), &console))

@@ -26,7 +26,7 @@ const TOOLS: [&str; 15] = [
 ];
 /// Rampart's, from target/debug, as far as they are built.
 const PROGRAMS: [&str; 5] = ["noded", "nodectl", "controllerd", "meshctl", "demo"];
-/// Variables of ours that a test under the machine's kernel would miss.
+/// Variables of this process that a test in the machine needs.
 const PASSED_ON: [&str; 3] = ["RAMPART_", "PROPTEST_", "RUST_"];
 /// Begins the name of a run's directory; the process id follows.
 const RUN: &str = "run-";
@@ -197,7 +197,7 @@ fn skeleton(tree: &Path) -> Result<()> {
 
 /// The shared libraries of programs, as the loader would find them.
 fn libraries(programs: &BTreeSet<PathBuf>) -> Result<BTreeSet<PathBuf>> {
-    // Its exit status says whether one of them is static, which is no failure.
+    // It also fails where a program is static, which is fine here.
     let listed = Command::new("ldd").args(programs).stdin(Stdio::null()).output().context("failed to start `ldd`")?;
     let text = String::from_utf8_lossy(&listed.stdout);
     if let Some(line) = text.lines().find(|line| line.contains("not found")) {

@@ -59,7 +59,7 @@ pub fn run(selection: &Selection, effort: Effort) -> Result<Report> {
     Ok(report)
 }
 
-/// On a host of its own, with one interface and bpffs.
+/// On a separate host with one interface and bpffs.
 pub(in crate::bench) fn on_host(measure: impl FnOnce(&mut Lab) -> Result<()> + Send) -> Result<()> {
     let mut result = Ok(());
     in_lab(|lab| result = measure(lab));

@@ -100,7 +100,7 @@ impl Programs {
         Ok(costs)
     }
 
-    /// Gets everything at hand that a program needs, which those before it have driven out.
+    /// Warms the caches for a program, after the programs before it have evicted its data.
     pub(super) fn warm_up(&mut self, name: &str, packet: &[u8]) -> Result<()> {
         (0..WARM_UPS).try_for_each(|_| self.run(INGRESS, name, packet).map(drop))
     }

@@ -1,6 +1,6 @@
 //! Packets per second into a namespace: no policy, Rampart, nftables and iptables with the same policy.
 //!
-//! Each has a namespace of its own behind a TUN interface. One process writes the same packets into one after the other,
+//! Each has a namespace behind a TUN interface. One process writes the same packets into one after the other,
 //! in turns; what arrives goes through the whole of the kernel's input, in the same system call, to a socket that throws it
 //! away. So a packet's time is the stack's and the filter's together, and a difference of two is that of the filters.
 

@@ -143,7 +143,7 @@ impl Receiver {
             let port = u16::from_be_bytes([packet[at], packet[at + 1]]);
             let socket = self.sockets.iter().find(|socket| socket.local_addr().is_ok_and(|own| own.port() == port));
             let socket = socket.with_context(|| format!("nothing is bound to port {port}"))?;
-            // Nobody reads what leaves; a full queue is as good.
+            // What leaves is not read; a full queue does no harm.
             let _sent = socket.send_to(&[0; PAYLOAD], opener);
         }
         Ok(())

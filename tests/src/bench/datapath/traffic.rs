@@ -15,7 +15,7 @@ use crate::probe::udp_socket;
 pub(in crate::bench) const PORT: u16 = 5_201;
 /// How long a connection may take to come, or an answer, or any traffic at all.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Traffic before the clock starts: windows open, and whatever was idle wakes up.
+/// Warm-up before the clock starts: TCP windows open, idle processors wake up.
 const WARM_UP: Duration = Duration::from_millis(100);
 
 /// One way to load a tunnel.
@@ -179,7 +179,7 @@ fn rate(counter: &AtomicU64, time: Duration) -> Result<f64> {
 fn moved(counter: &AtomicU64, time: Duration) -> Result<u64> {
     let (start, before) = (Instant::now(), counter.load(Ordering::Relaxed));
     loop {
-        // Traffic runs while this thread waits: there is no condition to wait for but the clock.
+        // Traffic runs meanwhile: the measurement is a length of time, so the clock is what is waited for.
         thread::park_timeout(time.saturating_sub(start.elapsed()).max(Duration::from_millis(1)));
         let moved = counter.load(Ordering::Relaxed) - before;
         if start.elapsed() >= time && moved > 0 {

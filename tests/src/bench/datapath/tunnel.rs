@@ -33,7 +33,7 @@ use crate::conformance::{INTERFACE, Lab};
 use crate::mesh::{Family, Mesh, kernel_has_wireguard, wait_for};
 use crate::namespace::{Lifetime, Namespace};
 
-/// Least share of what no program at all lets through, and least lower end of its interval.
+/// Least share of the throughput without any program, and least lower end of its interval.
 const TCP: (f64, f64) = (0.99, 0.97);
 const SMALL_UDP: (f64, f64) = (0.95, 0.93);
 /// How long the first handshake may take.

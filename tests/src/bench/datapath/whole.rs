@@ -41,7 +41,7 @@ enum Fate {
     AnyService,
     Port,
     RecordedPort,
-    /// While as many flows are recorded as there are packets, of which it is none.
+    /// As many flows are recorded as there are packets, and none of the packets belongs to one.
     Denied,
     Reply {
         flows: u32,

@@ -1,5 +1,5 @@
-//! What is no whole packet of a flow, and what POLICY.md makes of it: fragments (section 3.4) and ICMP errors (3.5). Nothing
-//! is recorded of any flow when they come.
+//! Fragments (docs/POLICY.md, section 3.4) and ICMP errors (3.5), and the verdict on each. They arrive while no flow is
+//! recorded.
 
 use ebpf_common::packet::{ICMP, ICMPV6, TCP, UDP};
 use ebpf_common::{EGRESS, INGRESS, reason};
@@ -52,7 +52,7 @@ pub(super) fn deviants(
     let opening = Packet::opening(flow);
     match deviation {
         Deviation::None => Vec::new(),
-        // Whoever talks to itself is both ends.
+        // A node that talks to itself is both ends.
         Deviation::Errors if flow.source == flow.destination => Vec::new(),
         Deviation::Fragments => fragments(network, flow, &opening, lowered, (direction, id)),
         Deviation::Errors => errors(flow, &opening, lowered, direction),
@@ -84,8 +84,8 @@ fn fragments(
     .into()
 }
 
-/// A later fragment whose first is not known passes if no transport header could make a difference: if every service has the
-/// one verdict, or if its IPv4 header says all that there is to say.
+/// A later fragment whose first is unknown passes if no transport header could make a difference: every service has the same
+/// verdict, or the IPv4 header alone decides.
 fn headless(network: &Network, flow: &Flow, lowered: &Outcome) -> Outcome {
     if matches!(lowered.reason, reason::UNKNOWN_SOURCE | reason::UNKNOWN_DESTINATION) {
         return *lowered;

@@ -36,7 +36,7 @@ pub(super) fn findings(metadata: &Value) -> Result<Vec<String>> {
     Ok(judge(&crates(metadata)?))
 }
 
-/// A dependency on a crate of ours, and whether it is for tests only.
+/// A dependency on a crate of the workspace, and whether it is for tests only.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Dependency {
     name: String,
@@ -47,7 +47,7 @@ struct Dependency {
 fn crates(metadata: &Value) -> Result<BTreeMap<String, BTreeSet<Dependency>>> {
     let packages = metadata["packages"].as_array().context("`cargo metadata` names no packages")?;
     let name = |value: &Value| value["name"].as_str().unwrap_or_default().to_owned();
-    // Only dependencies of ours have a path.
+    // Only dependencies inside the workspace have a path.
     let ours = |dependency: &&Value| dependency["path"].is_string();
     let read = |dependency: &Value| Dependency { name: name(dependency), tests_only: dependency["kind"] == "dev" };
     let dependencies = |package: &Value| {

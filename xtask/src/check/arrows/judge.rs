@@ -34,7 +34,7 @@ fn climbs(name: &str, graph: &Graph<'_>) -> Vec<String> {
         let Some(own) = height(file) else {
             continue;
         };
-        // A way that goes on through another layer is a finding of that layer's.
+        // A way through another layer is reported for that layer.
         let goes_on = |file: &File| height(file).is_none();
         for way in graph.ways(file, goes_on) {
             let Some(top) = way.last().filter(|last| height(&last.to).is_some_and(|top| top > own)) else {
@@ -46,7 +46,7 @@ fn climbs(name: &str, graph: &Graph<'_>) -> Vec<String> {
     findings
 }
 
-/// For each import between folders that something leads back from, the shortest circle that it is part of.
+/// For each import between folders, the shortest circle that it is part of, if any.
 fn circles(name: &str, imports: &[Import], graph: &Graph<'_>) -> Vec<String> {
     let mut told = BTreeSet::new();
     let mut circles: Vec<Vec<&Import>> = Vec::new();

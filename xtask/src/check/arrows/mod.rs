@@ -1,5 +1,5 @@
-//! The arrows of the house: which crate may depend on which, which layer inside a crate on which, and that no files of
-//! different folders import each other.
+//! Which crate may depend on which, and inside a crate which layer on which. No two files of different folders import each
+//! other.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -154,7 +154,7 @@ impl Tree {
         imports.into_iter().map(import).collect()
     }
 
-    /// Handing on a name of one's own children is no import, unless the name is used here too.
+    /// A module that re-exports a name of its own children does not import it, unless it uses the name too.
     fn is_import(&self, module: usize, one: &Use) -> bool {
         let below = self.meaning(module, &one.path.segments, 0).is_some_and(|meaning| {
             let target = &self.modules[meaning.module()].path;
