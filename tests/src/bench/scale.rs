@@ -153,12 +153,12 @@ impl Scale {
 
     /// The subject's slice.
     pub fn slice(&self, revision: u64) -> Result<Slice> {
-        self.slice_of(&Matrix::compile(&self.network)?, revision, None)
+        self.slice_of(&Matrix::compile(&self.network)?, revision)
     }
 
     /// Likewise, of a matrix that is compiled already.
-    pub fn slice_of(&self, matrix: &Matrix, revision: u64, previous: Option<&Slice>) -> Result<Slice> {
-        matrix.slice(&self.network, Revision(revision), self.subject, previous).context("the subject is not active")
+    pub fn slice_of(&self, matrix: &Matrix, revision: u64) -> Result<Slice> {
+        matrix.slice(self.subject, Revision(revision)).context("the subject is not active")
     }
 
     /// The name of the subject's cidr.

@@ -194,7 +194,7 @@ impl Lab {
     pub fn lower(&mut self, network: &Network, node: NodeId) -> (Slice, Tables) {
         self.revision += 1;
         let matrix = Matrix::compile(network).expect("within limits");
-        let slice = matrix.slice(network, Revision(self.revision), node, None).expect("an active node");
+        let slice = matrix.slice(node, Revision(self.revision)).expect("an active node");
         let tables = lower(&slice, &mut self.slots).expect("within limits");
         (slice, tables)
     }

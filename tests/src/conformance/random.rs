@@ -215,7 +215,7 @@ impl Bench<'_> {
     fn enforce(&mut self, network: &Network, node: NodeId) -> Enforced {
         let matrix = Matrix::compile(network).expect("within limits");
         self.lab.revision += 1;
-        let slice = matrix.slice(network, Revision(self.lab.revision), node, None).expect("an active node");
+        let slice = matrix.slice(node, Revision(self.lab.revision)).expect("an active node");
         let tables = lower(&slice, &mut self.lab.slots).expect("within limits");
         let loaded = (self.sides.load)(&tables);
         self.lab.datapath.switch(&loaded).expect("switched");

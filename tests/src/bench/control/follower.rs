@@ -11,15 +11,15 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use controller_api::invitation::Invitation;
 use node::config::{self, Flags, Metrics, Port};
-use node::controller::{self, Enforced};
-use node::enforcer::{Enforcer, Setup};
-use node::guard::Watch;
-use node::identity::Keys;
-use node::join;
+use node::enforce::guard::Watch;
+use node::enforce::{Enforcer, Setup};
 use node::kernel::fake::{FakeKernel, FakeWireGuard};
 use node::kernel::{Backend, Device, DevicePeer, KernelError, PeerConfig, WireGuard};
 use node::key::PrivateKey;
 use node::lower::RuleSlots;
+use node::uplink::follow::{self, Enforced};
+use node::uplink::identity::Keys;
+use node::uplink::join;
 use policy::{Generation, NodeId, PublicKey, Slice};
 use tokio::sync::{OwnedSemaphorePermit, watch};
 
@@ -53,14 +53,14 @@ impl Follower {
             true => Enforcing::Remembered(Box::new(enforcer(&self.state_dir, self.listen_port, sender)?)),
             false => Enforcing::Acknowledged(sender),
         };
-        let handle = controller::start(&settings, held, enforced);
+        let handle = follow::start(&settings, held, enforced);
         tokio::spawn(self.clone().hear(handle, kernel, turn, events));
         Ok(())
     }
 
     async fn hear(
         self,
-        handle: controller::Handle,
+        handle: follow::Handle,
         mut kernel: Enforcing,
         mut turn: Option<OwnedSemaphorePermit>,
         events: Events,
@@ -84,10 +84,10 @@ impl Follower {
     fn tell_endpoints(&self, slice: &Slice, known: &mut BTreeMap<u32, Option<SocketAddr>>, events: &Events) {
         for &(index, id) in &*self.watched {
             let Some(peer) = slice.peers.get(&id) else { continue };
-            if known.insert(index, peer.endpoint) == Some(peer.endpoint) {
+            if known.insert(index, peer.reached_at()) == Some(peer.reached_at()) {
                 continue;
             }
-            let port = peer.endpoint.map_or(0, |endpoint| endpoint.port());
+            let port = peer.reached_at().map_or(0, |endpoint| endpoint.port());
             events.say(|at| Event::Moved { observer: self.index, index, port, at });
         }
     }
@@ -114,7 +114,7 @@ impl Enforcing {
             Self::Acknowledged(sender) => {
                 sender.send_modify(|enforced| {
                     let generation = Generation(enforced.generation.0 + 1);
-                    *enforced = Enforced { revision: slice.revision, generation, error: None };
+                    *enforced = Enforced { revision: slice.revision, generation, error: None, lacks: Vec::new() };
                 });
                 Some(Self::Acknowledged(sender))
             }
@@ -137,7 +137,7 @@ fn settings(state_dir: &Path, listen_port: u16) -> Result<config::Settings> {
 /// Joins as `noded join` does.
 pub(super) async fn join(state_dir: &Path, invitation: &Invitation) -> Result<()> {
     let settings = settings(state_dir, 0x7fff)?;
-    join::join(&settings, invitation, controller::now()).await.context("failed to join")?;
+    join::join(&settings, invitation, host::clock::now()).await.context("failed to join")?;
     Ok(())
 }
 

@@ -10,21 +10,20 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use controller::authority::{Authority, CertificateRequest};
+use controller::access::authority::{Authority, CertificateRequest};
 use controller::clock;
 use controller::init::DATABASE;
-use controller::record::{self, Credential, Invitation, Invitee, Records, SecretHash, Settings};
+use controller::store::account::{Accounts, Credential, Invitation, Invitee, SecretHash, Settings};
 use controller::store::sqlite::SqliteStore;
-use controller::store::{AuditLine, Commit, Store};
+use controller::store::{AuditLine, Commit, Store, rows};
 use controller_api::identity::Identity;
 use controller_api::invitation::{Invitation as Line, Secret, Subject};
-use node::identity::{Identity as NodeIdentity, Keys};
-use policy::{Endpoint, Network, NetworkParts, NodeName, NodeState};
+use node::uplink::identity::{Identity as NodeIdentity, Keys};
+use policy::{Network, NetworkParts, NodeName, NodeState};
 use rand::Rng as _;
 use tempfile::TempDir;
 
 use super::server::PORT;
-use super::shape::Shape;
 use super::{loopback, running};
 
 /// Longer than any bench.
@@ -47,7 +46,7 @@ pub(super) fn node_dir(nodes: &Path, index: u32) -> PathBuf {
     nodes.join(index.to_string())
 }
 
-/// Makes the network. Active nodes get keys, a certificate and the endpoint that the controller will see; `indices` says
+/// Makes the network. Active nodes get keys and a certificate; `indices` says
 /// which nodes, by their place in `parts`, are to follow.
 pub(super) fn seed(mut parts: NetworkParts, indices: &[u32]) -> Result<Seeded> {
     let memory = Path::new(MEMORY);
@@ -55,13 +54,10 @@ pub(super) fn seed(mut parts: NetworkParts, indices: &[u32]) -> Result<Seeded> {
     let nodes = running::directory(if memory.is_dir() { memory } else { controller.path() })?;
     let now = clock::now();
     let authority = Authority::create(controller.path(), &parts.name, now)?;
-    let mut records = Records {
-        settings: Settings {
-            endpoints: vec![format!("{}:{PORT}", loopback::address(0))],
-            authority: authority.fingerprint().to_vec(),
-        },
-        ..Records::default()
-    };
+    let mut accounts = Accounts::new(Settings {
+        endpoints: vec![format!("{}:{PORT}", loopback::address(0))],
+        authority: authority.fingerprint().to_vec(),
+    });
     for &index in indices {
         let network = parts.name.clone();
         let node = parts.nodes.get_mut(index as usize).context("there is no such node")?;
@@ -80,22 +76,21 @@ pub(super) fn seed(mut parts: NetworkParts, indices: &[u32]) -> Result<Seeded> {
         }
         .store(&directory)?;
         node.public_key = Some(keys.wireguard.public());
-        node.endpoint = Some(Endpoint { address: Shape::endpoint(index), fixed: false });
-        records.credentials.insert(node.id, Credential { keys: vec![request.key()] });
+        accounts.put_credential(node.id, Some(Credential { keys: vec![request.key()] }));
     }
-    let invitations = invite(&parts, &authority, &mut records, now)?;
-    commit(controller.path(), parts, &records, now)?;
+    let invitations = invite(&parts, &authority, &mut accounts, now)?;
+    commit(controller.path(), parts, &accounts, now)?;
     Ok(Seeded { controller, nodes, invitations })
 }
 
 /// Invitations of all nodes that have not joined.
-fn invite(parts: &NetworkParts, authority: &Authority, records: &mut Records, now: u64) -> Result<BTreeMap<u32, Line>> {
+fn invite(parts: &NetworkParts, authority: &Authority, accounts: &mut Accounts, now: u64) -> Result<BTreeMap<u32, Line>> {
     let mut lines = BTreeMap::new();
     for (index, node) in (0..).zip(&parts.nodes).filter(|(_, node)| node.state == NodeState::Invited) {
         let secret = Secret::new(rand::rng().random());
         let expires_at = now + LIFETIME.as_secs();
         let invitation = Invitation { invitee: Invitee::Node(node.id), expires_at, redeemed: None };
-        records.invitations.insert(SecretHash(secret.hash()), invitation);
+        accounts.put_invitation(SecretHash(secret.hash()), Some(invitation));
         let line = Line {
             network: parts.name.clone(),
             subject: Subject::Node(NodeName::clone(&node.name)),
@@ -109,13 +104,13 @@ fn invite(parts: &NetworkParts, authority: &Authority, records: &mut Records, no
     Ok(lines)
 }
 
-fn commit(directory: &Path, parts: NetworkParts, records: &Records, now: u64) -> Result<()> {
+fn commit(directory: &Path, parts: NetworkParts, accounts: &Accounts, now: u64) -> Result<()> {
     let network = Network::from_parts(parts)?;
     let store = SqliteStore::create(&directory.join(DATABASE))?;
     store.commit(&Commit {
         request: None,
         preconditions: Vec::new(),
-        ops: record::diff(None, (&network, records)),
+        ops: rows::of_everything(&network, accounts),
         audit: vec![AuditLine { actor: "controller".to_owned(), change: "a network of the bench".to_owned() }],
         time: now,
     })?;

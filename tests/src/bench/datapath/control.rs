@@ -17,6 +17,7 @@ use node::key::PrivateKey;
 use node::lower::{RuleSlots, lower};
 use node::uplink::follow::receive;
 use policy::{Change, Matrix, RuleSpec, Slice};
+use prost::Message as _;
 use tokio::sync::watch;
 
 use super::thousands;
@@ -44,7 +45,7 @@ pub(super) fn measure(lab: &mut Lab, effort: Effort, report: &mut Report) -> Res
     let matrix = matrix?;
     report.push(Row::new(format!("compile {of}"), compile, "ms"));
     report.push(Row::new(format!("the matrix of {of}"), resident()? - before, "MB"));
-    let (slice, took) = timed(|| scale.slice_of(&matrix, 1, None));
+    let (slice, took) = timed(|| scale.slice_of(&matrix, 1));
     report.push(Row::new(format!("the slice of one node of {of}"), took, "ms"));
 
     let mut slots = RuleSlots::new();
@@ -84,7 +85,7 @@ fn measure_deltas(
     let switched = Switched::default();
     let state_dir = tempfile::tempdir()?;
     let mut enforcer = enforcer(lab, switched.clone(), state_dir.path().to_owned())?;
-    let mut held = Arc::new(receive(None, v1::Update::from(&slice.to_delta()), scale.subject)?);
+    let mut held = Arc::new(receive(None, slice.to_delta(), scale.subject)?);
     let (_, took) = timed(|| enforcer.enforce(Arc::clone(&held)));
     report.push(Row::new("put the first policy in force, with peers and disk", took, "ms"));
     enforcer.settle();
@@ -93,11 +94,11 @@ fn measure_deltas(
     for turn in 0..effort.choose(100, 4) {
         scale.network.apply(&change(scale, turn)?)?;
         let matrix = Matrix::compile(&scale.network)?;
-        let next = scale.slice_of(&matrix, u64::from(turn) + 2, Some(&held))?;
-        let update = v1::Update::from(&held.diff(&next));
+        let next = scale.slice_of(&matrix, u64::from(turn) + 2)?;
+        let update = v1::Update::from(&held.diff(&next)).encode_to_vec();
         switched.take();
         let start = Instant::now();
-        held = Arc::new(receive(Some(&held), update, scale.subject)?);
+        held = Arc::new(receive(Some(&held), v1::Update::decode(&update[..])?.try_into()?, scale.subject)?);
         let since = |moment: Instant| moment.duration_since(start).as_secs_f64() * 1e3;
         received.push(since(Instant::now()));
         enforcer.enforce(Arc::clone(&held));

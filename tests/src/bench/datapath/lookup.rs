@@ -1,5 +1,7 @@
 //! The policy lookup alone, timed by a loop inside a program, beside the shapes that others use.
 
+use std::collections::{BTreeSet, HashMap};
+
 use anyhow::{Context, Result, ensure};
 use ebpf_common::INGRESS;
 use ebpf_common::bench::{Ends, Pair, SAMPLES, Service, map};
@@ -7,7 +9,7 @@ use ebpf_common::packet::UDP;
 use ipnet::IpNet;
 use node::kernel::Datapath;
 use node::lower::{LowerError, RuleSlots, lower};
-use policy::{Flow, Slice};
+use policy::{ClassId, Flow, Slice};
 
 use super::program::{Costs, Programs};
 use super::{FAMILIES, family_name, nanoseconds, of_family, thousands};
@@ -176,7 +178,9 @@ fn ends(flow: &Flow) -> Ends {
 
 /// The same policy as others keep it: an identity for each class.
 fn fill_others(programs: &mut Programs, scale: &Scale, slice: &Slice, family: Family, flows: &[Flow]) -> Result<()> {
-    let prefixes = || slice.prefixes.iter().map(|(net, (class, _))| (*net, class.0 + 1));
+    let classes: BTreeSet<ClassId> = slice.prefixes.values().map(|(class, _)| *class).collect();
+    let numbers: HashMap<ClassId, u32> = classes.into_iter().zip(1..).collect();
+    let prefixes = || slice.prefixes.iter().map(|(net, (class, _))| (*net, numbers[class]));
     programs.fill_trie(
         map::IDENTITY_V4,
         prefixes().filter_map(|(net, identity)| match net {
@@ -191,7 +195,7 @@ fn fill_others(programs: &mut Programs, scale: &Scale, slice: &Slice, family: Fa
             IpNet::V6(net) => Some((net.prefix_len().into(), net.network().octets(), identity)),
         }),
     )?;
-    let identity = |address| slice.lookup(address).map_or(0, |(class, _)| class.0 + 1);
+    let identity = |address| slice.lookup(address).map_or(0, |(class, _)| numbers[&class]);
     let (direction, protocol) = (1, UDP);
     let services = scale.partners.iter().filter_map(|partner| {
         let identity = identity(partner.address(family));

@@ -251,7 +251,7 @@ fn ends(mesh: &Mesh, cidrs: u32, bpffs: &Path) -> Result<Vec<End>> {
         let there = scale.network.node_named(&large.parse()?).with_context(|| format!("no node `{large}`"))?;
         let here = mesh.node(name)?;
         ensure!(there.addresses.v4() == Some(here.v4), "`{name}` is not where `{large}` is");
-        let slice = matrix.slice(&scale.network, Revision(1), there.id, None).context("the node is not active")?;
+        let slice = matrix.slice(there.id, Revision(1)).context("the node is not active")?;
         let tables = lower(&slice, &mut RuleSlots::new())?;
         Ok(End { name, datapath: EbpfDatapath::new(INTERFACE, bpffs), tables, bpffs: bpffs.to_owned() })
     };
