@@ -179,7 +179,7 @@ impl Dispatcher {
         loop {
             let event = match self.tick {
                 None => events.blocking_recv(),
-                Some(tick) => match self.runtime.block_on(tokio::time::timeout_at(tick.into(), events.recv())) {
+                Some(tick) => match self.runtime.block_on(async { tokio::time::timeout_at(tick.into(), events.recv()).await }) {
                     Ok(event) => event,
                     Err(_) => {
                         self.tell_endpoints();
