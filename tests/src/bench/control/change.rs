@@ -116,7 +116,7 @@ fn turn(lab: &mut Lab, reach: Reach, meant: &BTreeSet<u32>, seen: &mut Seen) -> 
 
 fn report_seen(lab: &Lab, reach: Reach, seen: &Seen, report: &mut Report) {
     let row = |what: &str| lab.row(&format!("change of {}: {what}", reach.name()));
-    let (turns, updates) = (f64::from(seen.turns), seen.sent.deltas + seen.sent.snapshots);
+    let turns = f64::from(seen.turns);
     report.push(Row::new(row("commit call, p50"), median(&seen.calls), "ms").also("p99", quantile(&seen.calls, 0.99)));
     report.push(Row::new(row("controller CPU"), seen.cpu_per_change(), "ms"));
     report.push(Row::new(row("nodes that hear of it"), seen.heard as f64 / turns, ""));
@@ -131,8 +131,12 @@ fn report_seen(lab: &Lab, reach: Reach, seen: &Seen, report: &mut Report) {
         let name = row(&format!("call to enforced, {what}"));
         report.push(Row::new(name, quantile(&seen.enforced, share), "ms").at_most(hundred.then_some(target)));
     }
-    let bytes = seen.sent.bytes / updates;
-    report.push(Row::new(row("bytes per node that hears of it"), bytes, "B").target(Target::AtMost(BYTES)));
+    let bytes = seen.sent.bytes / seen.sent.deltas;
+    let mut row_of_bytes = Row::new(row("bytes per node that hears of it"), bytes, "B").target(Target::AtMost(BYTES));
+    if seen.sent.snapshots > 0.0 {
+        row_of_bytes = row_of_bytes.also("snapshots besides", seen.sent.snapshots);
+    }
+    report.push(row_of_bytes);
     if reach != Reach::All {
         let others = f64::from(lab.shape.nodes) * turns - (seen.heard - seen.heard_besides) as f64;
         let bytes = bytes * seen.heard_besides as f64 / others.max(1.0);

@@ -41,6 +41,7 @@ pub(super) struct Server {
 pub(super) struct Sent {
     pub(super) snapshots: f64,
     pub(super) deltas: f64,
+    /// Of the deltas.
     pub(super) bytes: f64,
 }
 
@@ -121,7 +122,7 @@ impl Server {
     pub(super) fn sent(&self) -> Result<Sent> {
         let page = Page::scrape_here(METRICS)?;
         let updates = |kind| page.sum("rampart_controller_updates_total", &[("kind", kind)]);
-        let bytes = page.sum("rampart_controller_update_bytes_total", &[]);
+        let bytes = page.sum("rampart_controller_update_bytes_total", &[("kind", "delta")]);
         Ok(Sent { snapshots: updates("snapshot"), deltas: updates("delta"), bytes })
     }
 
