@@ -116,7 +116,9 @@ async fn a_disabled_node_is_emptied_sent_away_and_refused() {
 /// No peers and nothing allowed, for the same node.
 async fn check_last_word(follower: &mut Follower, revision: u64, local: Option<Local>) {
     let last = follower.hear().await.expect("a last word");
-    assert_eq!(last, SliceDelta { revision: Revision(revision), local, ..SliceDelta::default() });
+    let SliceDelta { digest, .. } = last;
+    assert_eq!(last, SliceDelta { revision: Revision(revision), digest, local, ..SliceDelta::default() });
+    assert_eq!(follower.slice.as_ref().map(|slice| slice.digest), Some(digest));
 }
 
 fn check_marked<T>(result: &Result<T, Status>, refusal: Refusal) {

@@ -179,13 +179,15 @@ impl Dispatcher {
         loop {
             let event = match self.tick {
                 None => events.blocking_recv(),
-                Some(tick) => match self.runtime.block_on(async { tokio::time::timeout_at(tick.into(), events.recv()).await }) {
-                    Ok(event) => event,
-                    Err(_) => {
-                        self.tell_endpoints();
-                        continue;
+                Some(tick) => {
+                    match self.runtime.block_on(async { tokio::time::timeout_at(tick.into(), events.recv()).await }) {
+                        Ok(event) => event,
+                        Err(_) => {
+                            self.tell_endpoints();
+                            continue;
+                        }
                     }
-                },
+                }
             };
             match event {
                 Some(Event::Opened { follower, stream, signals, now }) => self.open(follower, stream, signals, now),
@@ -272,39 +274,40 @@ impl Dispatcher {
             affected.nodes.iter().filter(|node| self.streams.contains_key(*node)).copied().collect()
         };
         let changed = (!affected.is_everybody).then(|| affected.changed.clone());
-        let mut messages = Messages::new(Some(old), Arc::clone(&policy), changed, self.directory.clone());
+        let known = Some(Arc::clone(&old));
+        let mut messages = Messages::new(known, Arc::clone(&policy), changed, self.directory.clone());
         for node in nodes {
-            self.tell(node, &policy, &mut messages, affected.nodes.contains(&node));
+            self.tell(node, &old, &policy, &mut messages, affected.nodes.contains(&node));
         }
         metrics::since(&self.metrics.publish_seconds, start);
     }
 
     /// One node's part of a new policy.
-    fn tell(&mut self, node: NodeId, policy: &Arc<Policy>, messages: &mut Messages, is_affected: bool) {
+    fn tell(&mut self, node: NodeId, old: &Arc<Policy>, policy: &Policy, messages: &mut Messages, is_affected: bool) {
         let Some(stream) = self.streams.get(&node).filter(|stream| stream.behind.is_none()) else { return };
         match messages.to(node, stream.holds, is_affected) {
             Some(message) if message.response.update.is_empty() => {}
-            Some(message) => self.send(node, message, policy),
-            None => self.dismiss(node, messages.old(), policy.revision),
+            Some(message) => self.send(node, message, old),
+            None => self.dismiss(node, old, policy.revision),
         }
     }
 
-    /// `policy`: what the message leads to.
-    fn send(&mut self, node: NodeId, message: Message, policy: &Arc<Policy>) {
+    /// `old`: the policy whose slice the node holds until it has read the message.
+    fn send(&mut self, node: NodeId, message: Message, old: &Arc<Policy>) {
         let Some(stream) = self.streams.get_mut(&node) else { return };
         let Message { response, holds, is_snapshot } = message;
-        let size = response.encoded_len();
-        match stream.queue.try_send(Ok(response)) {
-            Ok(()) => {
+        match stream.queue.try_reserve() {
+            Ok(room) => {
                 stream.holds = holds;
+                // The node may acknowledge it as soon as it is in the queue.
                 self.reports.sent(node, stream.id, holds.revision);
                 let kind = if is_snapshot { metrics::Update::Snapshot } else { metrics::Update::Delta };
-                self.metrics.update(kind, size);
+                self.metrics.update(kind, response.encoded_len());
+                room.send(Ok(response));
             }
-            Err(mpsc::error::TrySendError::Full(_)) => {
+            Err(mpsc::error::TrySendError::Full(())) => {
                 self.metrics.slow_nodes.inc();
-                // What it holds is its slice of the policy before.
-                stream.behind = self.history.before(policy.revision).cloned();
+                stream.behind = Some(Arc::clone(old));
                 wait_for_room(&self.runtime, stream.queue.clone(), self.events.clone(), node, stream.id);
             }
             // Its task is about to say so.
@@ -321,18 +324,18 @@ impl Dispatcher {
         let mut messages = Messages::new(Some(Arc::clone(&old)), Arc::clone(&policy), None, self.directory.clone());
         match messages.to(node, holds, true) {
             Some(message) if message.response.update.is_empty() => {}
-            Some(message) => self.send(node, message, &policy),
-            None => self.dismiss(node, Some(&old), policy.revision),
+            Some(message) => self.send(node, message, &old),
+            None => self.dismiss(node, &old, policy.revision),
         }
     }
 
     /// The last word. Its task ends the stream, and says why.
-    fn dismiss(&mut self, node: NodeId, old: Option<&Arc<Policy>>, revision: Revision) {
-        let last = old.and_then(|old| dismissal(old, node, revision));
-        if let (Some(last), Some(stream)) = (last, self.streams.get(&node))
-            && stream.queue.try_send(Ok(last)).is_ok()
+    fn dismiss(&mut self, node: NodeId, old: &Policy, revision: Revision) {
+        if let (Some(last), Some(stream)) = (dismissal(old, node, revision), self.streams.get(&node))
+            && let Ok(room) = stream.queue.try_reserve()
         {
             self.reports.sent(node, stream.id, revision);
+            room.send(Ok(last));
         }
         self.end(node, End::Dismissed);
     }

@@ -69,10 +69,6 @@ impl Messages {
         Self { old, new, changed, directory, cidrs: None, roles: HashMap::new(), size: 0 }
     }
 
-    pub(super) fn old(&self) -> Option<&Arc<Policy>> {
-        self.old.as_ref()
-    }
-
     /// Bytes of the parts that are kept.
     pub(super) fn size(&self) -> usize {
         self.size

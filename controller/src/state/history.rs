@@ -27,11 +27,6 @@ impl History {
         &self.newest
     }
 
-    /// The policy before the one of a revision.
-    pub fn before(&self, revision: Revision) -> Option<&Arc<Policy>> {
-        self.policies.range(..revision).next_back().map(|(_, policy)| policy)
-    }
-
     /// Makes a policy the newest one.
     pub fn push(&mut self, policy: Arc<Policy>) {
         self.policies.insert(policy.revision, Arc::clone(&policy));

@@ -138,7 +138,10 @@ fn a_refused_step_is_reported_and_the_next_round_reports_that_it_is_done() {
     assert_eq!(node.enforcer.pause(Duration::from_secs(2)), RETRY);
     node.kernel.world().refuse = None;
     node.enforcer.round();
-    assert_eq!(*node.enforced.borrow(), Enforced { revision: Revision(6), generation: Generation(2), error: None, lacks: Vec::new() });
+    assert_eq!(
+        *node.enforced.borrow(),
+        Enforced { revision: Revision(6), generation: Generation(2), error: None, lacks: Vec::new() }
+    );
     assert_eq!(node.state().unwrap().revision, Revision(6));
     assert!(node.enforcer.repairs.is_empty(), "trying again is no drift");
 }
@@ -160,7 +163,10 @@ fn a_change_of_the_policy_alone_is_in_force_before_the_rest_is_looked_at() {
     let steps = node.kernel.take_steps();
     assert!(steps[0].starts_with("switch") && steps.len() > 1, "{steps:?}");
     assert_eq!(steps.iter().filter(|step| step.starts_with("switch")).count(), 1, "{steps:?}");
-    assert_eq!(*node.enforced.borrow(), Enforced { revision: Revision(6), generation: Generation(2), error: None, lacks: Vec::new() });
+    assert_eq!(
+        *node.enforced.borrow(),
+        Enforced { revision: Revision(6), generation: Generation(2), error: None, lacks: Vec::new() }
+    );
     assert_eq!(node.state().as_ref(), Some(&*after));
 
     // With another peer, what is withdrawn goes first.

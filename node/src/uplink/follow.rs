@@ -346,12 +346,7 @@ async fn next(responses: &mut Streaming<v1::FollowResponse>) -> Result<Followed,
 fn acknowledgement(enforced: Enforced) -> v1::FollowRequest {
     let Enforced { revision, generation, error, lacks } = enforced;
     let acknowledgement =
-        v1::Acknowledgement {
-        revision: revision.0,
-        generation: generation.0,
-        error: error.unwrap_or_default(),
-        lacks,
-    };
+        v1::Acknowledgement { revision: revision.0, generation: generation.0, error: error.unwrap_or_default(), lacks };
     v1::FollowRequest { kind: Some(v1::follow_request::Kind::Acknowledgement(acknowledgement)) }
 }
 
@@ -461,7 +456,8 @@ mod tests {
         let gap = receive(Some(&after), change.clone(), node).unwrap_err();
         assert!(matches!(gap, UpdateError::Gap { from: Revision(3), held: Revision(4) }), "{gap}");
         assert!(matches!(receive(Some(&before), change.clone(), NodeId(99)), Err(UpdateError::OtherNode(_))));
-        let unnamed = policy::arbitrary::sealed(Some(&before), SliceDelta { rules: Default::default(), ..change.clone() });
+        let unnamed =
+            policy::arbitrary::sealed(Some(&before), SliceDelta { rules: Default::default(), ..change.clone() });
         assert!(receive(Some(&before), unnamed, node).is_err(), "a cell names a rule that is not in the slice");
         // Another controller may have given revision 3 to something else.
         let other = SliceDelta { base: Digest::from_bytes([9; 16]), ..change.clone() };

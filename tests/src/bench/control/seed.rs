@@ -84,7 +84,12 @@ pub(super) fn seed(mut parts: NetworkParts, indices: &[u32]) -> Result<Seeded> {
 }
 
 /// Invitations of all nodes that have not joined.
-fn invite(parts: &NetworkParts, authority: &Authority, accounts: &mut Accounts, now: u64) -> Result<BTreeMap<u32, Line>> {
+fn invite(
+    parts: &NetworkParts,
+    authority: &Authority,
+    accounts: &mut Accounts,
+    now: u64,
+) -> Result<BTreeMap<u32, Line>> {
     let mut lines = BTreeMap::new();
     for (index, node) in (0..).zip(&parts.nodes).filter(|(_, node)| node.state == NodeState::Invited) {
         let secret = Secret::new(rand::rng().random());

@@ -100,11 +100,6 @@ impl Shape {
         format!("n{index}")
     }
 
-    /// Where the controller sees the node.
-    pub(super) fn endpoint(index: u32) -> SocketAddr {
-        SocketAddr::new(loopback::address(index).into(), Self::port(index))
-    }
-
     pub(super) fn port(index: u32) -> u16 {
         u16::try_from(FIRST_PORT + index).unwrap_or(u16::MAX)
     }
