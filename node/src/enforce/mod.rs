@@ -465,7 +465,7 @@ impl Enforcer {
         }
     }
 
-    fn store(&mut self) -> Result<(), host::file::DiskError> {
+    fn store(&mut self) -> Result<(), host::file::FileError> {
         let Some(intent) = &self.intent else { return Ok(()) };
         self.time = self.time.max(host::clock::now());
         let slice = (*intent.slice).clone();

@@ -1,11 +1,11 @@
 //! The daemon: joins the enforcer, the controller and those who ask, and ends in good order.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use controller_api::v1;
 use policy::{Slice, Verdict};
 use sd_notify::NotifyState;
@@ -34,6 +34,8 @@ use crate::view::explanation;
 use crate::view::status::Context;
 use crate::view::{self, Explanation, Interpreted, Question, Verified};
 use host::error::chain;
+use host::limit;
+use host::socket::{PrivateSocket, bind_private};
 
 /// How long the controller's interpreter may take.
 const INTERPRETER: Duration = Duration::from_secs(5);
@@ -79,7 +81,9 @@ impl Machine {
 /// Runs until SIGTERM or SIGINT. What is enforced then stays enforced.
 pub fn run(settings: Settings, trace_datapath: bool) -> anyhow::Result<()> {
     startup::check_rights()?;
-    startup::raise_descriptor_limit();
+    if let Err(error) = limit::raise_open_files() {
+        tracing::debug!(%error, "limit of open files stays as it is");
+    }
     let identity = Identity::load(&settings.state_dir)?;
     let _lock = Lock::take(&settings)?;
     let keys = Keys::load(&settings.state_dir)?;
@@ -123,11 +127,9 @@ async fn serve(
     let mut interrupt = signal(SignalKind::interrupt())?;
     let scrapes = match settings.metrics {
         Metrics::Off => None,
-        Metrics::At(address) => Some(scrape::bind(address).await?),
+        Metrics::At(address) => Some(host::scrape::bind(address).await?),
     };
-    let socket = local::bind(&settings.socket)
-        .with_context(|| format!("failed to serve `nodectl` at `{}`", settings.socket.display()))?;
-    let _socket_file = SocketFile(settings.socket.clone());
+    let PrivateSocket { listener: socket, file: _socket_file } = bind_private(&settings.socket)?;
 
     let held = state.as_ref().map(|state| Arc::new(state.slice.clone()));
     let enforcer = enforce::start(setup(&settings, keys, machine, state, trace_datapath));
@@ -152,15 +154,6 @@ async fn serve(
     // What was begun is finished.
     let _ = tokio::time::timeout(FAREWELL, agent.enforcer.ask(|_| ())).await;
     Ok(())
-}
-
-/// Goes with the daemon.
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
 }
 
 fn setup(settings: &Settings, keys: Keys, machine: Machine, state: Option<State>, trace_datapath: bool) -> Setup {
@@ -219,11 +212,14 @@ impl Agent {
         tokio::spawn(Arc::clone(self).verify_again_and_again());
         if let Some(listener) = scrapes {
             let agent = Arc::clone(self);
-            let source: scrape::Source = Arc::new(move || {
+            let source: host::scrape::Source = Arc::new(move || {
                 let agent = Arc::clone(&agent);
-                Box::pin(async move { agent.ask(scrape::collect).await })
+                Box::pin(async move {
+                    let families = agent.ask(scrape::collect).await?;
+                    scrape::open_metrics(families).map_err(|error| error.to_string())
+                })
             });
-            tokio::spawn(scrape::serve(listener, source));
+            tokio::spawn(host::scrape::serve(listener, source));
         }
     }
 

@@ -13,7 +13,7 @@ use crate::uplink::identity::{self, Identity, IdentityError, Keys};
 use crate::uplink::join::{self, JoinError, ReachError};
 use crate::uplink::state;
 use host::error::chain;
-use host::file::{self, DiskError};
+use host::file::{self, FileError};
 
 /// Why this machine has not left. It can be tried again.
 #[derive(Debug, thiserror::Error)]
@@ -28,7 +28,7 @@ pub enum LeaveError {
     #[error("failed to take the interface down")]
     Kernel(#[source] KernelError),
     #[error(transparent)]
-    Disk(#[from] DiskError),
+    Disk(#[from] FileError),
 }
 
 /// How long the controller may take to answer.

@@ -13,7 +13,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::enforce::reconcile::Holders;
 use crate::lower::RuleSlots;
-use host::file::{self, DiskError};
+use host::file::{self, FileError};
 
 /// The file's name in the state directory.
 pub const FILE: &str = "state";
@@ -61,7 +61,7 @@ struct StoredHolder {
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     #[error(transparent)]
-    Disk(#[from] DiskError),
+    Disk(#[from] FileError),
     /// The file was set aside.
     #[error("the last good state was corrupt ({reason}) and is kept as `{}`", aside.display())]
     Corrupt { aside: PathBuf, reason: String },
@@ -96,12 +96,12 @@ pub fn load(state_dir: &Path, node: NodeId) -> Result<Option<State>, StateError>
     })
 }
 
-pub fn store(state_dir: &Path, state: &State) -> Result<(), DiskError> {
+pub fn store(state_dir: &Path, state: &State) -> Result<(), FileError> {
     file::write_private(&state_dir.join(FILE), &encode(state))
 }
 
 /// Removes the state, and what was set aside of earlier ones.
-pub fn remove(state_dir: &Path) -> Result<(), DiskError> {
+pub fn remove(state_dir: &Path) -> Result<(), FileError> {
     file::remove_aside(&state_dir.join(FILE))?;
     file::remove(&state_dir.join(FILE))
 }
