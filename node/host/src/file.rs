@@ -16,7 +16,8 @@ pub struct FileError {
 }
 
 impl FileError {
-    fn new(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+    /// For [`Result::map_err`]; `what` is a verb.
+    pub fn new(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self { what, path, source }
     }

@@ -29,7 +29,8 @@ use crate::serve::scrape;
 use crate::serve::startup;
 use crate::uplink::follow;
 use crate::uplink::identity::{Identity, Keys};
-use crate::uplink::state::{self, State};
+use crate::uplink::journal::{Journal, Opened};
+use crate::uplink::state::State;
 use crate::view::explanation;
 use crate::view::status::Context;
 use crate::view::{self, Explanation, Interpreted, Question, Verified};
@@ -88,31 +89,33 @@ pub fn run(settings: Settings, trace_datapath: bool) -> anyhow::Result<()> {
     let _lock = Lock::take(&settings)?;
     let keys = Keys::load(&settings.state_dir)?;
     let machine = Machine::prepare(&settings)?;
-    let state = last_good_state(&settings.state_dir, &identity);
+    let opened = last_good_state(&settings.state_dir, &identity);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let result = runtime.block_on(serve(settings, identity, keys, machine, state, trace_datapath));
+    let result = runtime.block_on(serve(settings, identity, keys, machine, opened, trace_datapath));
     runtime.shutdown_timeout(FAREWELL);
     result
 }
 
-fn last_good_state(state_dir: &Path, identity: &Identity) -> Option<State> {
-    match state::load(state_dir, identity.node) {
-        Ok(Some(state)) => {
-            tracing::info!(revision = %state.slice.revision, "last good state read");
-            Some(state)
-        }
-        Ok(None) => {
-            tracing::info!("no last good state; everything is denied until the controller answers");
-            None
-        }
-        Err(error) => {
+fn last_good_state(state_dir: &Path, identity: &Identity) -> Opened {
+    let opened = Journal::open(state_dir, identity.node);
+    match (&opened.state, &opened.error) {
+        (Some(state), None) => tracing::info!(revision = %state.slice.revision, "last good state read"),
+        (Some(state), Some(error)) => {
             tracing::error!(
-                error = chain(&error),
+                revision = %state.slice.revision,
+                error = chain(error),
+                "last good state read, though not all that was written"
+            );
+        }
+        (None, None) => tracing::info!("no last good state; everything is denied until the controller answers"),
+        (None, Some(error)) => {
+            tracing::error!(
+                error = chain(error),
                 "last good state refused; the controller will be asked for a new one"
             );
-            None
         }
     }
+    opened
 }
 
 async fn serve(
@@ -120,7 +123,7 @@ async fn serve(
     identity: Identity,
     keys: Keys,
     machine: Machine,
-    state: Option<State>,
+    opened: Opened,
     trace_datapath: bool,
 ) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
@@ -131,8 +134,8 @@ async fn serve(
     };
     let PrivateSocket { listener: socket, file: _socket_file } = bind_private(&settings.socket)?;
 
-    let held = state.as_ref().map(|state| Arc::new(state.slice.clone()));
-    let enforcer = enforce::start(setup(&settings, keys, machine, state, trace_datapath));
+    let held = opened.state.as_ref().map(|state| Arc::clone(&state.slice));
+    let enforcer = enforce::start(setup(&settings, keys, machine, opened, trace_datapath));
     if let Some(slice) = held.clone() {
         enforcer.ask(move |enforcer| enforcer.resume(slice)).await?;
     }
@@ -156,7 +159,7 @@ async fn serve(
     Ok(())
 }
 
-fn setup(settings: &Settings, keys: Keys, machine: Machine, state: Option<State>, trace_datapath: bool) -> Setup {
+fn setup(settings: &Settings, keys: Keys, machine: Machine, opened: Opened, trace_datapath: bool) -> Setup {
     let Machine { wireguard, link, datapath, guard } = machine;
     let mut datapath = datapath.with_early_drop(settings.early_drop);
     if trace_datapath {
@@ -169,6 +172,7 @@ fn setup(settings: &Settings, keys: Keys, machine: Machine, state: Option<State>
             });
         });
     }
+    let Opened { journal, state, error: _ } = opened;
     let (slots, holders, time) = match state {
         Some(State { slice: _, slots, holders, time }) => (Some(slots), holders, time),
         None => (None, Default::default(), 0),
@@ -179,7 +183,7 @@ fn setup(settings: &Settings, keys: Keys, machine: Machine, state: Option<State>
         datapath: Box::new(datapath),
         guard: Watch::new(Box::new(guard), settings.guard.clone()),
         key: keys.wireguard,
-        state_dir: settings.state_dir.clone(),
+        journal,
         listen_port: settings.listen_port,
         mtu: settings.mtu,
         persistent_keepalive: settings.persistent_keepalive,

@@ -207,7 +207,7 @@ mod tests {
     fn names() -> Names {
         Names {
             cidrs: [(CidrId(3), "web".parse().unwrap()), (CidrId(4), "db".parse().unwrap())].into_iter().collect(),
-            rules: [(2, "no-db".parse().unwrap())].into(),
+            rules: policy::Map::unit(2, "no-db".parse().unwrap()),
         }
     }
 

@@ -11,7 +11,7 @@ use crate::kernel::{Datapath, Guard, KernelError, Link, WireGuard};
 use crate::uplink::follow::sync_client;
 use crate::uplink::identity::{self, Identity, IdentityError, Keys};
 use crate::uplink::join::{self, JoinError, ReachError};
-use crate::uplink::state;
+use crate::uplink::journal;
 use host::error::chain;
 use host::file::{self, FileError};
 
@@ -82,7 +82,7 @@ pub fn remove(
     // Its pins lie within the policy's.
     guard.detach().map_err(LeaveError::Kernel)?;
     datapath.detach().map_err(LeaveError::Kernel)?;
-    state::remove(&settings.state_dir)?;
+    journal::remove(&settings.state_dir)?;
     file::remove(&settings.state_dir.join(WIREGUARD_LOG))?;
     identity::remove(&settings.state_dir)?;
     file::remove(&settings.state_dir.join(LOCK))?;
