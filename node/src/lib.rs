@@ -7,6 +7,7 @@
 
 pub mod cli;
 pub mod config;
+mod difference;
 pub mod enforce;
 #[cfg(test)]
 mod fixture;

@@ -8,15 +8,16 @@ use std::path::{Path, PathBuf};
 /// What could not be done to which file.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {what} `{}`{}", path.display(), remedy(source))]
-pub struct DiskError {
+pub struct FileError {
     what: &'static str,
     path: PathBuf,
     #[source]
     source: io::Error,
 }
 
-impl DiskError {
-    fn new(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+impl FileError {
+    /// For [`Result::map_err`]; `what` is a verb.
+    pub fn new(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self { what, path, source }
     }
@@ -37,20 +38,20 @@ fn remedy(error: &io::Error) -> &'static str {
 }
 
 /// Makes a directory that only its owner may enter. One that is there is left as it is: the files in it are private anyway.
-pub fn make_private_dir(path: &Path) -> Result<(), DiskError> {
+pub fn make_private_dir(path: &Path) -> Result<(), FileError> {
     if path.is_dir() {
         return Ok(());
     }
-    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(DiskError::new("create", path))
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(FileError::new("create", path))
 }
 
 /// Replaces a file (0600): a temporary one beside it, fsync, rename, fsync of the directory. A reader sees the old or the
 /// new content; so does the machine after a crash.
-pub fn write_private(path: &Path, content: &[u8]) -> Result<(), DiskError> {
+pub fn write_private(path: &Path, content: &[u8]) -> Result<(), FileError> {
     let temporary = temporary(path);
     let written = write_and_sync(&temporary, content)
-        .map_err(DiskError::new("write", path))
-        .and_then(|()| fs::rename(&temporary, path).map_err(DiskError::new("replace", path)))
+        .map_err(FileError::new("write", path))
+        .and_then(|()| fs::rename(&temporary, path).map_err(FileError::new("replace", path)))
         .and_then(|()| sync_parent(path));
     if written.is_err() {
         let _ = fs::remove_file(&temporary);
@@ -59,34 +60,34 @@ pub fn write_private(path: &Path, content: &[u8]) -> Result<(), DiskError> {
 }
 
 /// The whole file, if it is no longer than `limit` bytes.
-pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>, DiskError> {
-    let length = fs::metadata(path).map_err(DiskError::new("read", path))?.len();
+pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
+    let length = fs::metadata(path).map_err(FileError::new("read", path))?.len();
     if length > limit {
         let source =
             io::Error::new(io::ErrorKind::FileTooLarge, format!("{length} bytes, at most {limit} are expected"));
-        return Err(DiskError::new("read", path)(source));
+        return Err(FileError::new("read", path)(source));
     }
-    fs::read(path).map_err(DiskError::new("read", path))
+    fs::read(path).map_err(FileError::new("read", path))
 }
 
 /// Removes a file for good; one that is not there is removed already.
-pub fn remove(path: &Path) -> Result<(), DiskError> {
+pub fn remove(path: &Path) -> Result<(), FileError> {
     match fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(DiskError::new("remove", path)(error)),
+        Err(error) => Err(FileError::new("remove", path)(error)),
         Ok(()) => sync_parent(path),
     }
 }
 
 /// Renames a file out of the way to the first free `<path>.<word>-<n>`, and says to where.
-pub fn set_aside(path: &Path, word: &str) -> Result<PathBuf, DiskError> {
+pub fn set_aside(path: &Path, word: &str) -> Result<PathBuf, FileError> {
     let mut number = 1u32;
     loop {
         let mut name = path.as_os_str().to_owned();
         name.push(format!(".{word}-{number}"));
         let aside = PathBuf::from(name);
         if !aside.exists() {
-            fs::rename(path, &aside).map_err(DiskError::new("set aside", path))?;
+            fs::rename(path, &aside).map_err(FileError::new("set aside", path))?;
             sync_parent(path)?;
             return Ok(aside);
         }
@@ -95,7 +96,7 @@ pub fn set_aside(path: &Path, word: &str) -> Result<PathBuf, DiskError> {
 }
 
 /// Removes every file that [`set_aside`] made of this one.
-pub fn remove_aside(path: &Path) -> Result<(), DiskError> {
+pub fn remove_aside(path: &Path) -> Result<(), FileError> {
     let (Some(directory), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
         return Ok(());
     };
@@ -130,9 +131,9 @@ fn write_and_sync(path: &Path, content: &[u8]) -> io::Result<()> {
     file.sync_all()
 }
 
-fn sync_parent(path: &Path) -> Result<(), DiskError> {
+fn sync_parent(path: &Path) -> Result<(), FileError> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(parent).and_then(|directory| directory.sync_all()).map_err(DiskError::new("sync", parent))
+    File::open(parent).and_then(|directory| directory.sync_all()).map_err(FileError::new("sync", parent))
 }
 
 #[cfg(test)]

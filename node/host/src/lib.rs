@@ -3,3 +3,7 @@
 pub mod clock;
 pub mod error;
 pub mod file;
+pub mod limit;
+pub mod lock;
+pub mod scrape;
+pub mod socket;

@@ -1,32 +1,36 @@
 //! The one thread that touches the kernel. It puts slices in force, looks after what others change, keeps the last good
 //! state on disk, and lets others ask.
 
+mod change;
+mod conclusion;
 pub mod guard;
 mod handle;
+mod intent;
 pub mod reconcile;
+mod round;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ipnet::IpNet;
-use policy::{CidrId, Generation, PublicKey, Revision, RuleName, Slice, SliceCidr};
+use host::error::chain;
+use policy::{CidrId, Generation, Map, PublicKey, Revision, RuleId, RuleName, Slice, SliceCidr, SliceRule};
 use tokio::sync::watch;
 
-use crate::enforce::reconcile::holders;
-use crate::enforce::reconcile::{Desired, Holders, Kernel, Observed, Outcome, Step, apply, plan};
-use crate::kernel::{Device, Inspect, KernelError, Link, PeerConfig, WireGuard};
+use self::change::Change;
+use self::handle::Command;
+use self::reconcile::{Holders, Kernel, Observed, holders, plan_change};
+use crate::kernel::{Inspect, KernelError, Link, PeerConfig, WireGuard};
 use crate::key::PrivateKey;
 use crate::lower::{Lowering, RuleSlots, Tables};
 use crate::uplink::follow::{Enforced, FEATURES};
-use crate::uplink::state::{self, State};
+use crate::uplink::journal::Journal;
 use crate::verify::finding::{self, Expected, Finding};
 
-use self::handle::Command;
 pub use self::handle::{Gone, Handle};
+pub use self::intent::{Intent, desired};
 
 /// Everything that the thread needs, given once.
 pub struct Setup {
@@ -35,7 +39,8 @@ pub struct Setup {
     pub datapath: Box<dyn Inspect>,
     pub guard: guard::Watch,
     pub key: PrivateKey,
-    pub state_dir: PathBuf,
+    /// Where the last good state is kept.
+    pub journal: Journal,
     pub listen_port: u16,
     pub mtu: u32,
     pub persistent_keepalive: Option<Duration>,
@@ -50,9 +55,16 @@ pub struct Setup {
 /// What numbers in events mean.
 #[derive(Clone, Debug, Default)]
 pub struct Names {
-    pub cidrs: policy::Map<CidrId, SliceCidr>,
+    pub cidrs: Map<CidrId, SliceCidr>,
     /// By counter slot.
-    pub rules: BTreeMap<u32, RuleName>,
+    pub rules: Map<u32, RuleName>,
+}
+
+/// The rules that [`Names`] was made of.
+#[derive(Debug, Default)]
+struct Named {
+    slots: Map<RuleId, u32>,
+    rules: Map<RuleId, SliceRule>,
 }
 
 /// The thread's own state.
@@ -83,12 +95,14 @@ pub struct Enforcer {
     tables_wrong: bool,
     lowering: Lowering,
     key: PrivateKey,
-    state_dir: PathBuf,
+    journal: Journal,
     listen_port: u16,
     mtu: u32,
     persistent_keepalive: Option<Duration>,
     holders: Holders,
     time: u64,
+    /// Whether the guard has not heard of every peer yet.
+    is_guard_behind: bool,
     /// Whether tables were switched since a round last told of it.
     switched: bool,
     /// Whether what is in force is not on disk yet.
@@ -98,22 +112,14 @@ pub struct Enforcer {
     rounds: u64,
     enforced: watch::Sender<Enforced>,
     names: watch::Sender<Arc<Names>>,
-}
-
-/// What should be in force.
-pub struct Intent {
-    pub slice: Arc<Slice>,
-    pub tables: Tables,
-    /// Of the switch that put the tables in force; `None`: not yet.
-    pub generation: Option<Generation>,
-    /// Whether the last round did all that it had to: what differs later was changed by others.
-    settled: bool,
-    fresh_endpoints: BTreeSet<PublicKey>,
-    changed_holder: Vec<IpNet>,
+    /// The rules that `names` has.
+    named: Named,
 }
 
 /// After a failed round the next one comes sooner.
 const RETRY: Duration = Duration::from_millis(250);
+/// Between two rounds while changes bring peers that the guard does not know.
+const GUARD_BEHIND: Duration = Duration::from_secs(1);
 /// Between two collections of idle flow records.
 const COLLECT: Duration = Duration::from_secs(10);
 
@@ -137,7 +143,7 @@ impl Enforcer {
             datapath,
             guard,
             key,
-            state_dir,
+            journal,
             listen_port,
             mtu,
             persistent_keepalive,
@@ -165,42 +171,54 @@ impl Enforcer {
             tables_wrong: false,
             lowering: Lowering::default(),
             key,
-            state_dir,
+            journal,
             listen_port,
             mtu,
             persistent_keepalive,
             holders,
             time,
+            is_guard_behind: false,
             switched: false,
             unsaved: false,
             rounds: 0,
             enforced,
             names,
+            named: Named::default(),
         }
     }
 
     fn run(&mut self, commands: &mpsc::Receiver<Command>, interval: Duration) {
         self.round();
-        let mut next_round = Instant::now() + interval;
+        let mut last_round = Instant::now();
+        let mut next_round = last_round + interval;
         let mut next_collection = Instant::now() + COLLECT;
         loop {
             match commands.recv_timeout(next_round.min(next_collection).saturating_duration_since(Instant::now())) {
                 Ok(Command::Ask(question)) => question(self),
                 Ok(Command::Enforce(slice)) => {
+                    let rounds = self.rounds;
                     self.enforce(slice);
                     self.settle();
-                    next_round = Instant::now() + self.pause(interval);
+                    let now = Instant::now();
+                    if self.rounds > rounds {
+                        (last_round, next_round) = (now, now + interval);
+                    }
+                    next_round = next_round.min(now + self.pause(interval));
+                    if self.is_guard_behind {
+                        next_round = next_round.min(last_round + GUARD_BEHIND);
+                    }
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             if Instant::now() >= next_round {
                 self.round();
-                next_round = Instant::now() + self.pause(interval);
+                last_round = Instant::now();
+                next_round = last_round + self.pause(interval);
             }
             if Instant::now() >= next_collection {
                 if let Err(error) = self.datapath.collect_flows() {
-                    tracing::debug!(error = apply::chain(&error), "flow records cannot be collected");
+                    tracing::debug!(error = chain(&error), "flow records cannot be collected");
                 }
                 next_collection = Instant::now() + COLLECT;
             }
@@ -210,7 +228,7 @@ impl Enforcer {
     /// Makes ready for the next change, once one is in force.
     pub fn settle(&mut self) {
         if let Err(error) = self.datapath.settle() {
-            tracing::debug!(error = apply::chain(&error), "the copy that went cannot be brought up to date yet");
+            tracing::debug!(error = chain(&error), "the copy that went cannot be brought up to date yet");
         }
     }
 
@@ -250,15 +268,19 @@ impl Enforcer {
         (self.refused, self.outdated) = (None, None);
         self.note_lacks(&received);
         self.received = Some(received);
-        match self.intent.take() {
-            // The rest is as it was, as far as anybody knows: the tables need not wait until it was looked at.
-            Some(old) if old.settled && self.attached && same_peers(&old.slice, &slice) => {
-                let generation = self.switch_ahead(&tables);
-                self.intent = Some(Intent { slice, tables, generation, settled: false, ..old });
+        // Where peers were seen outlives the daemon too.
+        self.unsaved = true;
+        let old = self.intent.take();
+        // The rest is as it was, as far as anybody knows: the change need not wait until it was looked at.
+        let settled = old.as_ref().filter(|old| old.settled && self.attached && !self.tables_wrong);
+        let between = |old: &Intent| Change::between(&old.slice, &slice, &self.holders, self.persistent_keepalive);
+        match settled.and_then(between) {
+            Some(change) => self.follow(old, slice, tables, change),
+            None => {
+                self.intend(old, slice, tables);
+                self.round();
             }
-            old => self.intend(old, slice, tables),
         }
-        self.round();
         if self.stale_counters {
             // Another version's programs were in force, whose counters were only now taken over.
             self.reset_stale_counters();
@@ -273,17 +295,26 @@ impl Enforcer {
         self.lacks = lacks;
     }
 
-    /// Nothing but the policy changes. What goes wrong here the round tries again, and reports.
-    fn switch_ahead(&mut self, tables: &Tables) -> Option<Generation> {
-        let generation = self.datapath.switch(tables).ok();
-        self.switched |= generation.is_some();
-        generation
+    /// Puts a change in force. What goes wrong here the next round tries again, after a look.
+    fn follow(&mut self, old: Option<Intent>, slice: Arc<Slice>, tables: Tables, change: Change) {
+        let Change { peers, holders } = change;
+        let generation = old.and_then(|old| old.generation).filter(|_| peers.switch.is_none());
+        let steps = plan_change(&peers);
+        // The guard hears of the endpoints in a round.
+        self.is_guard_behind |= !peers.wanted.is_empty();
+        let (fresh_endpoints, changed_holder) = (peers.fresh_endpoints, peers.changed_holder);
+        self.holders = holders;
+        self.intent = Some(Intent { slice, tables, generation, settled: false, fresh_endpoints, changed_holder });
+        let outcome = self.apply(steps);
+        self.switched |= outcome.generation.is_some();
+        self.note(&outcome);
+        self.conclude(outcome.error(), false);
     }
 
     fn intend(&mut self, old: Option<Intent>, slice: Arc<Slice>, tables: Tables) {
         let holders = holders::holders(&slice, self.key.public());
         let mut changed_holder = holders::changed(&self.holders, &holders);
-        let mut fresh_endpoints = fresh_endpoints(old.as_ref().map(|intent| &*intent.slice), &slice);
+        let mut fresh_endpoints = intent::fresh_endpoints(old.as_ref().map(|intent| &*intent.slice), &slice);
         if let Some(old) = old {
             // What an earlier round still owes.
             changed_holder.extend(old.changed_holder);
@@ -298,74 +329,6 @@ impl Enforcer {
         self.refused = Some(error.clone());
         let generation = self.enforced.borrow().generation;
         self.enforced.send_replace(Enforced { revision, generation, error: Some(error), lacks: self.lacks.clone() });
-    }
-
-    /// One look at the kernel, and what follows from it.
-    pub fn round(&mut self) {
-        let device = self.look();
-        // Last, and off the path of a change: it protects the node from being kept busy, and decides about nothing.
-        let peers = self.peers();
-        let repaired = self.guard.round(self.listen_port, self.key.public(), device.as_ref(), peers.values());
-        if repaired > 0 {
-            *self.repairs.entry(guard::REPAIR).or_default() += repaired;
-        }
-    }
-
-    /// Returns the device as it was before.
-    fn look(&mut self) -> Option<Device> {
-        self.rounds += 1;
-        let settled = self.intent.as_ref().is_none_or(|intent| intent.settled);
-        let (outcome, device) = match self.kernel().observe() {
-            Ok(mut observed) => {
-                if !self.attached {
-                    // What another process attached is taken over by attaching.
-                    observed.datapath = None;
-                }
-                (self.reconcile(&observed), observed.device)
-            }
-            Err(error) => {
-                self.conclude(Some(apply::chain(&error)), settled);
-                return None;
-            }
-        };
-        let first = self.rounds == 1;
-        for step in &outcome.done {
-            if !settled || first {
-                tracing::debug!(%step, "done");
-            } else {
-                *self.repairs.entry(step.kind()).or_default() += 1;
-                tracing::warn!(%step, kind = step.kind(), "drift repaired");
-            }
-        }
-        self.switched |= outcome.generation.is_some();
-        self.note(&outcome);
-        self.conclude(outcome.error(), settled);
-        device
-    }
-
-    fn kernel(&mut self) -> Kernel<'_> {
-        Kernel { wireguard: &mut *self.wireguard, link: &mut *self.link, datapath: &mut *self.datapath }
-    }
-
-    fn reconcile(&mut self, observed: &Observed) -> Outcome {
-        let desired = self.desired(observed);
-        let steps = plan(desired.as_ref(), observed);
-        let mut kernel =
-            Kernel { wireguard: &mut *self.wireguard, link: &mut *self.link, datapath: &mut *self.datapath };
-        let outcome = apply(&mut kernel, &self.key, self.intent.as_ref().map(|intent| &intent.tables), steps);
-        Outcome { unseen: observed.unseen.clone(), ..outcome }
-    }
-
-    fn desired(&mut self, observed: &Observed) -> Option<Desired> {
-        let intent = self.intent.as_ref()?;
-        let generation = observed.datapath.as_ref().map(|datapath| datapath.generation);
-        let mut desired = desired(&intent.slice, self.key.public(), self.persistent_keepalive);
-        desired.listen_port = self.listen_port;
-        desired.mtu = self.mtu;
-        desired.reload = self.tables_wrong || intent.generation.is_none() || intent.generation != generation;
-        desired.fresh_endpoints.clone_from(&intent.fresh_endpoints);
-        desired.changed_holder.clone_from(&intent.changed_holder);
-        Some(desired)
     }
 
     /// What the tables should say; an error: they need not say anything yet.
@@ -398,97 +361,8 @@ impl Enforcer {
         }
     }
 
-    /// Remembers what steps have brought about.
-    fn note(&mut self, outcome: &Outcome) {
-        self.attached |= outcome.done.contains(&Step::AttachDatapath);
-        self.tables_wrong &= outcome.generation.is_none();
-        let Some(intent) = &mut self.intent else { return };
-        intent.generation = outcome.generation.or(intent.generation);
-        for step in &outcome.done {
-            match step {
-                Step::ForgetFlows(_) => intent.changed_holder.clear(),
-                Step::SetPeer(peer) => drop(intent.fresh_endpoints.remove(&peer.public_key)),
-                _ => {}
-            }
-        }
-        if outcome.is_complete() {
-            // A peer that has the endpoint already needed no step.
-            intent.fresh_endpoints.clear();
-        }
-        intent.settled = outcome.is_complete();
-        if self.switched {
-            self.release_slots();
-        }
-    }
-
-    /// Before the first switch: counters that nobody remembers the rules of begin anew.
-    fn reset_stale_counters(&mut self) {
-        let every: Vec<u32> = (0..ebpf_common::limit::RULES).collect();
-        match self.datapath.reset_rules(&every) {
-            Ok(()) => self.stale_counters = false,
-            Err(error) => tracing::debug!(error = apply::chain(&error), "rule counters cannot be reset yet"),
-        }
-    }
-
-    /// Rules that went count no more: their counters are free once they are zero again.
-    fn release_slots(&mut self) {
-        let retired = self.slots.retired();
-        if retired.is_empty() {
-            return;
-        }
-        match self.datapath.reset_rules(&retired) {
-            Ok(()) => self.slots.release(&retired),
-            Err(error) => tracing::warn!(error = apply::chain(&error), "counters of rules that went cannot be reset"),
-        }
-    }
-
-    /// Tells everybody how it stands; a new policy is on disk before it is acknowledged.
-    fn conclude(&mut self, mut error: Option<String>, was_settled: bool) {
-        let switched = std::mem::take(&mut self.switched);
-        self.unsaved |= switched;
-        if self.unsaved && self.intent.as_ref().is_some_and(|intent| intent.generation.is_some()) {
-            let stored = self.store();
-            self.unsaved = stored.is_err();
-            let failed = stored.err().map(|failed| apply::chain(&failed));
-            let failed = failed.map(|text| format!("enforced, but the last good state cannot be kept: {text}"));
-            error = error.or(failed);
-        }
-        if let Some(error) = error.as_ref().filter(|error| self.error.as_ref() != Some(error)) {
-            if self.attached {
-                tracing::warn!(error, "not everything could be done; trying again");
-            } else {
-                // At the start it is for the agent to say, and to end.
-                tracing::debug!(error, "nothing is attached yet");
-            }
-        } else if error.is_none() && self.error.is_some() {
-            tracing::info!("everything is done now");
-        }
-        let changed = error != self.error;
-        self.error.clone_from(&error);
-        let Some(intent) = &self.intent else { return };
-        let report = Enforced {
-            revision: intent.slice.revision,
-            generation: intent.generation.unwrap_or_else(|| self.enforced.borrow().generation),
-            error,
-            lacks: self.lacks.clone(),
-        };
-        if switched {
-            let slots = &self.slots;
-            let rules = intent.slice.rules.iter().filter_map(|(id, rule)| Some((slots.slot(*id)?, rule.name.clone())));
-            self.names.send_replace(Arc::new(Names { cidrs: intent.slice.cidrs.clone(), rules: rules.collect() }));
-            tracing::info!(revision = %report.revision, generation = %report.generation, "policy in force");
-        }
-        if switched || changed || !was_settled {
-            self.enforced.send_replace(report);
-        }
-    }
-
-    fn store(&mut self) -> Result<(), host::file::DiskError> {
-        let Some(slice) = &self.received else { return Ok(()) };
-        self.time = self.time.max(host::clock::now());
-        let slice = Slice::clone(slice);
-        let state = State { slice, slots: self.slots.clone(), holders: self.holders.clone(), time: self.time };
-        state::store(&self.state_dir, &state)
+    fn kernel(&mut self) -> Kernel<'_> {
+        Kernel { wireguard: &mut *self.wireguard, link: &mut *self.link, datapath: &mut *self.datapath }
     }
 
     /// Reads the device, for those who ask.
@@ -502,7 +376,7 @@ impl Enforcer {
 
     /// How the peers should be, for those who ask.
     pub fn peers(&self) -> BTreeMap<PublicKey, PeerConfig> {
-        self.intent.as_ref().map(|intent| peers(&intent.slice, self.persistent_keepalive)).unwrap_or_default()
+        self.intent.as_ref().map(|intent| intent::peers(&intent.slice, self.persistent_keepalive)).unwrap_or_default()
     }
 
     pub fn public_key(&self) -> PublicKey {
@@ -518,63 +392,8 @@ impl std::fmt::Debug for Enforcer {
 
 impl std::fmt::Debug for Setup {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Setup").field("state_dir", &self.state_dir).finish_non_exhaustive()
+        f.debug_struct("Setup").field("journal", &self.journal).finish_non_exhaustive()
     }
-}
-
-impl std::fmt::Debug for Intent {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Intent")
-            .field("revision", &self.slice.revision)
-            .field("settled", &self.settled)
-            .finish_non_exhaustive()
-    }
-}
-
-/// The interface that a slice asks for; port and MTU are the caller's.
-pub fn desired(slice: &Slice, public_key: PublicKey, persistent_keepalive: Option<Duration>) -> Desired {
-    let local = &slice.local;
-    Desired {
-        public_key,
-        listen_port: 0,
-        mtu: 0,
-        addresses: local.addresses.iter().map(IpNet::from).collect(),
-        // Whoever the peers are: a packet into the network that the policy denies dies here, counted, and never leaves
-        // in clear by another route.
-        routes: local.roots.iter().chain(local.external_routes.iter().copied()).collect(),
-        peers: peers(slice, persistent_keepalive),
-        revision: slice.revision,
-        reload: false,
-        fresh_endpoints: BTreeSet::new(),
-        changed_holder: Vec::new(),
-    }
-}
-
-fn peers(slice: &Slice, persistent_keepalive: Option<Duration>) -> BTreeMap<PublicKey, PeerConfig> {
-    let peer = |peer: &policy::Peer| PeerConfig {
-        public_key: peer.public_key,
-        endpoint: peer.reached_at(),
-        allowed_ips: peer.allowed_ips.clone(),
-        persistent_keepalive,
-    };
-    slice.peers.values().map(|given| (given.public_key, peer(given))).collect()
-}
-
-/// Peers whose endpoint the new slice gives otherwise than the old one. Without an old one nothing is news: what
-/// WireGuard has learned while no agent ran is as good as what the agent once heard.
-fn fresh_endpoints(old: Option<&Slice>, new: &Slice) -> BTreeSet<PublicKey> {
-    let Some(old) = old else { return BTreeSet::new() };
-    let known: BTreeMap<_, _> = old.peers.values().map(|peer| (peer.public_key, peer.reached_at())).collect();
-    new.peers
-        .values()
-        .filter(|peer| peer.reached_at().is_some() && known.get(&peer.public_key) != Some(&peer.reached_at()))
-        .map(|peer| peer.public_key)
-        .collect()
-}
-
-/// Whether two slices ask for the same interface, and differ in what the tables say at most.
-fn same_peers(old: &Slice, new: &Slice) -> bool {
-    old.local == new.local && (old.peers.ptr_eq(&new.peers) || old.peers == new.peers)
 }
 
 #[cfg(test)]

@@ -1,11 +1,14 @@
 //! The enforcer on a kernel in memory.
 
+use std::path::Path;
+
 use policy::Change;
 
 use super::*;
 use crate::fixture;
 use crate::kernel::Backend;
 use crate::kernel::fake::{FakeKernel, World};
+use crate::uplink::journal::Opened;
 
 pub(crate) struct Node {
     pub(crate) kernel: FakeKernel,
@@ -14,15 +17,16 @@ pub(crate) struct Node {
     pub(crate) state_dir: tempfile::TempDir,
 }
 
-fn enforcer(kernel: &FakeKernel, state_dir: PathBuf, state: Option<State>) -> (Enforcer, watch::Receiver<Enforced>) {
+fn enforcer(kernel: &FakeKernel, opened: Opened) -> (Enforcer, watch::Receiver<Enforced>) {
     let (enforced, enforced_rx) = watch::channel(Enforced::default());
+    let Opened { journal, state, error: _ } = opened;
     let setup = Setup {
         wireguard: Box::new(kernel.wireguard()),
         link: Box::new(kernel.link()),
         datapath: Box::new(kernel.datapath()),
         guard: crate::enforce::guard::Watch::none(),
         key: fixture::key("web1"),
-        state_dir,
+        journal,
         listen_port: 51_820,
         mtu: 1_420,
         persistent_keepalive: None,
@@ -34,10 +38,14 @@ fn enforcer(kernel: &FakeKernel, state_dir: PathBuf, state: Option<State>) -> (E
     (Enforcer::new(setup, enforced, watch::channel(Arc::default()).0), enforced_rx)
 }
 
+fn empty(state_dir: &Path) -> Opened {
+    Opened { journal: Journal::new(state_dir.to_owned()), state: None, error: None }
+}
+
 impl Node {
     pub(crate) fn new() -> Self {
         let (kernel, state_dir) = (FakeKernel::new(Backend::Kernel), tempfile::tempdir().unwrap());
-        let (mut enforcer, enforced) = enforcer(&kernel, state_dir.path().to_owned(), None);
+        let (mut enforcer, enforced) = enforcer(&kernel, empty(state_dir.path()));
         enforcer.round();
         Self { kernel, enforcer, enforced, state_dir }
     }
@@ -48,9 +56,10 @@ impl Node {
         let slice = former.intent.as_ref().map(|intent| Arc::clone(&intent.slice));
         drop(former);
         let node = slice.as_ref().map(|slice| slice.local.node);
-        let state = node.and_then(|node| state::load(state_dir.path(), node).unwrap());
-        let slice = state.as_ref().map(|state| Arc::new(state.slice.clone()));
-        let (mut enforcer, enforced) = enforcer(&kernel, state_dir.path().to_owned(), state);
+        let opened = node.map_or_else(|| empty(state_dir.path()), |node| Journal::open(state_dir.path(), node));
+        assert!(opened.error.is_none(), "{:?}", opened.error);
+        let slice = opened.state.as_ref().map(|state| Arc::clone(&state.slice));
+        let (mut enforcer, enforced) = enforcer(&kernel, opened);
         enforcer.round();
         if let Some(slice) = slice {
             enforcer.resume(slice);
@@ -58,9 +67,22 @@ impl Node {
         Self { kernel, enforcer, enforced, state_dir }
     }
 
-    fn state(&self) -> Option<Slice> {
+    pub(crate) fn enforced(&self) -> Enforced {
+        self.enforced.borrow().clone()
+    }
+
+    /// What the next daemon would begin with, but for what depends on the moment.
+    pub(crate) fn kept(&self) -> Option<(Arc<Slice>, Holders, BTreeMap<RuleId, u32>)> {
         let node = self.enforcer.intent.as_ref()?.slice.local.node;
-        state::load(self.state_dir.path(), node).unwrap().map(|state| state.slice)
+        let state = Journal::open(self.state_dir.path(), node).state?;
+        Some((state.slice, state.holders, state.slots.pairs()))
+    }
+
+    fn state(&self) -> Option<Arc<Slice>> {
+        let node = self.enforcer.intent.as_ref()?.slice.local.node;
+        let Opened { state, error, .. } = Journal::open(self.state_dir.path(), node);
+        assert!(error.is_none(), "{error:?}");
+        state.map(|state| state.slice)
     }
 }
 
@@ -81,7 +103,7 @@ fn what_is_acknowledged_is_in_force_and_on_disk() {
     let enforced = node.enforced.borrow().clone();
     assert_eq!((enforced.revision, enforced.generation, enforced.error), (Revision(5), Generation(1), None));
     assert_eq!(node.kernel.world().datapath.as_ref().unwrap().revision, Revision(5));
-    assert_eq!(node.state().as_ref(), Some(&*slice));
+    assert_eq!(node.state().as_ref(), Some(&slice));
     assert!(node.enforcer.repairs.is_empty(), "a change is no drift");
 }
 
@@ -155,25 +177,26 @@ fn a_change_of_the_policy_alone_is_in_force_before_the_rest_is_looked_at() {
     node.enforcer.enforce(Arc::clone(&before));
     fixture::allow(&mut network, "more", "cidr:web", "cidr:app", "udp/53");
     let after = fixture::slice(&network, "web1", 6, Some(&before));
-    assert!(same_peers(&before, &after) && before.cells != after.cells);
+    assert!(before.peers == after.peers && before.cells != after.cells);
     // What is repaired before tables are switched in a round.
     node.kernel.world().barriers.clear();
     node.kernel.take_steps();
     node.enforcer.enforce(Arc::clone(&after));
-    let steps = node.kernel.take_steps();
-    assert!(steps[0].starts_with("switch") && steps.len() > 1, "{steps:?}");
-    assert_eq!(steps.iter().filter(|step| step.starts_with("switch")).count(), 1, "{steps:?}");
+    assert_eq!(node.kernel.take_steps(), ["switch 6"]);
     assert_eq!(
         *node.enforced.borrow(),
         Enforced { revision: Revision(6), generation: Generation(2), error: None, lacks: Vec::new() }
     );
-    assert_eq!(node.state().as_ref(), Some(&*after));
+    assert_eq!(node.state().as_ref(), Some(&after));
 
     // With another peer, what is withdrawn goes first.
     network.apply(&Change::DeleteRule { name: "web-to-app".parse().unwrap() }).unwrap();
     network.apply(&Change::DeleteRule { name: "more".parse().unwrap() }).unwrap();
     let last = fixture::slice(&network, "web1", 7, Some(&after));
-    assert!(!same_peers(&after, &last));
+    assert!(after.peers != last.peers);
+    node.enforcer.round();
+    let steps = node.kernel.take_steps();
+    assert!(!steps.is_empty() && steps.iter().all(|step| step.starts_with("add barrier")), "{steps:?}");
     node.enforcer.enforce(last);
     let steps = node.kernel.take_steps();
     assert!(!steps[0].starts_with("switch") && steps.iter().any(|step| step.starts_with("switch")), "{steps:?}");
@@ -199,7 +222,7 @@ fn a_slice_that_cannot_become_tables_leaves_the_policy_in_force() {
 #[test]
 fn a_state_that_cannot_be_written_is_said_and_does_not_keep_the_policy_out() {
     let mut node = Node::new();
-    node.enforcer.state_dir = node.state_dir.path().join("not there");
+    node.enforcer.journal = Journal::new(node.state_dir.path().join("not there"));
     node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5, None));
     assert_eq!(node.kernel.world().datapath.as_ref().unwrap().revision, Revision(5));
     let stale =
@@ -207,7 +230,7 @@ fn a_state_that_cannot_be_written_is_said_and_does_not_keep_the_policy_out() {
     assert!(stale(&node));
     node.enforcer.round();
     assert!(stale(&node), "it is not acknowledged before it is on disk");
-    node.enforcer.state_dir = node.state_dir.path().to_owned();
+    node.enforcer.journal = Journal::new(node.state_dir.path().to_owned());
     node.enforcer.round();
     assert_eq!(node.enforced.borrow().error, None);
     assert_eq!(node.state().unwrap().revision, Revision(5));
@@ -233,7 +256,7 @@ fn a_daemon_killed_right_after_a_switch_does_not_come_back_with_the_policy_befor
     let mut node = Node::new();
     node.enforcer.enforce(fixture::slice(&network, "web1", 5, None));
     network.apply(&Change::DeleteRule { name: "web-to-app".parse().unwrap() }).unwrap();
-    node.enforcer.state_dir = node.state_dir.path().join("not there");
+    node.enforcer.journal = Journal::new(node.state_dir.path().join("not there"));
     node.enforcer.enforce(fixture::slice(&network, "web1", 6, None));
     node.kernel.take_steps();
     let mut node = node.restart();
@@ -260,6 +283,7 @@ fn a_device_that_cannot_be_read_keeps_no_policy_out_and_is_reported() {
         hide(&mut node.kernel.world());
         node.kernel.take_steps();
         node.enforcer.enforce(fixture::slice(&network, "web1", 6, None));
+        node.enforcer.round();
         assert_eq!(node.kernel.take_steps(), ["switch 6"]);
         assert!(node.enforced.borrow().error.as_ref().unwrap().contains("reading back"));
         assert_eq!(node.enforcer.pause(Duration::from_secs(2)), RETRY);
@@ -371,7 +395,7 @@ async fn the_thread_answers_between_its_rounds_and_ends_with_its_last_handle() {
         datapath: Box::new(kernel.datapath()),
         guard: crate::enforce::guard::Watch::none(),
         key: fixture::key("web1"),
-        state_dir: state_dir.path().to_owned(),
+        journal: Journal::new(state_dir.path().to_owned()),
         listen_port: 1,
         mtu: 1_420,
         persistent_keepalive: None,

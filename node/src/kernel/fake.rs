@@ -49,6 +49,8 @@ pub struct World {
     pub violations: Vec<String>,
     /// The step of this number, counted from 0 over [`World::steps`], fails and changes nothing.
     pub fail_at: Option<usize>,
+    /// From the step of this number on nothing happens any more: the daemon is dead.
+    pub dead_from: Option<usize>,
     /// Steps whose words begin so fail and change nothing.
     pub refuse: Option<&'static str>,
     /// Whether the link cannot be read back.
@@ -73,6 +75,7 @@ impl FakeKernel {
             steps: Vec::new(),
             violations: Vec::new(),
             fail_at: None,
+            dead_from: None,
             refuse: None,
             hide_link: false,
             hide_device: false,
@@ -102,10 +105,16 @@ impl FakeKernel {
         world.fail_at = Some(world.steps.len() + steps);
     }
 
+    /// Lets the daemon die after so many more steps.
+    pub fn die_after(&self, steps: usize) {
+        let mut world = self.world();
+        world.dead_from = Some(world.steps.len() + steps);
+    }
+
     /// Takes the steps noted so far.
     pub fn take_steps(&self) -> Vec<String> {
         let mut world = self.world();
-        world.fail_at = None;
+        (world.fail_at, world.dead_from) = (None, None);
         std::mem::take(&mut world.steps)
     }
 
@@ -119,7 +128,8 @@ impl FakeKernel {
         let step = step.to_string();
         let refused = world.refuse.is_some_and(|words| step.starts_with(words));
         world.steps.push(step.clone());
-        if refused || world.fail_at == Some(number) {
+        let dead = world.dead_from.is_some_and(|first| number >= first);
+        if refused || dead || world.fail_at == Some(number) {
             return Err(KernelError::new(format!("step {number}, `{step}`, was told to fail")));
         }
         let result = change(&mut world);

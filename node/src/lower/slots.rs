@@ -6,6 +6,7 @@ use ebpf_common::limit;
 use policy::{Map, RuleId};
 
 use super::{FEWER_RULES, LowerError, within};
+use crate::difference::differing_keys;
 
 /// Rule to counter slot, stable for as long as the rule is in the node's slice and longer.
 ///
@@ -48,6 +49,25 @@ impl RuleSlots {
     /// Every rule that has a slot, retired ones included.
     pub fn pairs(&self) -> BTreeMap<RuleId, u32> {
         self.active.iter().chain(&self.retired).map(|(rule, slot)| (*rule, *slot)).collect()
+    }
+
+    /// The pairs that `old` lacks or has otherwise, and the rules that only `old` has a slot for.
+    pub fn changes_since(&self, old: &Self) -> (BTreeMap<RuleId, u32>, BTreeSet<RuleId>) {
+        let mut rules = differing_keys(&old.active, &self.active);
+        rules.extend(old.retired.keys().chain(self.retired.keys()));
+        let (mut set, mut removed) = (BTreeMap::new(), BTreeSet::new());
+        for rule in rules {
+            match (old.pair(rule), self.pair(rule)) {
+                (before, Some(slot)) if before != Some(slot) => drop(set.insert(rule, slot)),
+                (Some(_), None) => drop(removed.insert(rule)),
+                _ => {}
+            }
+        }
+        (set, removed)
+    }
+
+    fn pair(&self, rule: RuleId) -> Option<u32> {
+        self.active.get(&rule).or_else(|| self.retired.get(&rule)).copied()
     }
 
     /// The slot of a rule of the current slice.
@@ -176,6 +196,22 @@ mod tests {
         assert_eq!(slots.retired(), [2]);
         slots.release(&[2]);
         assert_eq!(assigned(&slots, &[7, 9, 12]).slot(RuleId(12)), Some(2));
+    }
+
+    #[test]
+    fn changes_turn_the_pairs_of_one_into_those_of_the_other() {
+        let first = assigned(&RuleSlots::new(), &[1, 2, 3]);
+        let restored = RuleSlots::from_pairs(first.pairs());
+        assert_eq!(restored.changes_since(&first), Default::default(), "retired or not, the slots are the same");
+        let mut released = assigned(&first, &[2, 4]);
+        released.release(&[0]);
+        for (old, new) in [(&first, &assigned(&first, &[2, 4])), (&first, &released), (&released, &first)] {
+            let (set, removed) = new.changes_since(old);
+            let mut pairs = old.pairs();
+            pairs.retain(|rule, _| !removed.contains(rule));
+            pairs.extend(set);
+            assert_eq!(pairs, new.pairs());
+        }
     }
 
     #[test]

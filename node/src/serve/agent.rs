@@ -1,11 +1,11 @@
 //! The daemon: joins the enforcer, the controller and those who ask, and ends in good order.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use controller_api::v1;
 use policy::{Slice, Verdict};
 use sd_notify::NotifyState;
@@ -29,11 +29,14 @@ use crate::serve::scrape;
 use crate::serve::startup;
 use crate::uplink::follow;
 use crate::uplink::identity::{Identity, Keys};
-use crate::uplink::state::{self, State};
+use crate::uplink::journal::{Journal, Opened};
+use crate::uplink::state::State;
 use crate::view::explanation;
 use crate::view::status::Context;
 use crate::view::{self, Explanation, Interpreted, Question, Verified};
 use host::error::chain;
+use host::limit;
+use host::socket::{PrivateSocket, bind_private};
 
 /// How long the controller's interpreter may take.
 const INTERPRETER: Duration = Duration::from_secs(5);
@@ -79,36 +82,40 @@ impl Machine {
 /// Runs until SIGTERM or SIGINT. What is enforced then stays enforced.
 pub fn run(settings: Settings, trace_datapath: bool) -> anyhow::Result<()> {
     startup::check_rights()?;
-    startup::raise_descriptor_limit();
+    if let Err(error) = limit::raise_open_files() {
+        tracing::debug!(%error, "limit of open files stays as it is");
+    }
     let identity = Identity::load(&settings.state_dir)?;
     let _lock = Lock::take(&settings)?;
     let keys = Keys::load(&settings.state_dir)?;
     let machine = Machine::prepare(&settings)?;
-    let state = last_good_state(&settings.state_dir, &identity);
+    let opened = last_good_state(&settings.state_dir, &identity);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let result = runtime.block_on(serve(settings, identity, keys, machine, state, trace_datapath));
+    let result = runtime.block_on(serve(settings, identity, keys, machine, opened, trace_datapath));
     runtime.shutdown_timeout(FAREWELL);
     result
 }
 
-fn last_good_state(state_dir: &Path, identity: &Identity) -> Option<State> {
-    match state::load(state_dir, identity.node) {
-        Ok(Some(state)) => {
-            tracing::info!(revision = %state.slice.revision, "last good state read");
-            Some(state)
-        }
-        Ok(None) => {
-            tracing::info!("no last good state; everything is denied until the controller answers");
-            None
-        }
-        Err(error) => {
+fn last_good_state(state_dir: &Path, identity: &Identity) -> Opened {
+    let opened = Journal::open(state_dir, identity.node);
+    match (&opened.state, &opened.error) {
+        (Some(state), None) => tracing::info!(revision = %state.slice.revision, "last good state read"),
+        (Some(state), Some(error)) => {
             tracing::error!(
-                error = chain(&error),
+                revision = %state.slice.revision,
+                error = chain(error),
+                "last good state read, though not all that was written"
+            );
+        }
+        (None, None) => tracing::info!("no last good state; everything is denied until the controller answers"),
+        (None, Some(error)) => {
+            tracing::error!(
+                error = chain(error),
                 "last good state refused; the controller will be asked for a new one"
             );
-            None
         }
     }
+    opened
 }
 
 async fn serve(
@@ -116,21 +123,19 @@ async fn serve(
     identity: Identity,
     keys: Keys,
     machine: Machine,
-    state: Option<State>,
+    opened: Opened,
     trace_datapath: bool,
 ) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let scrapes = match settings.metrics {
         Metrics::Off => None,
-        Metrics::At(address) => Some(scrape::bind(address).await?),
+        Metrics::At(address) => Some(host::scrape::bind(address).await?),
     };
-    let socket = local::bind(&settings.socket)
-        .with_context(|| format!("failed to serve `nodectl` at `{}`", settings.socket.display()))?;
-    let _socket_file = SocketFile(settings.socket.clone());
+    let PrivateSocket { listener: socket, file: _socket_file } = bind_private(&settings.socket)?;
 
-    let held = state.as_ref().map(|state| Arc::new(state.slice.clone()));
-    let enforcer = enforce::start(setup(&settings, keys, machine, state, trace_datapath));
+    let held = opened.state.as_ref().map(|state| Arc::clone(&state.slice));
+    let enforcer = enforce::start(setup(&settings, keys, machine, opened, trace_datapath));
     if let Some(slice) = held.clone() {
         enforcer.ask(move |enforcer| enforcer.resume(slice)).await?;
     }
@@ -154,16 +159,7 @@ async fn serve(
     Ok(())
 }
 
-/// Goes with the daemon.
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
-fn setup(settings: &Settings, keys: Keys, machine: Machine, state: Option<State>, trace_datapath: bool) -> Setup {
+fn setup(settings: &Settings, keys: Keys, machine: Machine, opened: Opened, trace_datapath: bool) -> Setup {
     let Machine { wireguard, link, datapath, guard } = machine;
     let mut datapath = datapath.with_early_drop(settings.early_drop);
     if trace_datapath {
@@ -176,6 +172,7 @@ fn setup(settings: &Settings, keys: Keys, machine: Machine, state: Option<State>
             });
         });
     }
+    let Opened { journal, state, error: _ } = opened;
     let (slots, holders, time) = match state {
         Some(State { slice: _, slots, holders, time }) => (Some(slots), holders, time),
         None => (None, Default::default(), 0),
@@ -186,7 +183,7 @@ fn setup(settings: &Settings, keys: Keys, machine: Machine, state: Option<State>
         datapath: Box::new(datapath),
         guard: Watch::new(Box::new(guard), settings.guard.clone()),
         key: keys.wireguard,
-        state_dir: settings.state_dir.clone(),
+        journal,
         listen_port: settings.listen_port,
         mtu: settings.mtu,
         persistent_keepalive: settings.persistent_keepalive,
@@ -219,11 +216,14 @@ impl Agent {
         tokio::spawn(Arc::clone(self).verify_again_and_again());
         if let Some(listener) = scrapes {
             let agent = Arc::clone(self);
-            let source: scrape::Source = Arc::new(move || {
+            let source: host::scrape::Source = Arc::new(move || {
                 let agent = Arc::clone(&agent);
-                Box::pin(async move { agent.ask(scrape::collect).await })
+                Box::pin(async move {
+                    let families = agent.ask(scrape::collect).await?;
+                    scrape::open_metrics(families).map_err(|error| error.to_string())
+                })
             });
-            tokio::spawn(scrape::serve(listener, source));
+            tokio::spawn(host::scrape::serve(listener, source));
         }
     }
 

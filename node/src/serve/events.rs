@@ -212,7 +212,7 @@ mod tests {
     fn names() -> Names {
         Names {
             cidrs: [(CidrId(3), cidr("web")), (CidrId(4), cidr("db"))].into_iter().collect(),
-            rules: [(2, "no-db".parse().unwrap())].into(),
+            rules: policy::Map::unit(2, "no-db".parse().unwrap()),
         }
     }
 

@@ -1,9 +1,7 @@
 //! The daemon's Unix socket: one line of JSON asks, one line of JSON answers. A request to follow something is answered
 //! with a line for each record, until either side closes.
 
-use std::fs::Permissions;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -83,20 +81,6 @@ const CONCURRENT: usize = 8;
 const FOLLOWERS: usize = 16;
 /// How long either side waits for the other's line.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Binds the socket (0600). A socket that a dead daemon left is replaced; that there is no living one is for the caller's
-/// lock to know.
-pub fn bind(path: &Path) -> io::Result<UnixListener> {
-    // Bound under another name, so that it is never there with open permissions.
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".new");
-    let temporary = PathBuf::from(temporary);
-    let _ = std::fs::remove_file(&temporary);
-    let listener = UnixListener::bind(&temporary)?;
-    std::fs::set_permissions(&temporary, Permissions::from_mode(0o600))?;
-    std::fs::rename(&temporary, path)?;
-    Ok(listener)
-}
 
 /// Answers until it is dropped.
 pub async fn serve(listener: UnixListener, answerer: Arc<dyn Answerer>) {
@@ -273,6 +257,10 @@ fn closed() -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use host::socket::{PrivateSocket, bind_private};
+
     use super::*;
 
     struct Echo;
@@ -294,7 +282,9 @@ mod tests {
 
     async fn started(directory: &Path) -> PathBuf {
         let path = directory.join("rampart0.sock");
-        tokio::spawn(serve(bind(&path).unwrap(), Arc::new(Echo)));
+        let PrivateSocket { listener, file } = bind_private(&path).unwrap();
+        std::mem::forget(file);
+        tokio::spawn(serve(listener, Arc::new(Echo)));
         path
     }
 

@@ -1,27 +1,19 @@
 //! One daemon for one interface of a network namespace, and for one state directory.
 
-use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{self, Read, Seek, Write};
-use std::os::fd::AsRawFd;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, UnixAddr, UnixCredentials, connect, getsockopt, socket, sockopt,
-};
+use host::file::{self, FileError};
+use host::lock::{FileLock, LockError as HostError, NameLock};
 
 use crate::config::{self, Settings};
-use host::file::{self, DiskError};
 
 /// Held for as long as the daemon lives; the kernel releases it, whatever the daemon dies of.
 #[derive(Debug)]
 pub struct Lock {
-    _interface: File,
-    /// Where the daemons of one network namespace meet, whatever their directories. `None`: another program has the name.
-    _namespace: Option<UnixListener>,
-    _state_dir: File,
+    _interface: FileLock,
+    /// Where the daemons of one network namespace meet, whatever their directories.
+    _namespace: NameLock,
+    _state_dir: FileLock,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -32,20 +24,10 @@ pub enum LockError {
     Interface { interface: String, pid: String },
     #[error("another `noded` (pid {pid}) uses `{}`: stop it first, or choose another with `--state-dir`", path.display())]
     StateDir { path: PathBuf, pid: String },
-    #[error("failed to bind the socket `@{name}`")]
-    Socket {
-        name: String,
-        #[source]
-        source: io::Error,
-    },
     #[error(transparent)]
-    Directory(#[from] DiskError),
-    #[error("failed to lock `{}`", path.display())]
-    Io {
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
+    Directory(#[from] FileError),
+    #[error(transparent)]
+    Host(HostError),
 }
 
 impl Lock {
@@ -53,84 +35,34 @@ impl Lock {
     /// directory that the settings name.
     pub fn take(settings: &Settings) -> Result<Self, LockError> {
         let directory = settings.socket.parent().unwrap_or(Path::new("/run/rampart"));
-        let taken = |pid| LockError::Interface { interface: settings.interface.to_string(), pid };
-        let interface = lock(directory, &format!("{}.lock", settings.interface))?.map_err(taken)?;
-        let namespace = bind(&format!("rampart/{}", settings.interface))?.map_err(taken)?;
-        let state_dir = lock(&settings.state_dir, config::LOCK)?
-            .map_err(|pid| LockError::StateDir { path: settings.state_dir.clone(), pid })?;
-        Ok(Self { _interface: interface, _namespace: namespace, _state_dir: state_dir })
+        let interface = |pid| LockError::Interface { interface: settings.interface.to_string(), pid };
+        let state_dir = |pid| LockError::StateDir { path: settings.state_dir.clone(), pid };
+        file::make_private_dir(directory)?;
+        let name = format!("{}.lock", settings.interface);
+        let _interface = FileLock::take(&directory.join(name)).map_err(held(interface))?;
+        let _namespace = NameLock::take(&format!("rampart/{}", settings.interface)).map_err(held(interface))?;
+        file::make_private_dir(&settings.state_dir)?;
+        let _state_dir = FileLock::take(&settings.state_dir.join(config::LOCK)).map_err(held(state_dir))?;
+        Ok(Self { _interface, _namespace, _state_dir })
     }
 }
 
-/// The abstract socket of this name, or the pid of the daemon that has it. Anybody may bind such a name: one whom it is not
-/// for keeps no daemon from its work.
-fn bind(name: &str) -> Result<Result<Option<UnixListener>, String>, LockError> {
-    let failed = |source| LockError::Socket { name: name.to_owned(), source };
-    let address = SocketAddr::from_abstract_name(name).map_err(failed)?;
-    match UnixListener::bind_addr(&address) {
-        Ok(listener) => Ok(Ok(Some(listener))),
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => match owner(name) {
-            Ok(owner) if owner.uid() == 0 || owner.uid() == nix::unistd::geteuid().as_raw() => {
-                // Zero: it is in a pid namespace that this process does not see.
-                Ok(Err(if owner.pid() == 0 { "unknown".to_owned() } else { owner.pid().to_string() }))
-            }
-            other => {
-                let uid = other.ok().map(|owner| owner.uid());
-                tracing::warn!(name, ?uid, "another program than `noded` has this node's abstract socket; going on");
-                Ok(Ok(None))
-            }
-        },
-        Err(error) => Err(failed(error)),
+/// What is locked, for the one who is refused.
+fn held(what: impl Fn(String) -> LockError) -> impl Fn(HostError) -> LockError {
+    move |error| match error {
+        HostError::Held { pid } => what(pid),
+        other => LockError::Host(other),
     }
-}
-
-/// Who listens at the abstract socket of this name.
-fn owner(name: &str) -> nix::Result<UnixCredentials> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    connect(socket.as_raw_fd(), &UnixAddr::new_abstract(name.as_bytes())?)?;
-    getsockopt(&socket, sockopt::PeerCredentials)
-}
-
-/// The locked file, or the pid of the one who has it.
-fn lock(directory: &Path, name: &str) -> Result<Result<File, String>, LockError> {
-    file::make_private_dir(directory)?;
-    let path = directory.join(name);
-    let failed = |source| LockError::Io { path: path.clone(), source };
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .map_err(failed)?;
-    match file.try_lock() {
-        Ok(()) => {
-            write_pid(&mut file).map_err(failed)?;
-            Ok(Ok(file))
-        }
-        Err(TryLockError::WouldBlock) => Ok(Err(read_pid(&mut file))),
-        Err(TryLockError::Error(source)) => Err(failed(source)),
-    }
-}
-
-fn read_pid(file: &mut File) -> String {
-    let mut pid = String::new();
-    let _ = file.take(20).read_to_string(&mut pid);
-    if pid.trim().is_empty() { "unknown".to_owned() } else { pid.trim().to_owned() }
-}
-
-fn write_pid(file: &mut File) -> io::Result<()> {
-    file.set_len(0)?;
-    file.rewind()?;
-    writeln!(file, "{}", std::process::id())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd as _;
+
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, socket};
+
     use super::*;
-    use crate::config::{self, Flags};
+    use crate::config::Flags;
 
     #[test]
     fn a_second_daemon_is_refused_by_name_and_pid() {

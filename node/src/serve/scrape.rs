@@ -1,31 +1,16 @@
 //! What Prometheus fetches: read from the kernel at the moment of the scrape.
 
 use std::fmt;
-use std::net::SocketAddr;
-use std::pin::Pin;
-use std::sync::Arc;
-use std::time::Duration;
 
-use axum::Router;
-use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode, header};
-use axum::response::{IntoResponse, Response};
-use axum::routing::get;
 use ebpf_common::counter::{
     Counter, LOSS_EVENT_FULL, LOSS_EVENT_LIMITED, LOSS_FLOW, LOSS_FLOW_QUOTA, LOSS_FRAGMENT, LOSS_PAIR,
 };
 use ebpf_common::{reason, underlay};
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use hyper_util::server::conn::auto;
-use hyper_util::service::TowerToHyperService;
 use policy::CidrId;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, text};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
-use tokio::time::timeout;
 
 use crate::enforce::Enforcer;
 use crate::enforce::guard;
@@ -54,14 +39,6 @@ pub enum Kind {
     /// A gauge of seconds, given in microseconds.
     Seconds,
 }
-
-/// Connections served at a time, for one scrape each; more wait. Any user of this machine may connect.
-const CONCURRENT: usize = 8;
-/// How long a connection may take.
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// How a scrape gets its figures.
-pub type Source = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = Result<Vec<Family>, String>> + Send>> + Send + Sync>;
 
 /// Reads everything. Runs on the enforcer's thread.
 pub fn collect(enforcer: &mut Enforcer, context: &Context) -> Result<Vec<Family>, String> {
@@ -409,86 +386,6 @@ pub fn open_metrics(families: Vec<Family>) -> Result<String, fmt::Error> {
     Ok(body)
 }
 
-/// The same in the older text format, which tools read that do not ask for OpenMetrics: there a counter's `_total` is part
-/// of its name.
-pub fn prometheus_text(open_metrics: &str) -> String {
-    let mut counters = Vec::new();
-    for line in open_metrics.lines() {
-        if let Some(name) = line.strip_prefix("# TYPE ").and_then(|rest| rest.strip_suffix(" counter")) {
-            counters.push(name);
-        }
-    }
-    let mut body = String::new();
-    for line in open_metrics.lines().filter(|line| *line != "# EOF") {
-        let mut words = line.splitn(4, ' ');
-        match (words.next(), words.next(), words.next(), words.next()) {
-            (Some("#"), Some(what), Some(name), Some(rest)) if counters.contains(&name) => {
-                body.push_str(&format!("# {what} {name}_total {rest}\n"));
-            }
-            _ => {
-                body.push_str(line);
-                body.push('\n');
-            }
-        }
-    }
-    body
-}
-
-/// Serves `/metrics` until it is dropped.
-pub async fn serve(listener: TcpListener, source: Source) {
-    serve_within(listener, source, PATIENCE).await;
-}
-
-async fn serve_within(listener: TcpListener, source: Source, patience: Duration) {
-    let service = TowerToHyperService::new(Router::new().route("/metrics", get(scrape)).with_state(source));
-    let permits = Arc::new(Semaphore::new(CONCURRENT));
-    loop {
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "metrics cannot be served");
-                tokio::time::sleep(Duration::from_secs(1)).await;
-                continue;
-            }
-        };
-        let service = service.clone();
-        tokio::spawn(async move {
-            let mut builder = auto::Builder::new(TokioExecutor::new()).http1_only();
-            builder.http1().keep_alive(false);
-            if let Ok(Err(error)) = timeout(patience, builder.serve_connection(TokioIo::new(stream), service)).await {
-                tracing::debug!(error, "metrics connection broke");
-            }
-            drop(permit);
-        });
-    }
-}
-
-/// Binds the listener, with the remedy in the error.
-pub async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
-    use anyhow::Context as _;
-    TcpListener::bind(address).await.with_context(|| {
-        format!("failed to serve metrics at `{address}`; choose another address with `--metrics`, or `off`")
-    })
-}
-
-async fn scrape(State(source): State<Source>, headers: HeaderMap) -> Response {
-    let text = match source().await {
-        Ok(families) => open_metrics(families).map_err(|error| error.to_string()),
-        Err(error) => Err(error),
-    };
-    let accepts = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    match text {
-        Ok(text) if accepts.contains("application/openmetrics-text") => {
-            ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
-                .into_response()
-        }
-        Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], prometheus_text(&text))
-            .into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -516,7 +413,7 @@ mod tests {
 
     #[test]
     fn the_older_format_names_counters_as_their_samples() {
-        let text = prometheus_text(&open_metrics(example()).unwrap());
+        let text = host::scrape::prometheus_text(&open_metrics(example()).unwrap());
         assert_eq!(
             text,
             "# HELP rampart_packets_total Packets.\n# TYPE rampart_packets_total counter\n\
@@ -524,56 +421,5 @@ mod tests {
              # HELP rampart_policy_revision Revision.\n# TYPE rampart_policy_revision gauge\n\
              rampart_policy_revision 7\n"
         );
-    }
-
-    /// Those who hold connections open wait for nothing but their end, and cost no more than their places.
-    #[tokio::test]
-    async fn connections_are_bounded_and_end() {
-        use tokio::io::{AsyncReadExt, AsyncWriteExt};
-        let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let served = Arc::new(std::sync::atomic::AtomicUsize::new(0));
-        let count = Arc::clone(&served);
-        let source: Source = Arc::new(move || {
-            count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            Box::pin(async { Ok(example()) })
-        });
-        let patience = Duration::from_millis(300);
-        tokio::spawn(serve_within(listener, source, patience));
-        let began = std::time::Instant::now();
-        let mut silent = Vec::new();
-        for _ in 0..CONCURRENT {
-            silent.push(tokio::net::TcpStream::connect(address).await.unwrap());
-        }
-        let mut scrape = tokio::net::TcpStream::connect(address).await.unwrap();
-        scrape.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
-        let mut answer = String::new();
-        // It ends although nobody asked for that.
-        scrape.read_to_string(&mut answer).await.unwrap();
-        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-        assert!(began.elapsed() >= patience, "it waited for a place");
-        assert_eq!(served.load(std::sync::atomic::Ordering::Relaxed), 1);
-        for mut stream in silent {
-            assert_eq!(stream.read(&mut [0; 8]).await.unwrap(), 0, "it was closed");
-        }
-    }
-
-    #[tokio::test]
-    async fn a_scrape_gets_the_format_that_it_asks_for() {
-        use tokio::io::{AsyncReadExt, AsyncWriteExt};
-        let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let source: Source = Arc::new(|| Box::pin(async { Ok(example()) }));
-        tokio::spawn(serve(listener, source));
-        for (accept, expected) in
-            [("application/openmetrics-text;version=1.0.0", "# EOF"), ("*/*", "# TYPE rampart_packets_total counter")]
-        {
-            let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-            let request = format!("GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\nConnection: close\r\n\r\n");
-            stream.write_all(request.as_bytes()).await.unwrap();
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer).await.unwrap();
-            assert!(answer.starts_with("HTTP/1.1 200") && answer.contains(expected), "{answer}");
-        }
     }
 }

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use crate::config::Settings;
@@ -39,15 +38,6 @@ pub fn check(settings: &Settings, backend: Backend) -> Result<(), StartupError> 
 /// Checks the rights alone: they come before any question that needs them.
 pub fn check_rights() -> Result<(), StartupError> {
     check_capabilities(effective_capabilities())
-}
-
-/// Asks for all the descriptors that this process may have: the usual 1024 leave little beside the maps and connections.
-pub fn raise_descriptor_limit() {
-    let raised =
-        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        tracing::debug!(%error, "limit of open files stays as it is");
-    }
 }
 
 fn effective_capabilities() -> u64 {
@@ -94,13 +84,6 @@ mod tests {
                 other => panic!("{set:x}: {other:?}"),
             }
         }
-    }
-
-    #[test]
-    fn descriptors_are_limited_only_by_the_hard_limit() {
-        raise_descriptor_limit();
-        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-        assert_eq!(soft, hard);
     }
 
     #[test]

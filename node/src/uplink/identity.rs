@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use crate::key::{KeyError, PrivateKey};
-use host::file::{self, DiskError};
+use host::file::{self, FileError};
 
 const WIREGUARD_KEY: &str = "wireguard.key";
 const TLS_KEY: &str = "tls.key";
@@ -52,7 +52,7 @@ pub enum IdentityError {
     )]
     NotJoined,
     #[error(transparent)]
-    Disk(#[from] DiskError),
+    Disk(#[from] FileError),
     #[error("`{}` {reason}: `noded leave --force` and join anew", path.display())]
     Damaged { path: PathBuf, reason: String },
     #[error("failed to make a key")]
@@ -180,7 +180,7 @@ impl Identity {
 
 /// Keeps the invitation that this machine was let in by: with the same keys, and no others, it is good for a new
 /// certificate when the old one has expired.
-pub fn keep_invitation(state_dir: &Path, invitation: &Invitation) -> Result<(), DiskError> {
+pub fn keep_invitation(state_dir: &Path, invitation: &Invitation) -> Result<(), FileError> {
     let line = Zeroizing::new(invitation.to_string());
     file::write_private(&state_dir.join(INVITATION), line.as_bytes())
 }
@@ -195,7 +195,7 @@ pub fn kept_invitation(state_dir: &Path) -> Result<Option<Invitation>, IdentityE
 }
 
 /// Removes keys, invitation and identity for good.
-pub fn remove(state_dir: &Path) -> Result<(), DiskError> {
+pub fn remove(state_dir: &Path) -> Result<(), FileError> {
     // The identity last: as long as it is there, `noded leave` can be repeated.
     for file in [TLS_KEY, WIREGUARD_KEY, INVITATION, IDENTITY] {
         file::remove(&state_dir.join(file))?;
@@ -203,7 +203,7 @@ pub fn remove(state_dir: &Path) -> Result<(), DiskError> {
     Ok(())
 }
 
-fn is_missing(path: &Path) -> Result<bool, DiskError> {
+fn is_missing(path: &Path) -> Result<bool, FileError> {
     match file::read(path, FILE_MAX) {
         Ok(_) => Ok(false),
         Err(error) if error.is_missing() => Ok(true),

@@ -11,9 +11,9 @@ use crate::kernel::{Datapath, Guard, KernelError, Link, WireGuard};
 use crate::uplink::follow::sync_client;
 use crate::uplink::identity::{self, Identity, IdentityError, Keys};
 use crate::uplink::join::{self, JoinError, ReachError};
-use crate::uplink::state;
+use crate::uplink::journal;
 use host::error::chain;
-use host::file::{self, DiskError};
+use host::file::{self, FileError};
 
 /// Why this machine has not left. It can be tried again.
 #[derive(Debug, thiserror::Error)]
@@ -28,7 +28,7 @@ pub enum LeaveError {
     #[error("failed to take the interface down")]
     Kernel(#[source] KernelError),
     #[error(transparent)]
-    Disk(#[from] DiskError),
+    Disk(#[from] FileError),
 }
 
 /// How long the controller may take to answer.
@@ -82,7 +82,7 @@ pub fn remove(
     // Its pins lie within the policy's.
     guard.detach().map_err(LeaveError::Kernel)?;
     datapath.detach().map_err(LeaveError::Kernel)?;
-    state::remove(&settings.state_dir)?;
+    journal::remove(&settings.state_dir)?;
     file::remove(&settings.state_dir.join(WIREGUARD_LOG))?;
     identity::remove(&settings.state_dir)?;
     file::remove(&settings.state_dir.join(LOCK))?;

@@ -3,5 +3,6 @@
 pub mod follow;
 pub mod identity;
 pub mod join;
+pub mod journal;
 pub mod leave;
 pub mod state;

@@ -1,26 +1,29 @@
 //! The last good state on disk: what a node enforces when it starts and its controller is away.
 //!
-//! One file, replaced whole: a line with its version, the SHA-256 of the rest, and a protobuf message whose heart is the
-//! slice as the controller would send it in a snapshot. A file that is not exactly that is set aside, never used.
+//! One file, replaced whole, and a journal of what changed since ([`super::journal`]). The file has a line with its version,
+//! the SHA-256 of the rest, and a protobuf message whose heart is the slice as the controller would send it in a snapshot. A
+//! file that is not exactly that is set aside, never used.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use controller_api::convert::{endpoints_from_wire, endpoints_to_wire};
 use controller_api::v1;
 use ipnet::IpNet;
-use policy::{NodeId, PublicKey, RuleId, Slice, SliceDelta};
+use policy::{NodeId, PublicKey, Revision, RuleId, Slice, SliceDelta};
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 
 use crate::enforce::reconcile::Holders;
 use crate::lower::RuleSlots;
-use host::file::{self, DiskError};
+use host::file::{self, FileError};
 
 /// The file's name in the state directory.
 pub const FILE: &str = "state";
 
 /// Raised with every change of what follows it.
 const MAGIC: &[u8] = b"rampart node state 2\n";
-const DIGEST: usize = 32;
+pub(super) const DIGEST: usize = 32;
 /// Larger than any slice within the policy's limits.
 const FILE_MAX: u64 = 256 * 1024 * 1024;
 
@@ -28,7 +31,7 @@ const FILE_MAX: u64 = 256 * 1024 * 1024;
 #[derive(Clone, Debug, PartialEq)]
 pub struct State {
     /// The slice that was last put in force.
-    pub slice: Slice,
+    pub slice: Arc<Slice>,
     /// Which rule counts where, in counters that outlive the agent.
     pub slots: RuleSlots,
     /// Who last held an address: flows die when it changes.
@@ -47,10 +50,13 @@ struct Stored {
     holders: Vec<StoredHolder>,
     #[prost(uint64, tag = "4")]
     time: u64,
+    /// Where peers were seen.
+    #[prost(message, optional, tag = "5")]
+    seen: Option<v1::Endpoints>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-struct StoredHolder {
+pub(super) struct StoredHolder {
     /// As printed.
     #[prost(string, tag = "1")]
     prefix: String,
@@ -58,16 +64,40 @@ struct StoredHolder {
     key: Vec<u8>,
 }
 
+impl StoredHolder {
+    pub(super) fn new(prefix: &IpNet, key: &PublicKey) -> Self {
+        Self { prefix: prefix.to_string(), key: key.as_bytes().to_vec() }
+    }
+
+    pub(super) fn read(self) -> Result<(IpNet, PublicKey), String> {
+        let Self { prefix, key } = self;
+        let prefix = prefix.parse().map_err(|_| format!("`{prefix}` is not a prefix"))?;
+        Ok((prefix, PublicKey::try_from(key.as_slice()).map_err(|error| error.to_string())?))
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     #[error(transparent)]
-    Disk(#[from] DiskError),
+    Disk(#[from] FileError),
     /// The file was set aside.
     #[error("the last good state was corrupt ({reason}) and is kept as `{}`", aside.display())]
     Corrupt { aside: PathBuf, reason: String },
     /// Written by a newer or older version; set aside.
     #[error("the last good state is not of this version of noded and is kept as `{}`", aside.display())]
     OtherVersion { aside: PathBuf },
+    /// What was written when the machine or the daemon ended; it was not acknowledged.
+    #[error(
+        "the journal of the last good state ends with an entry that is not whole: its last {bytes} bytes are cut off"
+    )]
+    Torn { bytes: u64 },
+    /// Entries that were acknowledged are lost; the journal was set aside.
+    #[error(
+        "the journal of the last good state is damaged at byte {at} ({reason}) and is kept as `{}`: the state is that of \
+         revision {revision}, which is older than the last one kept",
+        aside.display()
+    )]
+    Damaged { aside: PathBuf, at: u64, reason: String, revision: Revision },
 }
 
 /// Why bytes are no state.
@@ -77,8 +107,17 @@ enum Refused {
     Corrupt(String),
 }
 
+/// A state as read, and what its file is known by.
+#[derive(Debug)]
+pub(super) struct Whole {
+    pub(super) state: State,
+    pub(super) digest: [u8; DIGEST],
+    /// Bytes.
+    pub(super) length: u64,
+}
+
 /// The state of this directory, or `None` where there is none. A file that cannot be used is set aside and reported.
-pub fn load(state_dir: &Path, node: NodeId) -> Result<Option<State>, StateError> {
+pub(super) fn load(state_dir: &Path, node: NodeId) -> Result<Option<Whole>, StateError> {
     let path = state_dir.join(FILE);
     let bytes = match file::read(&path, FILE_MAX) {
         Ok(bytes) => bytes,
@@ -86,7 +125,9 @@ pub fn load(state_dir: &Path, node: NodeId) -> Result<Option<State>, StateError>
         Err(error) => return Err(error.into()),
     };
     let refused = match decode(&bytes) {
-        Ok(state) if state.slice.local.node == node => return Ok(Some(state)),
+        Ok(state) if state.slice.local.node == node => {
+            return Ok(Some(Whole { state, digest: digest(&bytes), length: bytes.len() as u64 }));
+        }
         Ok(state) => Refused::Corrupt(format!("it is that of node `{}`", state.slice.local.name)),
         Err(refused) => refused,
     };
@@ -96,14 +137,24 @@ pub fn load(state_dir: &Path, node: NodeId) -> Result<Option<State>, StateError>
     })
 }
 
-pub fn store(state_dir: &Path, state: &State) -> Result<(), DiskError> {
-    file::write_private(&state_dir.join(FILE), &encode(state))
+/// Writes the whole state; returns its digest and its length.
+pub(super) fn store(state_dir: &Path, state: &State) -> Result<([u8; DIGEST], u64), FileError> {
+    let bytes = encode(state);
+    file::write_private(&state_dir.join(FILE), &bytes)?;
+    Ok((digest(&bytes), bytes.len() as u64))
 }
 
 /// Removes the state, and what was set aside of earlier ones.
-pub fn remove(state_dir: &Path) -> Result<(), DiskError> {
+pub(super) fn remove(state_dir: &Path) -> Result<(), FileError> {
     file::remove_aside(&state_dir.join(FILE))?;
     file::remove(&state_dir.join(FILE))
+}
+
+/// As the file has it.
+fn digest(bytes: &[u8]) -> [u8; DIGEST] {
+    let mut digest = [0; DIGEST];
+    digest.copy_from_slice(&bytes[MAGIC.len()..MAGIC.len() + DIGEST]);
+    digest
 }
 
 fn encode(state: &State) -> Vec<u8> {
@@ -111,11 +162,9 @@ fn encode(state: &State) -> Vec<u8> {
     let stored = Stored {
         slice: Some(v1::Update::from(&slice.to_delta())),
         slots: slots.pairs().into_iter().map(|(rule, slot)| (rule.0, slot)).collect(),
-        holders: holders
-            .iter()
-            .map(|(prefix, key)| StoredHolder { prefix: prefix.to_string(), key: key.as_bytes().to_vec() })
-            .collect(),
+        holders: holders.iter().map(|(prefix, key)| StoredHolder::new(prefix, key)).collect(),
         time: *time,
+        seen: Some(endpoints_to_wire(slice.seen())),
     };
     let message = stored.encode_to_vec();
     [MAGIC, Sha256::digest(&message).as_slice(), &message].concat()
@@ -136,47 +185,46 @@ fn decode(bytes: &[u8]) -> Result<State, Refused> {
 }
 
 fn from_stored(stored: Stored) -> Result<State, String> {
-    let Stored { slice, slots, holders, time } = stored;
+    let Stored { slice, slots, holders, time, seen } = stored;
     let update = slice.ok_or("it has no slice")?;
     let delta = SliceDelta::try_from(update).map_err(|error| error.to_string())?;
-    let holder = |StoredHolder { prefix, key }| -> Result<(IpNet, PublicKey), String> {
-        let prefix = prefix.parse().map_err(|_| format!("`{prefix}` is no prefix"))?;
-        Ok((prefix, PublicKey::try_from(key.as_slice()).map_err(|error| error.to_string())?))
-    };
+    let mut slice = Slice::from_snapshot(delta).map_err(|error| error.to_string())?;
+    slice.see(endpoints_from_wire(seen.unwrap_or_default()).map_err(|error| error.to_string())?);
     Ok(State {
-        slice: Slice::from_snapshot(delta).map_err(|error| error.to_string())?,
+        slice: Arc::new(slice),
         slots: RuleSlots::from_pairs(slots.into_iter().map(|(rule, slot)| (RuleId(rule), slot))),
-        holders: holders.into_iter().map(holder).collect::<Result<_, _>>()?,
+        holders: holders.into_iter().map(StoredHolder::read).collect::<Result<_, _>>()?,
         time,
     })
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::enforce::reconcile::holders;
     use crate::fixture;
     use crate::lower::lower;
 
-    fn example() -> State {
+    pub(in crate::uplink) fn example() -> State {
         let slice = fixture::slice(&fixture::network(), "app1", 9, None);
         let mut slots = RuleSlots::new();
         lower(&slice, &mut slots).unwrap();
         let holders = holders::holders(&slice, fixture::public_key("app1"));
         // As they are when they have been read back: claimed by the next slice.
         let slots = RuleSlots::from_pairs(slots.pairs());
-        State { slice: (*slice).clone(), slots, holders, time: 1_700_000_000 }
+        State { slice, slots, holders, time: 1_700_000_000 }
     }
 
     #[test]
     fn a_state_reads_back() {
         let directory = tempfile::tempdir().unwrap();
         let state = example();
-        assert_eq!(load(directory.path(), state.slice.local.node).unwrap(), None);
+        assert!(load(directory.path(), state.slice.local.node).unwrap().is_none());
         store(directory.path(), &state).unwrap();
-        assert_eq!(load(directory.path(), state.slice.local.node).unwrap(), Some(state.clone()));
+        let whole = load(directory.path(), state.slice.local.node).unwrap().unwrap();
+        assert_eq!(whole.state, state);
         remove(directory.path()).unwrap();
-        assert_eq!(load(directory.path(), state.slice.local.node).unwrap(), None);
+        assert!(load(directory.path(), state.slice.local.node).unwrap().is_none());
     }
 
     #[test]
@@ -214,7 +262,7 @@ mod tests {
             let error = load(directory.path(), node).unwrap_err().to_string();
             assert!(error.contains(word), "{word}: {error}");
             assert!(!path.exists());
-            assert_eq!(load(directory.path(), node).unwrap(), None);
+            assert!(load(directory.path(), node).unwrap().is_none());
         }
         assert!(directory.path().join("state.corrupt-4").exists());
         assert!(directory.path().join("state.other-version-1").exists());

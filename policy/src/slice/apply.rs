@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::SocketAddr;
 
+use super::delta::differing;
 use super::digest::{of_cell, of_prefix};
 use super::tally::{Kept, Tally};
 use super::{Cells, DeltaError, Local, Slice, SliceDelta, SliceRule, Touched};
@@ -69,6 +70,17 @@ impl Slice {
     /// Where peers were seen.
     pub fn seen(&self) -> impl Iterator<Item = (NodeId, SocketAddr)> {
         self.peers.iter().filter_map(|(id, peer)| Some((*id, peer.seen?)))
+    }
+
+    /// Where peers were seen that were not seen there in another slice.
+    pub fn seen_since(&self, old: &Self) -> Vec<(NodeId, SocketAddr)> {
+        let differing = differing(&old.peers, &self.peers);
+        let seen = |slice: &Self, id: &NodeId| slice.peers.get(id).and_then(|peer| peer.seen);
+        differing
+            .into_iter()
+            .filter(|id| seen(self, id) != seen(old, id))
+            .filter_map(|id| Some((id, seen(self, &id)?)))
+            .collect()
     }
 
     /// The slice of a node that has no part in the network (any more): it knows itself, and nothing is allowed.

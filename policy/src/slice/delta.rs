@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use imbl::ordmap::DiffItem;
 use ipnet::IpNet;
 
 use super::{Local, Slice, SliceRule};
@@ -47,6 +48,8 @@ impl Slice {
     pub fn diff(&self, new: &Slice) -> SliceDelta {
         let (peers, mut removed_peers) = changes(&self.peers, &new.peers);
         let mut peers = unseen(peers);
+        // Where a peer was seen is not part of the policy.
+        peers.retain(|id, peer| self.peers.get(id).is_none_or(|known| Peer { seen: None, ..known.clone() } != *peer));
         match &new.itself {
             Some(peer) if self.itself.as_ref() != Some(peer) => drop(peers.insert(new.local.node, peer.clone())),
             None if self.itself.is_some() => drop(removed_peers.insert(self.local.node)),
@@ -103,9 +106,25 @@ impl Local {
 
 /// The entries of `new` that `old` lacks or has otherwise, and the keys that only `old` has.
 fn changes<K: Ord + Copy, V: Clone + PartialEq>(old: &Map<K, V>, new: &Map<K, V>) -> (BTreeMap<K, V>, BTreeSet<K>) {
-    let set = new.iter().filter(|&(key, value)| old.get(key) != Some(value));
-    let removed = old.keys().filter(|key| !new.contains_key(*key));
-    (set.map(|(key, value)| (*key, value.clone())).collect(), removed.copied().collect())
+    let (mut set, mut removed) = (BTreeMap::new(), BTreeSet::new());
+    for key in differing(old, new) {
+        match new.get(&key) {
+            Some(value) => drop(set.insert(key, value.clone())),
+            None => drop(removed.insert(key)),
+        }
+    }
+    (set, removed)
+}
+
+/// The keys that one of two maps lacks, or has otherwise. Parts that they share are passed over.
+pub(super) fn differing<K: Ord + Copy, V: PartialEq>(old: &Map<K, V>, new: &Map<K, V>) -> BTreeSet<K> {
+    if old.ptr_eq(new) {
+        return BTreeSet::new();
+    }
+    let key = |item| match item {
+        DiffItem::Add(key, _) | DiffItem::Remove(key, _) | DiffItem::Update { new: (key, _), .. } => *key,
+    };
+    old.diff(new).map(key).collect()
 }
 
 /// As a controller sends them.

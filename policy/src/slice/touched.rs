@@ -3,9 +3,8 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use imbl::ordmap::DiffItem;
-
 use super::Slice;
+use super::delta::differing;
 use crate::Map;
 use crate::object::id::{CidrId, ClassId, NodeId, RuleId};
 use crate::peer::Peer;
@@ -26,7 +25,7 @@ pub struct Touched {
 impl Touched {
     pub fn between(old: &Slice, new: &Slice) -> Self {
         let local = !Arc::ptr_eq(&old.local, &new.local) && old.local != new.local;
-        let peers = keys(&old.peers, &new.peers);
+        let peers = differing(&old.peers, &new.peers);
         let is_gateway = |slice: &Slice, peer: &Peer| !peer.allowed_ips.is_disjoint(&slice.local.external_routes);
         let mut both = peers.iter().flat_map(|id| [(old, old.peers.get(id)), (new, new.peers.get(id))]);
         let gateways = both.any(|(slice, peer)| peer.is_some_and(|peer| is_gateway(slice, peer)));
@@ -34,26 +33,15 @@ impl Touched {
             addresses: local || gateways || !same(&old.prefixes, &new.prefixes),
             marked: !same(&old.marked, &new.marked),
             peers,
-            cidrs: keys(&old.cidrs, &new.cidrs),
-            rules: keys(&old.rules, &new.rules),
-            cells: keys(&old.cells, &new.cells),
+            cidrs: differing(&old.cidrs, &new.cidrs),
+            rules: differing(&old.rules, &new.rules),
+            cells: differing(&old.cells, &new.cells),
         }
     }
 }
 
 fn same<K: Ord + PartialEq, V: PartialEq>(old: &Map<K, V>, new: &Map<K, V>) -> bool {
     old.ptr_eq(new) || old == new
-}
-
-/// The keys that one of two maps lacks, or has otherwise. Parts that they share are passed over.
-fn keys<K: Ord + Copy, V: PartialEq>(old: &Map<K, V>, new: &Map<K, V>) -> BTreeSet<K> {
-    if old.ptr_eq(new) {
-        return BTreeSet::new();
-    }
-    let key = |item| match item {
-        DiffItem::Add(key, _) | DiffItem::Remove(key, _) | DiffItem::Update { new: (key, _), .. } => *key,
-    };
-    old.diff(new).map(key).collect()
 }
 
 #[cfg(test)]
@@ -71,8 +59,8 @@ mod tests {
                 less.remove(&(2 * at));
                 more.insert(2 * at + 1, at);
                 for (other, key) in [(changed, 2 * at), (less, 2 * at), (more, 2 * at + 1)] {
-                    assert_eq!(keys(&map, &other), BTreeSet::from([key]), "of {size}");
-                    assert_eq!(keys(&other, &map), BTreeSet::from([key]), "of {size}");
+                    assert_eq!(differing(&map, &other), BTreeSet::from([key]), "of {size}");
+                    assert_eq!(differing(&other, &map), BTreeSet::from([key]), "of {size}");
                     assert!(!same(&map, &other) && !same(&other, &map), "{key} of {size}");
                 }
             }

@@ -33,7 +33,7 @@ impl TryFrom<v1::FollowResponse> for Followed {
         let endpoints: Option<v1::Endpoints> = joined(&endpoints)?;
         Ok(Self {
             update: update.map(SliceDelta::try_from).transpose()?,
-            endpoints: endpoints.map(of_peers).transpose()?.unwrap_or_default(),
+            endpoints: endpoints.map(endpoints_from_wire).transpose()?.unwrap_or_default(),
         })
     }
 }
@@ -48,7 +48,8 @@ fn joined<M: Message + Default>(parts: &[prost::bytes::Bytes]) -> Result<Option<
     Ok(Some(message))
 }
 
-fn of_peers(endpoints: v1::Endpoints) -> Result<Vec<(NodeId, SocketAddr)>, ConvertError> {
+/// Where peers were seen.
+pub fn endpoints_from_wire(endpoints: v1::Endpoints) -> Result<Vec<(NodeId, SocketAddr)>, ConvertError> {
     let v1::Endpoints { peers } = endpoints;
     let of_peer = |peer: v1::PeerEndpoint| {
         let v1::PeerEndpoint { node, endpoint } = peer;
@@ -57,7 +58,7 @@ fn of_peers(endpoints: v1::Endpoints) -> Result<Vec<(NodeId, SocketAddr)>, Conve
     peers.into_iter().map(of_peer).collect()
 }
 
-/// The inverse: where peers were seen.
+/// The inverse of [`endpoints_from_wire`].
 pub fn endpoints_to_wire(peers: impl IntoIterator<Item = (NodeId, SocketAddr)>) -> v1::Endpoints {
     let of_peer =
         |(node, endpoint): (NodeId, SocketAddr)| v1::PeerEndpoint { node: node.0, endpoint: endpoint.to_string() };

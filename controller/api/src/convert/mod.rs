@@ -18,7 +18,7 @@ mod follow;
 mod object;
 mod slice;
 
-pub use follow::{FollowError, Followed, endpoints_to_wire};
+pub use follow::{FollowError, Followed, endpoints_from_wire, endpoints_to_wire};
 pub use slice::{digest_from_wire, digest_to_wire};
 
 /// A message that says nothing that policy has a word for.

@@ -1,12 +1,12 @@
 //! Who holds an address: as in WireGuard, whoever has the longest prefix that contains it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 use policy::{PublicKey, Slice};
 
-/// Prefixes, and the peer's key or the node's own.
-pub type Holders = BTreeMap<IpNet, PublicKey>;
+/// Prefixes, and the peer's key or the node's own. Followed from change to change, never made anew for one.
+pub type Holders = policy::Map<IpNet, PublicKey>;
 
 /// The holders that a slice names; `own` is this node's key.
 pub fn holders(slice: &Slice, own: PublicKey) -> Holders {
@@ -111,7 +111,7 @@ mod tests {
         let entry = |word: &str| {
             let (prefix, byte) = word.split_once('=').unwrap();
             let key = PublicKey::try_from([byte.parse().unwrap(); 32].as_slice()).unwrap();
-            (prefix.parse().unwrap(), key)
+            (prefix.parse::<IpNet>().unwrap(), key)
         };
         list.split_whitespace().map(entry).collect()
     }

@@ -8,4 +8,4 @@ pub mod plan;
 
 pub use apply::{Kernel, Outcome, apply};
 pub use holders::Holders;
-pub use plan::{Desired, Observed, Step, plan};
+pub use plan::{Desired, Observed, PeerChange, Step, plan, plan_change};

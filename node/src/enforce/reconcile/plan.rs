@@ -176,7 +176,8 @@ pub fn plan(desired: Option<&Desired>, observed: &Observed) -> Vec<Step> {
         steps.extend(serve);
         return steps;
     };
-    let peers = observed.unseen.is_none().then(|| Peers::new(desired, observed.device.as_ref()));
+    let seen = observed.device.as_ref().map(|device| device.peers.clone()).unwrap_or_default();
+    let peers = observed.unseen.is_none().then(|| Peers::new(&desired.peers, &desired.fresh_endpoints, seen));
     steps.extend(peers.iter().flat_map(Peers::withdraw));
     if desired.reload || observed.datapath.as_ref().is_none_or(|datapath| datapath.revision != desired.revision) {
         steps.push(Step::SwitchTables(desired.revision));
@@ -195,6 +196,31 @@ pub fn plan(desired: Option<&Desired>, observed: &Observed) -> Vec<Step> {
     if link_seen {
         add_routes(&mut steps, desired, observed.link.as_ref());
     }
+    steps
+}
+
+/// What a change asks of the peers that it touches, none of which has a prefix around or inside one of another peer.
+#[derive(Clone, Debug, Default)]
+pub struct PeerChange {
+    pub wanted: BTreeMap<PublicKey, PeerConfig>,
+    /// As they are, as far as anybody knows.
+    pub present: BTreeMap<PublicKey, DevicePeer>,
+    pub fresh_endpoints: BTreeSet<PublicKey>,
+    pub changed_holder: Vec<IpNet>,
+    /// `None`: the tables say what they should.
+    pub switch: Option<Revision>,
+}
+
+/// The steps of a change, in the order in which [`plan`] has them; peers that it does not touch, and the rest of the
+/// interface, are left alone.
+pub fn plan_change(change: &PeerChange) -> Vec<Step> {
+    let peers = Peers::new(&change.wanted, &change.fresh_endpoints, change.present.clone());
+    let mut steps = peers.withdraw();
+    steps.extend(change.switch.map(Step::SwitchTables));
+    if !change.changed_holder.is_empty() {
+        steps.push(Step::ForgetFlows(change.changed_holder.clone()));
+    }
+    steps.extend(peers.extend());
     steps
 }
 
@@ -245,18 +271,22 @@ fn add_routes(steps: &mut Vec<Step>, desired: &Desired, link: Option<&LinkState>
 
 /// Peers as they should be and as they are.
 struct Peers<'a> {
-    desired: &'a Desired,
+    wanted: &'a BTreeMap<PublicKey, PeerConfig>,
+    fresh_endpoints: &'a BTreeSet<PublicKey>,
     observed: BTreeMap<PublicKey, DevicePeer>,
     /// Prefixes that go before anything in them does, and come after it.
     around_changes: BTreeSet<IpNet>,
 }
 
 impl<'a> Peers<'a> {
-    fn new(desired: &'a Desired, device: Option<&Device>) -> Self {
-        let observed = device.map(|device| device.peers.clone()).unwrap_or_default();
+    fn new(
+        wanted: &'a BTreeMap<PublicKey, PeerConfig>,
+        fresh_endpoints: &'a BTreeSet<PublicKey>,
+        observed: BTreeMap<PublicKey, DevicePeer>,
+    ) -> Self {
         let seen = observed.iter().flat_map(|(key, peer)| peer.allowed_ips.iter().map(|prefix| (*prefix, *key)));
-        let around_changes = holders::around_changes(&seen.collect(), &wanted_holders(desired));
-        Self { desired, observed, around_changes }
+        let around_changes = holders::around_changes(&seen.collect(), &wanted_holders(wanted));
+        Self { wanted, fresh_endpoints, observed, around_changes }
     }
 
     /// What comes before the switch.
@@ -268,8 +298,7 @@ impl<'a> Peers<'a> {
                 endpoint: None,
                 allowed_ips,
                 persistent_keepalive: self
-                    .desired
-                    .peers
+                    .wanted
                     .get(key)
                     .map_or(peer.persistent_keepalive, |peer| peer.persistent_keepalive),
             };
@@ -278,7 +307,7 @@ impl<'a> Peers<'a> {
             if left != peer.allowed_ips {
                 first.push(Step::NarrowPeer(narrowed(left.clone())));
             }
-            match self.desired.peers.get(key) {
+            match self.wanted.get(key) {
                 None => then.push(Step::RemovePeer(*key)),
                 Some(wanted) if left.is_subset(&wanted.allowed_ips) => {}
                 Some(wanted) => then.push(Step::NarrowPeer(narrowed(&left & &wanted.allowed_ips))),
@@ -291,9 +320,9 @@ impl<'a> Peers<'a> {
     /// What comes after it: a prefix around another peer's comes when that is there, the longest first.
     fn extend(&self) -> Vec<Step> {
         let mut steps = Vec::new();
-        let around_others = holders::around_others(&wanted_holders(self.desired));
+        let around_others = holders::around_others(&wanted_holders(self.wanted));
         let mut late = Vec::new();
-        for (key, wanted) in &self.desired.peers {
+        for (key, wanted) in self.wanted {
             // As it is by now.
             let observed = self.observed.get(key).cloned().map(|mut peer| {
                 peer.allowed_ips
@@ -309,14 +338,14 @@ impl<'a> Peers<'a> {
                 }
                 !is_late
             });
-            let fresh_endpoint = self.desired.fresh_endpoints.contains(key);
+            let fresh_endpoint = self.fresh_endpoints.contains(key);
             steps.extend(peer_change(&early, observed.as_ref(), fresh_endpoint).map(Step::SetPeer));
         }
         late.sort_unstable();
         let mut later: BTreeSet<_> = late.iter().map(|(_, prefix, _)| *prefix).collect();
         for (_, prefix, key) in late {
             later.remove(&prefix);
-            let mut peer = PeerConfig { endpoint: None, ..self.desired.peers[&key].clone() };
+            let mut peer = PeerConfig { endpoint: None, ..self.wanted[&key].clone() };
             peer.allowed_ips.retain(|prefix| !later.contains(prefix));
             steps.push(Step::SetPeer(peer));
         }
@@ -324,12 +353,12 @@ impl<'a> Peers<'a> {
     }
 }
 
-fn wanted_holders(desired: &Desired) -> Holders {
+fn wanted_holders(wanted: &BTreeMap<PublicKey, PeerConfig>) -> Holders {
     let prefixes = |(key, peer): (&PublicKey, &PeerConfig)| {
         let key = *key;
         peer.allowed_ips.iter().map(move |prefix| (*prefix, key)).collect::<Vec<_>>()
     };
-    desired.peers.iter().flat_map(prefixes).collect()
+    wanted.iter().flat_map(prefixes).collect()
 }
 
 /// The peer as it must be set, or `None` if it is already right. WireGuard may have learned a better endpoint than the one

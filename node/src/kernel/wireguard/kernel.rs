@@ -30,6 +30,8 @@ pub(super) struct KernelWireGuard {
     /// The prefixes of each peer as last read back or written, by which a change is known from what is there already. A
     /// stale entry costs a round of repair, never a wrong end.
     prefixes: BTreeMap<PublicKey, BTreeSet<IpNet>>,
+    /// Whose each of them is.
+    owners: BTreeMap<IpNet, PublicKey>,
 }
 
 impl KernelWireGuard {
@@ -37,7 +39,13 @@ impl KernelWireGuard {
         let name = interface
             .parse()
             .map_err(|error| KernelError::with(format!("interface name `{interface}` is malformed"), error))?;
-        Ok(Self { interface: interface.to_owned(), name, netlink: Netlink::new()?, prefixes: BTreeMap::new() })
+        Ok(Self {
+            interface: interface.to_owned(),
+            name,
+            netlink: Netlink::new()?,
+            prefixes: BTreeMap::new(),
+            owners: BTreeMap::new(),
+        })
     }
 
     fn error(&self, what: impl std::fmt::Display, error: io::Error) -> KernelError {
@@ -71,6 +79,13 @@ impl KernelWireGuard {
             }
             Err(error) if is(&error, &[libc::ENODEV, libc::EOPNOTSUPP]) => Ok(None),
             Err(error) => Err(error),
+        }
+    }
+
+    /// What is known of a peer's prefixes is known no more.
+    fn forget(&mut self, peer: &PublicKey) {
+        for prefix in self.prefixes.remove(peer).unwrap_or_default() {
+            self.owners.remove(&prefix);
         }
     }
 
@@ -108,7 +123,7 @@ impl WireGuard for KernelWireGuard {
     }
 
     fn observe(&mut self) -> Result<Option<Device>, KernelError> {
-        self.prefixes.clear();
+        (self.prefixes, self.owners) = Default::default();
         match self.netlink.find_link(&self.interface)? {
             Some(link) if link.ours && link.kind == LinkKind::WireGuard => {}
             _ => return Ok(None),
@@ -120,6 +135,8 @@ impl WireGuard for KernelWireGuard {
             peers: merge(&found.peers),
         };
         self.prefixes = device.peers.iter().map(|(key, peer)| (*key, peer.allowed_ips.clone())).collect();
+        let owned = device.peers.iter().flat_map(|(key, peer)| peer.allowed_ips.iter().map(|prefix| (*prefix, *key)));
+        self.owners = owned.collect();
         Ok(Some(device))
     }
 
@@ -147,9 +164,14 @@ impl WireGuard for KernelWireGuard {
         for update in updates {
             self.apply(update, format_args!("set peer `{}`", peer.public_key))?;
         }
-        // A prefix has one owner: what this peer has now, no other has.
-        for others in self.prefixes.values_mut() {
-            others.retain(|prefix| !peer.allowed_ips.contains(prefix));
+        self.forget(&peer.public_key);
+        for prefix in &peer.allowed_ips {
+            // A prefix has one owner: what this peer has now, no other has.
+            if let Some(other) = self.owners.insert(*prefix, peer.public_key)
+                && let Some(prefixes) = self.prefixes.get_mut(&other)
+            {
+                prefixes.remove(prefix);
+            }
         }
         self.prefixes.insert(peer.public_key, peer.allowed_ips.clone());
         Ok(())
@@ -158,7 +180,7 @@ impl WireGuard for KernelWireGuard {
     fn remove_peer(&mut self, peer: &PublicKey) -> Result<(), KernelError> {
         let update = DeviceUpdate::new().add_peer(PeerConfigBuilder::new(&to_key(peer)).remove());
         self.apply(update, format_args!("remove peer `{peer}`"))?;
-        self.prefixes.remove(peer);
+        self.forget(peer);
         Ok(())
     }
 
@@ -167,7 +189,7 @@ impl WireGuard for KernelWireGuard {
             return Ok(());
         }
         self.link()?;
-        self.prefixes.clear();
+        (self.prefixes, self.owners) = Default::default();
         self.netlink
             .delete_link(&self.interface)
             .map_err(|error| KernelError::with(format!("failed to delete interface `{}`", self.interface), error))

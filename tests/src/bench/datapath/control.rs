@@ -16,6 +16,7 @@ use node::kernel::{Backend, Datapath};
 use node::key::PrivateKey;
 use node::lower::{RuleSlots, lower};
 use node::uplink::follow::receive;
+use node::uplink::journal::Journal;
 use policy::{Change, Matrix, RuleSpec, Slice};
 use prost::Message as _;
 use tokio::sync::watch;
@@ -145,7 +146,7 @@ fn enforcer(lab: &mut Lab, switched: Switched, state_dir: PathBuf) -> Result<Enf
         datapath: Box::new(Timed { datapath, switched }),
         guard: Watch::none(),
         key: PrivateKey::generate()?,
-        state_dir,
+        journal: Journal::new(state_dir),
         listen_port: 51_820,
         mtu: 1_420,
         persistent_keepalive: None,

@@ -1,0 +1,247 @@
+//! What is on disk, whatever became of it, is a state that was kept.
+
+use std::sync::Mutex;
+
+use policy::{Change, Network};
+
+use super::*;
+use crate::enforce::reconcile::holders;
+use crate::fixture;
+use crate::lower::lower;
+
+/// States one after the other, each with other rules, slots and holders than the one before.
+fn states() -> Vec<State> {
+    let mut network = fixture::network();
+    let mut states = vec![first(&network)];
+    let add = |network: &mut Network, number: u16| {
+        fixture::allow(network, &format!("more-{number}"), "cidr:app", "cidr:web", &format!("udp/{number}"));
+    };
+    let edits: [&dyn Fn(&mut Network); 5] = [
+        &|network| add(network, 1),
+        &|network| add(network, 2),
+        &|network| drop(network.apply(&Change::DeleteRule { name: "app-to-db".parse().unwrap() }).unwrap()),
+        &|network| drop(network.apply(&Change::DeleteRule { name: "more-1".parse().unwrap() }).unwrap()),
+        &|network| add(network, 3),
+    ];
+    for edit in edits {
+        edit(&mut network);
+        let last = states.last().unwrap();
+        states.push(after(last, &network));
+    }
+    states
+}
+
+fn first(network: &Network) -> State {
+    let slice = fixture::slice(network, "app1", 9, None);
+    let mut slots = RuleSlots::new();
+    lower(&slice, &mut slots).unwrap();
+    let holders = holders::holders(&slice, fixture::public_key("app1"));
+    State { slice, slots, holders, time: 1_700_000_000 }
+}
+
+fn after(last: &State, network: &Network) -> State {
+    let slice = fixture::slice(network, "app1", last.slice.revision.0 + 1, Some(&last.slice));
+    let mut slots = last.slots.clone();
+    lower(&slice, &mut slots).unwrap();
+    if slice.revision.0.is_multiple_of(2) {
+        slots.release(&slots.retired());
+    }
+    let holders = holders::holders(&slice, fixture::public_key("app1"));
+    State { slice, slots, holders, time: last.time + 1 }
+}
+
+/// As they are when they have been read back: slots wait for the next slice to claim them.
+fn read_back(state: &State) -> State {
+    State { slots: RuleSlots::from_pairs(state.slots.pairs()), ..state.clone() }
+}
+
+fn open(directory: &Path, state: &State) -> Opened {
+    Journal::open(directory, state.slice.local.node)
+}
+
+/// A directory with every state kept one after the other, and the length of the journal after each.
+fn kept(states: &[State]) -> (tempfile::TempDir, Vec<u64>) {
+    let directory = tempfile::tempdir().unwrap();
+    let mut journal = Journal::new(directory.path().to_owned());
+    let mut lengths = Vec::new();
+    for state in states {
+        journal.keep(state).unwrap();
+        lengths.push(std::fs::metadata(directory.path().join(FILE)).unwrap().len());
+    }
+    (directory, lengths)
+}
+
+#[test]
+fn a_state_is_continued_by_its_journal_and_its_journal_by_the_next_daemon() {
+    let states = states();
+    let directory = tempfile::tempdir().unwrap();
+    assert!(open(directory.path(), &states[0]).state.is_none());
+    let mut whole = None;
+    for state in &states {
+        let mut opened = open(directory.path(), state);
+        assert!(opened.error.is_none(), "{:?}", opened.error);
+        opened.journal.keep(state).unwrap();
+        let file = std::fs::read(directory.path().join(state::FILE)).unwrap();
+        assert_eq!(*whole.get_or_insert(file.clone()), file, "the whole state is written once");
+        assert_eq!(open(directory.path(), state).state, Some(read_back(state)));
+    }
+    remove(directory.path()).unwrap();
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
+/// Killed at any byte of what is written.
+#[test]
+fn a_journal_that_ends_anywhere_gives_the_last_state_that_was_whole() {
+    let states = states();
+    let (directory, lengths) = kept(&states);
+    let path = directory.path().join(FILE);
+    let bytes = std::fs::read(&path).unwrap();
+    for length in BEGIN..=bytes.len() {
+        std::fs::write(&path, &bytes[..length]).unwrap();
+        let Opened { mut journal, state, error } = open(directory.path(), &states[0]);
+        let last = lengths.iter().rposition(|end| *end <= length as u64).unwrap();
+        assert_eq!(state, Some(read_back(&states[last])), "{length} bytes");
+        let cut = length as u64 - lengths[last];
+        match error {
+            None => assert_eq!(cut, 0),
+            Some(StateError::Torn { bytes }) => assert_eq!(bytes, cut),
+            Some(other) => panic!("{length} bytes: {other}"),
+        }
+        // The next one comes right after it.
+        journal.keep(states.last().unwrap()).unwrap();
+        let again = open(directory.path(), &states[0]);
+        assert!(again.error.is_none(), "{length} bytes: {:?}", again.error);
+        assert_eq!(again.state, Some(read_back(states.last().unwrap())), "{length} bytes");
+    }
+    // Not even the beginning: the whole state is all there is.
+    for length in 0..BEGIN {
+        std::fs::write(&path, &bytes[..length]).unwrap();
+        let opened = open(directory.path(), &states[0]);
+        assert_eq!(opened.state, Some(read_back(&states[0])), "{length} bytes");
+    }
+}
+
+#[test]
+fn a_flipped_bit_gives_an_older_state_that_is_said_to_be_older_and_never_another() {
+    let states = states();
+    let (directory, lengths) = kept(&states);
+    let path = directory.path().join(FILE);
+    let (bytes, whole) = (std::fs::read(&path).unwrap(), std::fs::read(directory.path().join(state::FILE)).unwrap());
+    let restore = |journal: &[u8]| {
+        std::fs::write(directory.path().join(state::FILE), &whole).unwrap();
+        std::fs::write(&path, journal).unwrap();
+    };
+    for at in BEGIN..bytes.len() {
+        let mut flipped = bytes.clone();
+        flipped[at] ^= 1 << (at % 8);
+        restore(&flipped);
+        file::remove_aside(&path).unwrap();
+        let Opened { mut journal, state, error } = open(directory.path(), &states[0]);
+        let last = lengths.iter().rposition(|end| *end <= at as u64).unwrap();
+        assert_eq!(state, Some(read_back(&states[last])), "byte {at}");
+        match error {
+            Some(StateError::Torn { .. }) => {}
+            Some(StateError::Damaged { at, revision, .. }) => {
+                assert_eq!((at, revision), (lengths[last], states[last].slice.revision));
+                assert!(!path.exists(), "it is set aside");
+            }
+            other => panic!("byte {at}: {other:?}"),
+        }
+        journal.keep(states.last().unwrap()).unwrap();
+        assert_eq!(open(directory.path(), &states[0]).state, Some(read_back(states.last().unwrap())), "byte {at}");
+    }
+    let error = {
+        let mut flipped = bytes.clone();
+        flipped[lengths[0] as usize + LENGTH] ^= 1;
+        restore(&flipped);
+        open(directory.path(), &states[0]).error.unwrap().to_string()
+    };
+    assert!(error.contains("revision 9") && error.contains("older") && error.contains("journal.corrupt-"), "{error}");
+}
+
+/// Killed between the two files of a compaction.
+#[test]
+fn a_journal_of_the_whole_state_before_is_ignored() {
+    let states = states();
+    let (directory, _) = kept(&states);
+    let path = directory.path().join(FILE);
+    let old = std::fs::read(&path).unwrap();
+    let mut journal = Journal::new(directory.path().to_owned());
+    journal.keep(states.last().unwrap()).unwrap();
+    std::fs::write(&path, &old).unwrap();
+    let Opened { state, error, .. } = open(directory.path(), &states[0]);
+    assert_eq!((state, error.is_none()), (Some(read_back(states.last().unwrap())), true));
+}
+
+#[test]
+fn a_long_journal_is_written_whole_when_nobody_waits() {
+    let states = states();
+    let directory = tempfile::tempdir().unwrap();
+    let mut journal = Journal::new(directory.path().to_owned());
+    for state in &states {
+        journal.keep(state).unwrap();
+    }
+    let path = directory.path().join(FILE);
+    journal.compact().unwrap();
+    assert!(std::fs::metadata(&path).unwrap().len() > BEGIN as u64, "it is short");
+    journal.kept.as_mut().unwrap().length = SHORT + 1;
+    journal.compact().unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), BEGIN as u64);
+    assert_eq!(open(directory.path(), &states[0]).state, Some(read_back(states.last().unwrap())));
+}
+
+/// A disk with room for so many bytes.
+struct Full {
+    file: File,
+    room: Arc<Mutex<usize>>,
+    can_cut: bool,
+}
+
+impl Tail for Full {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let mut room = self.room.lock().unwrap();
+        let written = bytes.len().min(*room);
+        *room -= written;
+        self.file.write_all(&bytes[..written])?;
+        if written < bytes.len() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+
+    fn cut(&mut self, length: u64) -> io::Result<()> {
+        if self.can_cut { Tail::cut(&mut self.file, length) } else { Err(io::ErrorKind::StorageFull.into()) }
+    }
+}
+
+#[test]
+fn a_full_disk_is_said_and_what_was_kept_stays_until_there_is_room() {
+    let states = states();
+    for can_cut in [true, false] {
+        for room in [0, 1, LENGTH, LENGTH + CHECKSUM, LENGTH + CHECKSUM + 1] {
+            let directory = tempfile::tempdir().unwrap();
+            let mut journal = Journal::new(directory.path().to_owned());
+            journal.keep(&states[0]).unwrap();
+            journal.keep(&states[1]).unwrap();
+            let file = OpenOptions::new().append(true).open(directory.path().join(FILE)).unwrap();
+            let room = Arc::new(Mutex::new(room));
+            let full = Full { file, room: Arc::clone(&room), can_cut };
+            journal.kept.as_mut().unwrap().tail = Some(Box::new(full));
+            let error = journal.keep(&states[2]).unwrap_err().to_string();
+            assert!(error.contains("append to") && error.contains("free some space"), "{error}");
+            assert_eq!(open(directory.path(), &states[0]).state, Some(read_back(&states[1])));
+            *room.lock().unwrap() = usize::MAX;
+            journal.keep(&states[3]).unwrap();
+            let Opened { state, error, .. } = open(directory.path(), &states[0]);
+            assert_eq!((state, error.is_none()), (Some(read_back(&states[3])), true));
+        }
+    }
+}
+
+/// What is older than what was kept, or of another node, does not continue it.
+#[test]
+fn a_state_that_is_no_successor_is_written_whole() {
+    let states = states();
+    let (directory, _) = kept(&states);
+    let mut opened = open(directory.path(), &states[0]);
+    opened.journal.keep(&states[2]).unwrap();
+    assert_eq!(std::fs::metadata(directory.path().join(FILE)).unwrap().len(), BEGIN as u64);
+    assert_eq!(open(directory.path(), &states[0]).state, Some(read_back(&states[2])));
+}
