@@ -20,6 +20,7 @@ use node::lower::RuleSlots;
 use node::uplink::follow::{self, Enforced};
 use node::uplink::identity::Keys;
 use node::uplink::join;
+use node::uplink::journal::Journal;
 use policy::{Generation, NodeId, PublicKey, Slice};
 use tokio::sync::{OwnedSemaphorePermit, watch};
 
@@ -149,7 +150,7 @@ fn enforcer(state_dir: &Path, listen_port: u16, enforced: watch::Sender<Enforced
         datapath: Box::new(kernel.datapath()),
         guard: Watch::none(),
         key: Keys::load(state_dir)?.wireguard,
-        state_dir: state_dir.to_owned(),
+        journal: Journal::new(state_dir.to_owned()),
         listen_port,
         mtu: 1_420,
         persistent_keepalive: None,

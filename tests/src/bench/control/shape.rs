@@ -1,7 +1,7 @@
 //! Networks that the bench is run on, and the changes that are made to them.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::Result;
 use ipnet::IpNet;
@@ -10,7 +10,6 @@ use policy::{
     NodeState, Prefixes, Rule, RuleId, RuleSpec, Selector, ServiceRef,
 };
 
-use super::loopback;
 
 /// Nodes of one cidr, where there are enough of them.
 const PER_CIDR: u32 = 100;
