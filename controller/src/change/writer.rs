@@ -7,6 +7,7 @@
 //!
 //! It has a thread of its own, because compiling and the disk both block.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -20,7 +21,7 @@ use super::request::{Outcome, Refusal, Request};
 use crate::follow::dispatcher::Dispatch;
 use crate::metrics::{self, Metrics};
 use crate::state::{Followed, LoadError, Policy, Publisher, State};
-use crate::store::{Commit, Precondition, RequestId, Store, Watch};
+use crate::store::{Commit, Committed, Key, Precondition, RequestId, Store, StoreError, Watch, rows};
 
 /// Requests that wait; callers beyond wait for room.
 const QUEUE: usize = 1_024;
@@ -48,7 +49,7 @@ impl Ask {
 /// What came of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
-    /// The revision that has it; where nothing changed, the newest one.
+    /// The policy's revision that has it; where nothing of the policy changed, the newest one.
     pub revision: Revision,
     pub outcome: Outcome,
 }
@@ -100,8 +101,18 @@ struct Batch {
     /// Of the store, before the first commit.
     head: Revision,
     commits: Vec<Commit>,
+    /// Rows that the commits write.
+    written: BTreeSet<Key>,
     /// Who is answered when the commits are done.
-    waiting: Vec<(Outcome, Reply)>,
+    waiting: Vec<(Drafted, Reply)>,
+}
+
+/// What a request comes to, once the commits of its batch are done.
+enum Drafted {
+    /// The batch's commit of this place.
+    Commit(usize, Outcome),
+    /// There is nothing to commit.
+    Known(Result<Answer, Refusal>),
 }
 
 impl Work {
@@ -135,32 +146,28 @@ impl Work {
             policy: Arc::clone(&state.policy),
             head: state.revision,
             commits: Vec::new(),
+            written: BTreeSet::new(),
             waiting: Vec::new(),
         }
     }
 
-    /// Makes a request part of the batch, or answers it at once.
+    /// Makes a request part of the batch. What does not hang on its commits is answered at once.
     fn add(&self, batch: &mut Batch, ask: Ask, reply: Reply) {
-        match self.draft(batch, &ask) {
-            Ok((_, outcome)) if outcome.changed && !ask.dry_run => batch.waiting.push((outcome, reply)),
-            answered => {
-                let answer = answered.map(|(revision, outcome)| Answer { revision, outcome });
-                self.count(&answer);
-                // A caller that went away has its change all the same.
-                let _ = reply.send(answer);
-            }
+        let drafted = self.draft(batch, &ask).unwrap_or_else(|refusal| Drafted::Known(Err(refusal)));
+        match drafted {
+            Drafted::Known(answer) if batch.commits.is_empty() => self.answer(reply, answer),
+            drafted => batch.waiting.push((drafted, reply)),
         }
     }
 
-    /// The revision is that of something that was done before.
-    fn draft(&self, batch: &mut Batch, ask: &Ask) -> Result<(Revision, Outcome), Refusal> {
+    fn draft(&self, batch: &mut Batch, ask: &Ask) -> Result<Drafted, Refusal> {
         let known = batch.policy.revision;
         if let Some(id) = &ask.id {
             if let Some(revision) = self.store.request(id)? {
-                return Ok((revision, Outcome::default()));
+                return Ok(Drafted::Known(Ok(Answer { revision, outcome: Outcome::default() })));
             }
             if let Some(first) = batch.commits.iter().position(|commit| commit.request.as_ref() == Some(id)) {
-                return Ok((Revision(batch.head.0 + first as u64 + 1), Outcome::default()));
+                return Ok(Drafted::Commit(first, Outcome::default()));
             }
         }
         if let Some(expected) = ask.expected
@@ -171,7 +178,7 @@ impl Work {
         let before = batch.draft.clone();
         let outcome = batch.draft.apply(&ask.actor, &ask.request, (self.clock)())?;
         if !outcome.changed {
-            return Ok((known, outcome));
+            return Ok(Drafted::Known(Ok(Answer { revision: known, outcome })));
         }
         let (touched, ops) = batch.draft.take_ops();
         let revision = Revision(batch.head.0 + batch.commits.len() as u64 + 1);
@@ -179,17 +186,22 @@ impl Work {
         let policy = followed.inspect_err(|_| batch.draft = before.clone())?;
         if ask.dry_run {
             batch.draft = before;
-            return Ok((known, outcome));
+            return Ok(Drafted::Known(Ok(Answer { revision: known, outcome })));
         }
         batch.policy = policy.map_or_else(|| Arc::clone(&batch.policy), Arc::new);
+        // A row is the batch's own once it is written there; that this came to be is what the order says.
+        let after = (!batch.commits.is_empty()).then_some(Precondition::AfterLast);
+        let accounts = (&before.accounts, &touched.accounts);
+        let unchanged = rows::unchanged(&touched.policy, accounts, batch.head, &batch.written);
+        batch.written.extend(ops.iter().map(|op| op.key().clone()));
         batch.commits.push(Commit {
             request: ask.id.clone(),
-            preconditions: vec![Precondition::At(Revision(revision.0 - 1))],
+            preconditions: after.into_iter().chain(unchanged).collect(),
             ops,
             audit: std::mem::take(&mut batch.draft.audit),
             time: (self.clock)(),
         });
-        Ok((revision, outcome))
+        Ok(Drafted::Commit(batch.commits.len() - 1, outcome))
     }
 
     /// The policy of the draft, if it is another one, held against the limits of whom it affects.
@@ -217,11 +229,11 @@ impl Work {
             return;
         }
         match self.store.commit_all(&commits) {
-            Ok(committed) => {
+            Ok(done) => {
                 self.publish();
-                for ((outcome, reply), committed) in waiting.into_iter().zip(committed) {
-                    self.metrics.commit(metrics::Result::Done);
-                    let _ = reply.send(Ok(Answer { revision: committed.revision, outcome }));
+                let done: Vec<_> = done.into_iter().map(|done| done.map_err(Arc::new)).collect();
+                for (drafted, reply) in waiting {
+                    self.answer(reply, self.answer_to(drafted, &commits, &done));
                 }
             }
             Err(error) => {
@@ -229,11 +241,47 @@ impl Work {
                 self.reload();
                 let error = Arc::new(error);
                 for (_, reply) in waiting {
-                    self.metrics.commit(metrics::Result::Failed);
-                    let _ = reply.send(Err(Refusal::NotWritten(Arc::clone(&error))));
+                    self.answer(reply, Err(Refusal::NotWritten(Arc::clone(&error))));
                 }
             }
         }
+    }
+
+    /// Where somebody else was faster than a part of the batch, nothing that was drafted after it counts.
+    fn answer_to(
+        &self,
+        drafted: Drafted,
+        commits: &[Commit],
+        done: &[Result<Committed, Arc<StoreError>>],
+    ) -> Result<Answer, Refusal> {
+        let not_written = |error: &Arc<StoreError>| Refusal::NotWritten(Arc::clone(error));
+        match drafted {
+            Drafted::Known(answer) => match done.iter().find_map(|done| done.as_ref().err()) {
+                Some(error) => Err(not_written(error)),
+                None => answer,
+            },
+            Drafted::Commit(place, outcome) => {
+                let Committed { revision, replayed } = *done[place].as_ref().map_err(not_written)?;
+                // What does not touch the policy has no revision of its own there.
+                let is_policy = commits[place].ops.iter().any(|op| op.key().as_str() == rows::HEADER);
+                let revision = if is_policy || replayed { revision } else { self.policy_revision() };
+                Ok(Answer { revision, outcome })
+            }
+        }
+    }
+
+    fn policy_revision(&self) -> Revision {
+        self.publisher.get().policy.revision
+    }
+
+    /// A caller that went away has its change all the same.
+    fn answer(&self, reply: Reply, answer: Result<Answer, Refusal>) {
+        self.metrics.commit(match &answer {
+            Ok(_) => metrics::Result::Done,
+            Err(Refusal::Store(_) | Refusal::NotWritten(_)) => metrics::Result::Failed,
+            Err(_) => metrics::Result::Refused,
+        });
+        let _ = reply.send(answer);
     }
 
     /// Follows the store's log to its end.
@@ -293,13 +341,5 @@ impl Work {
             }
             Err(error) => tracing::error!(%error, "the store could not be read again"),
         }
-    }
-
-    fn count(&self, result: &Result<Answer, Refusal>) {
-        self.metrics.commit(match result {
-            Ok(_) => metrics::Result::Done,
-            Err(Refusal::Store(_)) => metrics::Result::Failed,
-            Err(_) => metrics::Result::Refused,
-        });
     }
 }

@@ -59,7 +59,7 @@ impl State {
     pub fn load(store: &dyn Store) -> Result<Self, LoadError> {
         let snapshot = store.snapshot()?;
         let (network, accounts) = rows::decode(&snapshot.rows)?;
-        let policy = Policy::compile(snapshot.revision, &network)?;
+        let policy = Policy::compile(rows::policy_revision(&snapshot), &network)?;
         Ok(Self { revision: snapshot.revision, policy: Arc::new(policy), accounts: Arc::new(accounts) })
     }
 

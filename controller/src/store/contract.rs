@@ -5,14 +5,19 @@ use std::time::Duration;
 
 use policy::Revision;
 
-use super::{AuditLine, Commit, Entry, KEY_MAX, Key, Op, Precondition, REQUEST_ID_MAX, RequestId, Store, StoreError};
+use super::{
+    AuditLine, COMPACT_STEP, Commit, Committed, Entry, KEY_MAX, Keep, Key, Op, Past, Precondition, REQUEST_ID_MAX,
+    RequestId, Row, Snapshot, Store, StoreError,
+};
 
 macro_rules! store_contract {
     ($make:expr) => {
         crate::store::contract::store_contract!(@cases $make;
-            starts_empty, commits_count_revisions, a_commit_is_whole_or_nothing, preconditions_are_checked,
+            starts_empty, commits_count_revisions, rows_carry_the_revision_that_wrote_them, a_commit_is_whole_or_nothing, preconditions_are_checked,
             a_request_is_done_once, a_request_id_serves_one_request, audit_is_newest_first, watch_sees_every_revision,
-            watch_waits_no_longer_than_asked, compact_forgets_history_only, lengths_are_bounded,
+            watch_waits_no_longer_than_asked, every_kept_revision_is_there, compact_forgets_history_only,
+            history_is_bounded_by_count_and_age, a_compaction_is_done_in_steps, the_history_of_a_row_says_who_wrote_it,
+            a_batch_is_many_revisions, a_batch_is_in_order, what_builds_on_a_refused_commit_is_refused, lengths_are_bounded,
             concurrent_commits_at_one_revision_have_one_winner);
     };
     (@cases $make:expr; $($case:ident),*) => {
@@ -38,6 +43,20 @@ fn put(name: &str, value: &str) -> Op {
     Op::Put(key(name), value.as_bytes().to_vec())
 }
 
+fn row(value: &str, revision: u64) -> Row {
+    Row { value: value.as_bytes().to_vec(), revision: Revision(revision) }
+}
+
+/// Keeps that many, however old.
+fn newest(revisions: u64) -> Keep {
+    Keep { revisions, age: Duration::from_secs(NOW) }
+}
+
+/// To the end.
+fn compact(store: &dyn Store, keep: Keep) {
+    while store.compact(keep, NOW).expect("compacted") {}
+}
+
 fn commit(ops: impl Into<Vec<Op>>) -> Commit {
     Commit { ops: ops.into(), time: NOW, ..Commit::default() }
 }
@@ -61,7 +80,7 @@ pub(crate) fn commits_count_revisions(store: &dyn Store) {
     store.commit(&commit([put("b", "x"), Op::Delete(key("a")), Op::Delete(key("never"))])).expect("a commit");
     let snapshot = store.snapshot().expect("a snapshot");
     assert_eq!(snapshot.revision, Revision(5));
-    assert_eq!(snapshot.rows.into_iter().collect::<Vec<_>>(), [(key("b"), b"x".to_vec())]);
+    assert_eq!(snapshot.rows.into_iter().collect::<Vec<_>>(), [(key("b"), row("x", 5))]);
 }
 
 pub(crate) fn a_commit_is_whole_or_nothing(store: &dyn Store) {
@@ -119,7 +138,7 @@ pub(crate) fn a_request_is_done_once(store: &dyn Store) {
     assert_eq!((again.revision, again.replayed), (Revision(1), true));
     assert_eq!(store.request(&request("r", 1)).expect("an answer"), Some(Revision(1)));
     let snapshot = store.snapshot().expect("a snapshot");
-    assert_eq!((snapshot.revision, &snapshot.rows[&key("a")][..]), (Revision(2), &b"2"[..]));
+    assert_eq!((snapshot.revision, &snapshot.rows[&key("a")]), (Revision(2), &row("2", 2)));
     assert_eq!(store.audit(10).expect("audit").len(), 1);
 }
 
@@ -153,7 +172,7 @@ pub(crate) fn watch_sees_every_revision(store: &dyn Store) {
     for revision in 2..=4_u64 {
         let entry = watch.next(SOON).expect("no gap").expect("a revision");
         let expected = ops[usize::try_from(revision).expect("small") - 1].clone();
-        assert_eq!(entry, Entry { revision: Revision(revision), ops: expected });
+        assert_eq!(entry, Entry { revision: Revision(revision), time: NOW, ops: expected });
     }
 }
 
@@ -173,7 +192,7 @@ pub(crate) fn compact_forgets_history_only(store: &dyn Store) {
             .expect("a commit");
     }
     let before = store.snapshot().expect("a snapshot");
-    store.compact(Revision(3)).expect("compacted");
+    compact(store, newest(2));
     assert_eq!(store.snapshot().expect("a snapshot"), before);
     assert_eq!(store.audit(10).expect("audit").len(), 4);
     let refused = store.watch(Revision(1));
@@ -182,13 +201,160 @@ pub(crate) fn compact_forgets_history_only(store: &dyn Store) {
     assert_eq!(watch.next(SOON).expect("no gap").expect("a revision").revision, Revision(3));
     assert_eq!(store.request(&request("r2", 1)).expect("an answer"), None);
     assert_eq!(store.request(&request("r3", 1)).expect("an answer"), Some(Revision(3)));
-    store.compact(Revision(1)).expect("nothing to do");
-    store.compact(Revision(99)).expect("compacts what there is");
+    compact(store, newest(99));
+    assert_eq!(store.kept().expect("kept"), (Revision(2), Revision(4)), "what was folded stays folded");
+    compact(store, newest(0));
+    assert_eq!(store.kept().expect("kept"), (Revision(4), Revision(4)));
     assert_eq!(store.commit(&commit([])).expect("a commit").revision, Revision(5));
     assert_eq!(
         store.watch(Revision(4)).expect("a watch").next(SOON).expect("no gap").expect("one").revision,
         Revision(5)
     );
+}
+
+pub(crate) fn rows_carry_the_revision_that_wrote_them(store: &dyn Store) {
+    store.commit(&commit([put("a", "1"), put("b", "1")])).expect("a commit");
+    store.commit(&commit([put("b", "2")])).expect("a commit");
+    let rows = store.snapshot().expect("a snapshot").rows;
+    assert_eq!((&rows[&key("a")], &rows[&key("b")]), (&row("1", 1), &row("2", 2)));
+}
+
+pub(crate) fn every_kept_revision_is_there(store: &dyn Store) {
+    let ops = [
+        vec![put("a", "1"), put("b", "1")],
+        vec![put("a", "2")],
+        vec![],
+        vec![Op::Delete(key("b")), put("c", "1")],
+        vec![put("b", "again"), Op::Delete(key("a")), put("a", "3"), Op::Delete(key("c"))],
+        vec![Op::Delete(key("a"))],
+    ];
+    let mut were: Vec<Snapshot> = vec![store.snapshot().expect("a snapshot")];
+    for ops in ops {
+        store.commit(&commit(ops)).expect("a commit");
+        were.push(store.snapshot().expect("a snapshot"));
+    }
+    for oldest in 0..=6_u64 {
+        compact(store, newest(6 - oldest));
+        assert_eq!(store.kept().expect("kept"), (Revision(oldest), Revision(6)));
+        for was in &were {
+            let found = store.at(was.revision);
+            if was.revision.0 < oldest {
+                let expected = (was.revision, Revision(oldest), Revision(6));
+                let Err(StoreError::NotKept { revision, oldest, newest }) = found else { panic!("{found:?}") };
+                assert_eq!((revision, oldest, newest), expected);
+            } else {
+                assert_eq!(&found.expect("kept"), was);
+            }
+        }
+        assert!(matches!(store.at(Revision(7)), Err(StoreError::NotYet { newest: Revision(6), .. })));
+    }
+}
+
+pub(crate) fn history_is_bounded_by_count_and_age(store: &dyn Store) {
+    const DAY: u64 = 86_400;
+    for days in [50, 40, 30, 20, 10, 0] {
+        store.commit(&Commit { time: NOW - days * DAY, ..commit([put("a", "x")]) }).expect("a commit");
+    }
+    let oldest = |revisions, days| {
+        compact(store, Keep { revisions, age: Duration::from_secs(days * DAY) });
+        store.kept().expect("kept").0.0
+    };
+    assert_eq!(oldest(100, 100), 0);
+    assert_eq!(oldest(100, 45), 1, "the first is too old");
+    assert_eq!(oldest(100, 30), 2, "the third is as old as may be");
+    assert_eq!(oldest(3, 30), 3, "there are too many");
+    assert_eq!(oldest(3, 5), 5, "the age says more than the count");
+    assert_eq!(oldest(3, 0), 5, "the newest is never too old");
+}
+
+pub(crate) fn a_compaction_is_done_in_steps(store: &dyn Store) {
+    let total = COMPACT_STEP + 10;
+    let commits: Vec<_> = (0..total).map(|number| commit([put("a", &number.to_string())])).collect();
+    store.commit_all(&commits).expect("commits");
+    assert!(store.compact(newest(5), NOW).expect("compacted"), "there is more to do");
+    assert_eq!(store.kept().expect("kept").0, Revision(COMPACT_STEP));
+    assert!(!store.compact(newest(5), NOW).expect("compacted"));
+    assert_eq!(store.kept().expect("kept").0, Revision(total - 5));
+}
+
+pub(crate) fn the_history_of_a_row_says_who_wrote_it(store: &dyn Store) {
+    let line = |change: &str| AuditLine { actor: "admin:alice".to_owned(), change: change.to_owned() };
+    let lines = |changes: &[&str]| changes.iter().map(|change| line(change)).collect::<Vec<_>>();
+    for (time, row, audit) in [
+        (1, "a", lines(&["one", "two"])),
+        (2, "b", lines(&["other"])),
+        (3, "a", lines(&[])),
+        (4, "a", lines(&["three"])),
+    ] {
+        store.commit(&Commit { audit, time, ..commit([put(row, "x"), put("c", "x")]) }).expect("a commit");
+    }
+    let past =
+        |revision, changes: &[&str]| Past { revision: Revision(revision), time: revision, audit: lines(changes) };
+    let (first, third, fourth) = (past(1, &["one", "two"]), past(3, &[]), past(4, &["three"]));
+    assert_eq!(store.history(&key("a"), 10).expect("history"), [fourth.clone(), third.clone(), first]);
+    assert_eq!(store.history(&key("a"), 2).expect("history"), [fourth.clone(), third]);
+    compact(store, newest(1));
+    assert_eq!(store.history(&key("a"), 10).expect("history"), [fourth]);
+    assert_eq!(store.history(&key("never"), 10).expect("history"), []);
+}
+
+pub(crate) fn a_batch_is_many_revisions(store: &dyn Store) {
+    let audit = |change: &str| vec![AuditLine { actor: "root".to_owned(), change: change.to_owned() }];
+    let batch = [
+        Commit { request: Some(request("r1", 1)), audit: audit("one"), ..commit([put("a", "1")]) },
+        Commit { preconditions: vec![Precondition::Absent(key("a"))], audit: audit("no"), ..commit([put("a", "2")]) },
+        Commit { request: Some(request("r1", 2)), ..commit([put("a", "3")]) },
+        Commit { request: Some(request("r1", 1)), ..commit([put("a", "4")]) },
+        commit([Op::Put(key(&"k".repeat(KEY_MAX)), Vec::new())]),
+        Commit { audit: audit("two"), ..commit([put("b", "1")]) },
+    ];
+    let mut watch = store.watch(Revision(0)).expect("a watch");
+    let done = store.commit_all(&batch).expect("a transaction");
+    let committed = |revision, replayed| Committed { revision: Revision(revision), replayed };
+    assert_eq!(done[0].as_ref().expect("done"), &committed(1, false));
+    assert!(matches!(done[1], Err(StoreError::Conflict { .. })), "{done:?}");
+    assert!(matches!(done[2], Err(StoreError::RequestReused { revision: Revision(1), .. })), "{done:?}");
+    assert_eq!(done[3].as_ref().expect("done before"), &committed(1, true));
+    assert!(matches!(done[4], Err(StoreError::TooLong { .. })), "{done:?}");
+    assert_eq!(done[5].as_ref().expect("done"), &committed(2, false));
+    let rows = store.snapshot().expect("a snapshot").rows;
+    assert_eq!(rows.into_iter().collect::<Vec<_>>(), [(key("a"), row("1", 1)), (key("b"), row("1", 2))]);
+    let changes: Vec<_> = store.audit(10).expect("audit").into_iter().map(|entry| entry.change).collect();
+    assert_eq!(changes, ["two", "one"]);
+    let seen: Vec<_> = std::iter::from_fn(|| watch.next(SOON).expect("no gap")).map(|entry| entry.revision.0).collect();
+    assert_eq!(seen, [1, 2]);
+    assert_eq!(store.commit_all(&[]).expect("nothing to do").len(), 0);
+}
+
+/// Preconditions of one see what those before it wrote.
+pub(crate) fn a_batch_is_in_order(store: &dyn Store) {
+    let after =
+        |revision, ops: Op| Commit { preconditions: vec![Precondition::At(Revision(revision))], ..commit([ops]) };
+    let batch = [
+        after(0, put("a", "1")),
+        after(0, put("a", "2")),
+        after(1, put("b", "1")),
+        Commit {
+            preconditions: vec![Precondition::Unchanged(key("a"), Revision(1))],
+            ..commit([Op::Delete(key("a"))])
+        },
+        Commit { preconditions: vec![Precondition::Unchanged(key("a"), Revision(1))], ..commit([]) },
+    ];
+    let done: Vec<_> = store.commit_all(&batch).expect("a transaction").iter().map(Result::is_ok).collect();
+    assert_eq!(done, [true, false, true, true, false]);
+    assert_eq!(store.snapshot().expect("a snapshot").rows.into_keys().collect::<Vec<_>>(), [key("b")]);
+}
+
+pub(crate) fn what_builds_on_a_refused_commit_is_refused(store: &dyn Store) {
+    store.commit(&Commit { request: Some(request("r", 1)), ..commit([]) }).expect("a commit");
+    let refused = Commit { preconditions: vec![Precondition::At(Revision(9))], ..commit([]) };
+    let replayed = Commit { request: Some(request("r", 1)), ..commit([]) };
+    let after = || Commit { preconditions: vec![Precondition::AfterLast], ..commit([put("a", "1")]) };
+    let batch = [after(), refused, after(), after(), commit([]), after(), replayed, after()];
+    let done = store.commit_all(&batch).expect("a transaction");
+    assert!(matches!(done[2], Err(StoreError::AfterRefused)), "{done:?}");
+    let done: Vec<_> = done.iter().map(Result::is_ok).collect();
+    assert_eq!(done, [true, false, false, false, true, true, true, true]);
 }
 
 pub(crate) fn lengths_are_bounded(store: &dyn Store) {

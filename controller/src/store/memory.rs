@@ -6,8 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use policy::Revision;
 
 use super::{
-    AuditEntry, Commit, Committed, Entry, Key, Op, Precondition, RequestId, Snapshot, Store, StoreError, Watch,
-    Watchers, check_lengths,
+    AuditEntry, AuditLine, Commit, Committed, Entry, Keep, Key, Past, Precondition, RequestId, Snapshot, Store,
+    StoreError, Watch, Watchers, check_kept, check_lengths, fold_until,
 };
 
 /// Rows, log and audit in memory.
@@ -16,12 +16,11 @@ pub struct MemoryStore(Mutex<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
-    revision: u64,
-    compacted: u64,
-    /// Value, and the revision that wrote it.
-    rows: BTreeMap<Key, (Vec<u8>, u64)>,
-    log: BTreeMap<u64, Vec<Op>>,
-    requests: BTreeMap<String, ([u8; 32], u64)>,
+    newest: Snapshot,
+    /// The oldest that is kept; the log begins after it.
+    base: Snapshot,
+    log: BTreeMap<Revision, Entry>,
+    requests: BTreeMap<String, ([u8; 32], Revision)>,
     audit: Vec<AuditEntry>,
     watchers: Watchers,
 }
@@ -40,70 +39,84 @@ impl Inner {
     fn request(&self, request: &RequestId) -> Result<Option<Revision>, StoreError> {
         match self.requests.get(&request.id) {
             None => Ok(None),
-            Some((digest, revision)) if *digest == request.digest => Ok(Some(Revision(*revision))),
-            Some((_, revision)) => {
-                Err(StoreError::RequestReused { id: request.id.clone(), revision: Revision(*revision) })
-            }
+            Some((digest, revision)) if *digest == request.digest => Ok(Some(*revision)),
+            Some((_, revision)) => Err(StoreError::RequestReused { id: request.id.clone(), revision: *revision }),
         }
     }
 
-    fn check(&self, precondition: &Precondition) -> Result<(), StoreError> {
+    fn check(&self, precondition: &Precondition, is_after_refused: bool) -> Result<(), StoreError> {
+        let conflict = |key: &Key, reason| Err(StoreError::Conflict { key: key.clone(), reason });
         match precondition {
-            Precondition::At(expected) if expected.0 != self.revision => {
-                Err(StoreError::Moved { expected: *expected, found: Revision(self.revision) })
+            Precondition::At(expected) if *expected != self.newest.revision => {
+                Err(StoreError::Moved { expected: *expected, found: self.newest.revision })
             }
-            Precondition::Absent(key) if self.rows.contains_key(key) => {
-                Err(StoreError::Conflict { key: key.clone(), reason: "exists already" })
-            }
-            Precondition::Unchanged(key, since) => match self.rows.get(key) {
-                None => Err(StoreError::Conflict { key: key.clone(), reason: "is gone" }),
-                Some((_, written)) if *written > since.0 => {
-                    Err(StoreError::Conflict { key: key.clone(), reason: "was changed meanwhile" })
-                }
+            Precondition::Absent(key) if self.newest.rows.contains_key(key) => conflict(key, "exists already"),
+            Precondition::Unchanged(key, since) => match self.newest.rows.get(key) {
+                None => conflict(key, "is gone"),
+                Some(row) if row.revision > *since => conflict(key, "was changed meanwhile"),
                 Some(_) => Ok(()),
             },
-            Precondition::At(_) | Precondition::Absent(_) => Ok(()),
+            Precondition::AfterLast if is_after_refused => Err(StoreError::AfterRefused),
+            Precondition::At(_) | Precondition::Absent(_) | Precondition::AfterLast => Ok(()),
         }
+    }
+
+    fn commit(&mut self, commit: &Commit, is_after_refused: bool) -> Result<Committed, StoreError> {
+        check_lengths(commit)?;
+        if let Some(request) = &commit.request
+            && let Some(revision) = self.request(request)?
+        {
+            return Ok(Committed { revision, replayed: true });
+        }
+        commit.preconditions.iter().try_for_each(|precondition| self.check(precondition, is_after_refused))?;
+        let Commit { request, preconditions: _, ops, audit, time } = commit.clone();
+        let revision = Revision(self.newest.revision.0 + 1);
+        self.newest.apply(revision, &ops);
+        if let Some(RequestId { id, digest }) = request {
+            self.requests.insert(id, (digest, revision));
+        }
+        let entry = |AuditLine { actor, change }| AuditEntry { revision, time, actor, change };
+        self.audit.extend(audit.into_iter().map(entry));
+        let entry = Entry { revision, time, ops };
+        self.watchers.publish(&entry);
+        self.log.insert(revision, entry);
+        Ok(Committed { revision, replayed: false })
+    }
+
+    fn audit_of(&self, revision: Revision) -> Vec<AuditLine> {
+        let entries = self.audit.iter().filter(|entry| entry.revision == revision);
+        entries.map(|entry| AuditLine { actor: entry.actor.clone(), change: entry.change.clone() }).collect()
     }
 }
 
 impl Store for MemoryStore {
     fn snapshot(&self) -> Result<Snapshot, StoreError> {
-        let inner = self.inner();
-        let rows = inner.rows.iter().map(|(key, (value, _))| (key.clone(), value.clone())).collect();
-        Ok(Snapshot { revision: Revision(inner.revision), rows })
+        Ok(self.inner().newest.clone())
     }
 
-    fn commit(&self, commit: &Commit) -> Result<Committed, StoreError> {
-        check_lengths(commit)?;
+    fn at(&self, revision: Revision) -> Result<Snapshot, StoreError> {
+        let inner = self.inner();
+        check_kept(revision, inner.base.revision, inner.newest.revision)?;
+        let mut snapshot = inner.base.clone();
+        for entry in inner.log.range(..=revision).map(|(_, entry)| entry) {
+            snapshot.apply(entry.revision, &entry.ops);
+        }
+        Ok(snapshot)
+    }
+
+    fn kept(&self) -> Result<(Revision, Revision), StoreError> {
+        let inner = self.inner();
+        Ok((inner.base.revision, inner.newest.revision))
+    }
+
+    fn commit_all(&self, commits: &[Commit]) -> Result<Vec<Result<Committed, StoreError>>, StoreError> {
         let mut inner = self.inner();
-        if let Some(request) = &commit.request
-            && let Some(revision) = inner.request(request)?
-        {
-            return Ok(Committed { revision, replayed: true });
+        let mut done: Vec<Result<Committed, StoreError>> = Vec::new();
+        for commit in commits {
+            let is_after_refused = done.last().is_some_and(Result::is_err);
+            done.push(inner.commit(commit, is_after_refused));
         }
-        commit.preconditions.iter().try_for_each(|precondition| inner.check(precondition))?;
-        inner.revision += 1;
-        let number = inner.revision;
-        for op in &commit.ops {
-            match op {
-                Op::Put(key, value) => inner.rows.insert(key.clone(), (value.clone(), number)),
-                Op::Delete(key) => inner.rows.remove(key),
-            };
-        }
-        if let Some(request) = &commit.request {
-            inner.requests.insert(request.id.clone(), (request.digest, number));
-        }
-        let revision = Revision(number);
-        inner.audit.extend(commit.audit.iter().map(|line| AuditEntry {
-            revision,
-            time: commit.time,
-            actor: line.actor.clone(),
-            change: line.change.clone(),
-        }));
-        inner.log.insert(number, commit.ops.clone());
-        inner.watchers.publish(&Entry { revision, ops: commit.ops.clone() });
-        Ok(Committed { revision, replayed: false })
+        Ok(done)
     }
 
     fn request(&self, request: &RequestId) -> Result<Option<Revision>, StoreError> {
@@ -112,21 +125,36 @@ impl Store for MemoryStore {
 
     fn watch(&self, after: Revision) -> Result<Watch, StoreError> {
         let mut inner = self.inner();
-        if after.0 < inner.compacted {
-            return Err(StoreError::Compacted { after, compacted: Revision(inner.compacted) });
+        let compacted = inner.base.revision;
+        if after < compacted {
+            return Err(StoreError::Compacted { after, compacted });
         }
-        let entry = |(number, ops): (&u64, &Vec<Op>)| Entry { revision: Revision(*number), ops: ops.clone() };
-        let backlog = inner.log.range(after.0 + 1..).map(entry).collect();
+        let backlog = inner.log.values().filter(|entry| entry.revision > after).cloned().collect();
         Ok(inner.watchers.watch(after, backlog))
     }
 
-    fn compact(&self, before: Revision) -> Result<(), StoreError> {
+    fn compact(&self, keep: Keep, now: u64) -> Result<bool, StoreError> {
         let mut inner = self.inner();
-        let before = before.0.min(inner.revision + 1);
-        inner.log = inner.log.split_off(&before);
-        inner.requests.retain(|_, (_, revision)| *revision >= before);
-        inner.compacted = inner.compacted.max(before.saturating_sub(1));
-        Ok(())
+        let cutoff = now.saturating_sub(keep.age.as_secs());
+        let stale = inner.log.values().take_while(|entry| entry.time < cutoff).last();
+        let stale = stale.map_or(0, |entry| entry.revision.0);
+        let newest = inner.newest.revision.0;
+        let until = |inner: &Inner| fold_until(keep, inner.base.revision.0, newest, stale);
+        let last = Revision(until(&inner));
+        let kept = inner.log.split_off(&Revision(last.0 + 1));
+        for entry in std::mem::replace(&mut inner.log, kept).into_values() {
+            inner.base.apply(entry.revision, &entry.ops);
+        }
+        inner.requests.retain(|_, (_, revision)| *revision > last);
+        Ok(until(&inner) > last.0)
+    }
+
+    fn history(&self, key: &Key, limit: usize) -> Result<Vec<Past>, StoreError> {
+        let inner = self.inner();
+        let wrote = |entry: &&Entry| entry.ops.iter().any(|op| op.key() == key);
+        let past =
+            |entry: &Entry| Past { revision: entry.revision, time: entry.time, audit: inner.audit_of(entry.revision) };
+        Ok(inner.log.values().rev().filter(wrote).take(limit).map(past).collect())
     }
 
     fn audit(&self, limit: usize) -> Result<Vec<AuditEntry>, StoreError> {

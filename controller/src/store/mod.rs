@@ -3,10 +3,8 @@
 //!
 //! The calls block; the writer makes them from a thread of its own.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
 
 use policy::Revision;
@@ -14,16 +12,20 @@ use policy::Revision;
 pub mod account;
 #[cfg(test)]
 pub(crate) mod contract;
+mod error;
 pub mod memory;
 pub mod rows;
 pub mod sqlite;
+mod watch;
+
+pub use error::StoreError;
+pub use watch::Watch;
+pub(crate) use watch::Watchers;
 
 /// Longest key in bytes.
 pub const KEY_MAX: usize = 128;
 /// Longest request id in bytes: room for two UUIDs and a prefix.
 pub const REQUEST_ID_MAX: usize = 128;
-/// Commits that wait for one watcher before it is cut off; it then watches again from where it was.
-const WATCH_QUEUE: usize = 1_024;
 
 /// The name of a row: "cidr/3".
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -56,11 +58,32 @@ impl fmt::Display for Key {
     }
 }
 
+/// A row as it was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    pub value: Vec<u8>,
+    /// That wrote it last.
+    pub revision: Revision,
+}
+
 /// All rows at one revision. Revision 0 is the empty store.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     pub revision: Revision,
-    pub rows: BTreeMap<Key, Vec<u8>>,
+    pub rows: BTreeMap<Key, Row>,
+}
+
+impl Snapshot {
+    /// Makes it the snapshot of the next revision.
+    fn apply(&mut self, revision: Revision, ops: &[Op]) {
+        self.revision = revision;
+        for op in ops {
+            match op {
+                Op::Put(key, value) => drop(self.rows.insert(key.clone(), Row { value: value.clone(), revision })),
+                Op::Delete(key) => drop(self.rows.remove(key)),
+            }
+        }
+    }
 }
 
 /// One change of one row.
@@ -87,6 +110,8 @@ pub enum Precondition {
     Absent(Key),
     /// There is such a row, and it was last written at or before this revision.
     Unchanged(Key, Revision),
+    /// The commit before this one in its transaction was done, or done before.
+    AfterLast,
 }
 
 /// A caller's name for what it asks: asked again, it is not done again.
@@ -137,114 +162,74 @@ pub struct Committed {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     pub revision: Revision,
+    /// Seconds since the epoch.
+    pub time: u64,
     pub ops: Vec<Op>,
 }
 
-/// A revisioned log over keys. `commit` returns only when the revision would survive a loss of power.
+/// A revision that wrote some row, with who asked for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Past {
+    pub revision: Revision,
+    /// Seconds since the epoch.
+    pub time: u64,
+    pub audit: Vec<AuditLine>,
+}
+
+/// How much history is kept: a revision that is among the newest `revisions` and not older than `age`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Keep {
+    pub revisions: u64,
+    pub age: Duration,
+}
+
+/// A revisioned log over keys, upon a base: the rows at the oldest revision that is kept. A commit returns only when its
+/// revision would survive a loss of power.
 pub trait Store: Send + Sync + fmt::Debug {
     fn snapshot(&self) -> Result<Snapshot, StoreError>;
+    /// The rows as they were at a revision that is kept. Holds up no commit.
+    fn at(&self, revision: Revision) -> Result<Snapshot, StoreError>;
+    /// The oldest and the newest revision that [`Store::at`] gives.
+    fn kept(&self) -> Result<(Revision, Revision), StoreError>;
+    /// Several commits in one transaction, in order, each with a revision, a request id and preconditions of its own. One
+    /// that is refused does not take others with it; the error is one that all of them fail for.
+    fn commit_all(&self, commits: &[Commit]) -> Result<Vec<Result<Committed, StoreError>>, StoreError>;
     /// Preconditions, rows, request id and audit lines in one transaction.
-    fn commit(&self, commit: &Commit) -> Result<Committed, StoreError>;
-    /// Several commits, each with a revision of its own, all or none: those of one transaction.
-    fn commit_all(&self, commits: &[Commit]) -> Result<Vec<Committed>, StoreError> {
-        commits.iter().map(|commit| self.commit(commit)).collect()
+    fn commit(&self, commit: &Commit) -> Result<Committed, StoreError> {
+        self.commit_all(std::slice::from_ref(commit))?.remove(0)
     }
     /// The revision at which this request was done, if it was and is not compacted away.
     fn request(&self, request: &RequestId) -> Result<Option<Revision>, StoreError>;
     /// Every revision after this one, in order: those that are, then those to come.
     fn watch(&self, after: Revision) -> Result<Watch, StoreError>;
-    /// Forgets what revisions before this one changed, and their request ids; never rows or audit lines.
-    fn compact(&self, before: Revision) -> Result<(), StoreError>;
-    /// Newest first.
+    /// Folds revisions that need not be kept into the base, and forgets their request ids; never rows or audit lines. One
+    /// step, so that commits wait for no more. `true`: there is more to do. `now`: seconds since the epoch.
+    fn compact(&self, keep: Keep, now: u64) -> Result<bool, StoreError>;
+    /// The revisions that wrote this row, of those in the log, newest first. Holds up no commit.
+    fn history(&self, key: &Key, limit: usize) -> Result<Vec<Past>, StoreError>;
+    /// Newest first. Holds up no commit.
     fn audit(&self, limit: usize) -> Result<Vec<AuditEntry>, StoreError>;
 }
 
-/// Why a store would not, or could not. Nothing has changed.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    #[error("the store is at revision `{found}`, not at `{expected}`; read it again and repeat the change")]
-    Moved { expected: Revision, found: Revision },
-    #[error("row `{key}` {reason}; read it again and repeat the change")]
-    Conflict { key: Key, reason: &'static str },
-    #[error("request id `{id}` was used for another request at revision `{revision}`; use a new id for each request")]
-    RequestReused { id: String, revision: Revision },
-    #[error("`{what}` is longer than the {max} bytes that the store keeps; shorten it")]
-    TooLong { what: String, max: usize },
-    #[error(
-        "revisions up to `{compacted}` are compacted, so there is no watch after `{after}`; take a snapshot instead"
-    )]
-    Compacted { after: Revision, compacted: Revision },
-    #[error("the watch fell behind after revision `{after}`; watch again from there")]
-    Lagged { after: Revision },
-    #[error("there is no database `{}`; make the network with `controllerd init`", path.display())]
-    Missing { path: PathBuf },
-    #[error("not allowed to use database `{}`; run as the owner of the state directory (usually root)", path.display())]
-    NotAllowed { path: PathBuf },
-    #[error("`{}` exists already; choose another `--state-dir`, or remove it if its network is to be lost", path.display())]
-    Exists { path: PathBuf },
-    #[error("database `{}` is in use by the `controllerd` with pid `{pid}`; stop that one first (`systemctl stop controllerd`, or `kill {pid}`)", path.display())]
-    InUse { path: PathBuf, pid: String },
-    #[error("database `{}` is corrupt: {reason}; nothing was changed: move it aside and restore a copy of the state directory", path.display())]
-    Corrupt { path: PathBuf, reason: String },
-    #[error("database `{}` has schema version `{found}`, and this controllerd knows `{known}`; run the version that wrote it", path.display())]
-    Version { path: PathBuf, found: i64, known: i64 },
-    #[error("the disk of database `{}` is full; nothing was changed: free some space and repeat the change", path.display())]
-    Full { path: PathBuf },
-    #[error("database `{}` failed to {what}", path.display())]
-    Sqlite {
-        path: PathBuf,
-        what: &'static str,
-        #[source]
-        source: rusqlite::Error,
-    },
-    #[error("failed to {what} `{}`", path.display())]
-    Io {
-        path: PathBuf,
-        what: &'static str,
-        #[source]
-        source: std::io::Error,
-    },
+/// Revisions that one step of a compaction folds, at most.
+const COMPACT_STEP: u64 = 1_024;
+
+/// The last revision that one step of a compaction folds. `compacted`: the last one that an earlier step has folded;
+/// `stale`: the last one that is too old, of all before the first that is not.
+fn fold_until(keep: Keep, compacted: u64, newest: u64, stale: u64) -> u64 {
+    let needless = newest.saturating_sub(keep.revisions).max(stale);
+    needless.clamp(compacted, compacted + COMPACT_STEP)
 }
 
-/// Revisions as they come. See [`Store::watch`].
-#[derive(Debug)]
-pub struct Watch {
-    after: Revision,
-    backlog: VecDeque<Entry>,
-    live: Receiver<Entry>,
-}
-
-impl Watch {
-    /// The next revision; `None` if there is none within this time.
-    pub fn next(&mut self, wait: Duration) -> Result<Option<Entry>, StoreError> {
-        let entry = match self.backlog.pop_front() {
-            Some(entry) => entry,
-            None => match self.live.recv_timeout(wait) {
-                Ok(entry) => entry,
-                Err(RecvTimeoutError::Timeout) => return Ok(None),
-                Err(RecvTimeoutError::Disconnected) => return Err(StoreError::Lagged { after: self.after }),
-            },
-        };
-        self.after = entry.revision;
-        Ok(Some(entry))
+/// Refuses a revision that is not among those from `oldest` to `newest`.
+fn check_kept(revision: Revision, oldest: Revision, newest: Revision) -> Result<(), StoreError> {
+    if revision > newest {
+        return Err(StoreError::NotYet { revision, oldest, newest });
     }
-}
-
-/// Those who watch one store. A watcher that does not keep up is cut off, and nobody waits for it.
-#[derive(Debug, Default)]
-pub(crate) struct Watchers(Vec<SyncSender<Entry>>);
-
-impl Watchers {
-    /// Called under the lock that commits are made under, so that nothing falls between backlog and live.
-    fn watch(&mut self, after: Revision, backlog: VecDeque<Entry>) -> Watch {
-        let (sender, live) = sync_channel(WATCH_QUEUE);
-        self.0.push(sender);
-        Watch { after, backlog, live }
+    if revision < oldest {
+        return Err(StoreError::NotKept { revision, oldest, newest });
     }
-
-    fn publish(&mut self, entry: &Entry) {
-        self.0.retain(|watcher| watcher.try_send(entry.clone()).is_ok());
-    }
+    Ok(())
 }
 
 /// What every store refuses alike, before it looks at its rows.

@@ -5,14 +5,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use controller_api::{ConvertError, v1};
 use policy::{
-    ChangeError, CidrId, GroupId, Header, Map, Network, NetworkParts, NodeId, Replacement, Rows, RuleId, ServiceId,
+    ChangeError, CidrId, GroupId, Header, Map, Network, NetworkParts, NodeId, Replacement, Revision, Rows, RuleId,
+    ServiceId,
 };
 use prost::Message;
 
 use super::account::{
     AccountRows, Accounts, Admin, Credential, Invitation, Invitee, KeyHash, Keys, SecretHash, Settings,
 };
-use super::{Key, Op};
+use super::{Key, Op, Precondition, Row, Snapshot};
 
 /// A row that cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -80,12 +81,12 @@ mod row {
 }
 
 /// Reads the whole store.
-pub fn decode(rows: &BTreeMap<Key, Vec<u8>>) -> Result<(Network, Accounts), RowError> {
+pub fn decode(rows: &BTreeMap<Key, Row>) -> Result<(Network, Accounts), RowError> {
     let mut network = None;
     let (mut cidrs, mut nodes, mut groups, mut services, mut rules) =
         <(Vec<_>, Vec<_>, Vec<_>, Vec<_>, Vec<_>)>::default();
     let mut accounts = Accounts::default();
-    for (key, bytes) in rows {
+    for (key, Row { value: bytes, revision: _ }) in rows {
         let (kind, id) = key.split();
         match kind {
             "network" => network = Some(message::<v1::Network>(key, bytes)?),
@@ -195,8 +196,36 @@ pub fn of_accounts(accounts: &Accounts, touched: &AccountRows) -> Vec<Op> {
     ops
 }
 
+/// That nobody else has written the touched rows since `since`, which are read in `before`. All of the policy goes by its
+/// header. `written`: rows of which that is known otherwise.
+pub fn unchanged(
+    policy: &Rows,
+    (before, touched): (&Accounts, &AccountRows),
+    since: Revision,
+    written: &BTreeSet<Key>,
+) -> Vec<Precondition> {
+    let AccountRows { invitations, credentials, admins } = touched;
+    let header = (!policy.is_empty()).then(|| (Key::single(HEADER), true));
+    let invitations = invitations.iter().map(|id| (Key::new("invitation", id), before.invitations().contains_key(id)));
+    let credentials = credentials.iter().map(|id| (Key::new("credential", id), before.credentials().contains_key(id)));
+    let admins = admins.iter().map(|id| (Key::new("admin", id), before.admins().contains_key(id)));
+    header
+        .into_iter()
+        .chain(invitations)
+        .chain(credentials)
+        .chain(admins)
+        .filter(|(key, _)| !written.contains(key))
+        .map(|(key, exists)| if exists { Precondition::Unchanged(key, since) } else { Precondition::Absent(key) })
+        .collect()
+}
+
 /// The row that says of the network what no object does.
 pub const HEADER: &str = "network";
+
+/// The revision that touched the policy last.
+pub fn policy_revision(snapshot: &Snapshot) -> Revision {
+    snapshot.rows.get(&Key::single(HEADER)).map_or(snapshot.revision, |row| row.revision)
+}
 
 fn header(network: &Network) -> Vec<u8> {
     let Header { name, roots, default, next_id } = network.header();
@@ -382,19 +411,16 @@ mod tests {
     use crate::fixture::{NOW, add_cidr, apply, empty, key_hash, network, public_key};
     use policy::Change;
 
-    fn rows(ops: Vec<Op>) -> BTreeMap<Key, Vec<u8>> {
+    fn rows(ops: Vec<Op>) -> BTreeMap<Key, Row> {
         let mut rows = BTreeMap::new();
         write(&mut rows, ops);
         rows
     }
 
-    fn write(rows: &mut BTreeMap<Key, Vec<u8>>, ops: Vec<Op>) {
-        for op in ops {
-            match op {
-                Op::Put(key, value) => rows.insert(key, value),
-                Op::Delete(key) => rows.remove(&key),
-            };
-        }
+    fn write(rows: &mut BTreeMap<Key, Row>, ops: Vec<Op>) {
+        let mut snapshot = Snapshot { revision: Revision(1), rows: std::mem::take(rows) };
+        snapshot.apply(Revision(2), &ops);
+        *rows = snapshot.rows;
     }
 
     fn accounts() -> Accounts {
@@ -459,7 +485,7 @@ mod tests {
             (Key::new("credential", "07x"), vec![]),
         ] {
             let mut rows = whole.clone();
-            rows.insert(key.clone(), value);
+            rows.insert(key.clone(), Row { value, revision: Revision(3) });
             let error = decode(&rows).expect_err("damaged").to_string();
             assert!(error.contains(&format!("`{key}`")), "{error}");
         }
