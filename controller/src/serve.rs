@@ -51,11 +51,10 @@ impl Controller {
         stop: watch::Receiver<bool>,
     ) -> Result<Self> {
         let metrics = Metrics::new();
-        let state = State::load(&*store)?;
+        let (state, history) = History::load(&*store)?;
         let authority = Arc::new(authority(&state)?);
         metrics.revision.set(state.policy.revision.0);
         metrics.nodes.set(i64::try_from(state.network().nodes().len()).unwrap_or(i64::MAX));
-        let history = History::new(Arc::clone(&state.policy));
         let dispatch = dispatcher::start(history, Arc::clone(&metrics)).context("failed to start the dispatcher")?;
         let (publisher, current) = state::channel(state);
         let (writer, thread) =

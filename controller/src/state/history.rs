@@ -4,9 +4,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use std::time::Duration;
+
 use policy::Revision;
 
-use super::Policy;
+use super::{LoadError, Policy, State};
+use crate::store::Store;
 
 /// Policies that are kept in memory. A node that was away for longer gets a snapshot.
 pub const KEPT: usize = 1_024;
@@ -19,6 +22,26 @@ pub struct History {
 }
 
 impl History {
+    /// The store's newest state, made from the newest part of its log, with the policies on the way there: a node that
+    /// was away while the controller was finds what it holds.
+    pub fn load(store: &dyn Store) -> Result<(State, Self), LoadError> {
+        let (oldest, newest) = store.kept()?;
+        let first = oldest.max(Revision(newest.0.saturating_sub(KEPT as u64)));
+        // A store begins with nothing, which is no policy.
+        let first = first.max(Revision(1)).min(newest);
+        let mut state = State::of(&store.at(first)?)?;
+        let mut history = Self::new(Arc::clone(&state.policy));
+        let mut watch = store.watch(first)?;
+        while let Some(entry) = watch.next(Duration::ZERO)? {
+            let (next, followed) = state.follow(&entry)?;
+            state = next;
+            if followed.policy.is_some() {
+                history.push(Arc::clone(&state.policy));
+            }
+        }
+        Ok((state, history))
+    }
+
     pub fn new(policy: Arc<Policy>) -> Self {
         Self { policies: BTreeMap::from([(policy.revision, Arc::clone(&policy))]), newest: policy }
     }

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use crate::store::account::Accounts;
 use crate::store::rows::{self, Changed, RowError};
-use crate::store::{Entry, Store, StoreError};
+use crate::store::{Entry, Snapshot, Store, StoreError};
 
 pub mod directory;
 pub mod history;
@@ -57,9 +57,12 @@ pub enum LoadError {
 impl State {
     /// The store's newest revision.
     pub fn load(store: &dyn Store) -> Result<Self, LoadError> {
-        let snapshot = store.snapshot()?;
+        Self::of(&store.snapshot()?)
+    }
+
+    pub fn of(snapshot: &Snapshot) -> Result<Self, LoadError> {
         let (network, accounts) = rows::decode(&snapshot.rows)?;
-        let policy = Policy::compile(rows::policy_revision(&snapshot), &network)?;
+        let policy = Policy::compile(rows::policy_revision(snapshot), &network)?;
         Ok(Self { revision: snapshot.revision, policy: Arc::new(policy), accounts: Arc::new(accounts) })
     }
 

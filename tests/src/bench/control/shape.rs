@@ -10,7 +10,6 @@ use policy::{
     NodeState, Prefixes, Rule, RuleId, RuleSpec, Selector, ServiceRef,
 };
 
-
 /// Nodes of one cidr, where there are enough of them.
 const PER_CIDR: u32 = 100;
 /// A rule between two nodes needs cidrs that have nothing to do with each other.
