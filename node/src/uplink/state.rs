@@ -248,7 +248,7 @@ pub(super) mod tests {
         let whole = encode(&state);
         let nothing = Stored::default().encode_to_vec();
         let mut newer = whole.clone();
-        newer[MAGIC.len() - 2] = b'2';
+        newer[MAGIC.len() - 2] = b'3';
         let cases: [(&[u8], NodeId, &str); 6] = [
             (b"", node, "begin"),
             (b"garbage", node, "begin"),

@@ -243,10 +243,12 @@ fn verdict(allowed: bool) -> String {
     if allowed { "allow" } else { "deny" }.to_owned()
 }
 
-/// For cidrs whose addresses are not all alike: the prefixes of each class but the one that has the most of the cidr.
+/// For cidrs whose addresses are not all alike: the prefixes of each class but the one that has the most of the cidr. The
+/// node's own addresses, which have a class of their own, are meant wherever it is an end.
 fn labels(slice: &Slice, seen: &Tables) -> BTreeMap<(u32, u32), Vec<IpNet>> {
     let mut classes: BTreeMap<u32, BTreeMap<u32, Vec<IpNet>>> = BTreeMap::new();
-    for (prefix, (_, cidr)) in &slice.prefixes {
+    let is_own = |prefix: &IpNet| slice.local.addresses.iter().any(|address| IpNet::from(address) == *prefix);
+    for (prefix, (_, cidr)) in slice.prefixes.iter().filter(|(prefix, _)| !is_own(prefix)) {
         let leaf = representative(slice, *prefix).and_then(|address| seen.leaf(address));
         if let Some(leaf) = leaf.filter(|leaf| leaf.cidr == cidr.0) {
             classes.entry(cidr.0).or_default().entry(leaf.class).or_default().push(*prefix);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use policy::{NodeId, SliceDelta};
+use policy::{NodeId, SliceDelta, arbitrary};
 use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 
@@ -48,7 +48,7 @@ fn slice(revision: u64, peers: &BTreeMap<u32, Given>) -> Arc<Slice> {
         peer.allowed_ips = prefixes.iter().map(|prefix| prefix.parse().unwrap()).collect();
         (NodeId(100 + id), peer)
     };
-    let delta = SliceDelta { peers: peers.iter().map(peer).collect(), ..whole };
+    let delta = arbitrary::sealed(None, SliceDelta { peers: peers.iter().map(peer).collect(), ..whole });
     Arc::new(Slice::from_snapshot(delta).expect("a sound slice"))
 }
 
