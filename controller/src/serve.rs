@@ -210,7 +210,9 @@ async fn keep_house(context: Context, tls: Tls) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        context.dispatch.reports.retain(context.current.get().network());
+        let state = context.current.get();
+        context.dispatch.reports.retain(state.network());
+        context.dispatch.directory.retain(state.network());
         if clock::now() < renew_at {
             continue;
         }

@@ -18,9 +18,8 @@ use tokio::sync::{mpsc, oneshot};
 use super::audit::Actor;
 use super::draft::Draft;
 use super::request::{Outcome, Refusal, Request};
-use crate::follow::dispatcher::Dispatch;
 use crate::metrics::{self, Metrics};
-use crate::state::{Followed, LoadError, Policy, Publisher, State};
+use crate::state::{Followed, Followers, LoadError, Policy, Publisher, State};
 use crate::store::{Commit, Committed, Key, Precondition, RequestId, Store, StoreError, Watch, rows};
 
 /// Requests that wait; callers beyond wait for room.
@@ -73,13 +72,13 @@ impl Writer {
 pub fn spawn(
     store: Arc<dyn Store>,
     publisher: Publisher,
-    dispatch: Dispatch,
+    followers: impl Followers + 'static,
     metrics: Arc<Metrics>,
     clock: fn() -> u64,
 ) -> Result<(Writer, JoinHandle<()>), LoadError> {
     let (sender, queue) = mpsc::channel(QUEUE);
     let watch = store.watch(publisher.get().revision)?;
-    let work = Work { store, watch, publisher, dispatch, metrics, clock };
+    let work = Work { store, watch, publisher, followers: Box::new(followers), metrics, clock };
     let thread = std::thread::Builder::new().name("writer".to_owned()).spawn(move || work.run(queue));
     Ok((Writer(sender), thread.map_err(LoadError::Thread)?))
 }
@@ -89,7 +88,7 @@ struct Work {
     /// The store's log after what was published.
     watch: Watch,
     publisher: Publisher,
-    dispatch: Dispatch,
+    followers: Box<dyn Followers>,
     metrics: Arc<Metrics>,
     clock: fn() -> u64,
 }
@@ -305,7 +304,7 @@ impl Work {
                         (None, Some(first)) => all = Some(first),
                         (_, None) => {}
                     }
-                    self.dispatch.doubt(credentials);
+                    self.followers.doubt(credentials);
                 }
                 Err(error) => {
                     tracing::error!(%error, revision = %entry.revision, "a revision could not be followed");
@@ -322,7 +321,7 @@ impl Work {
         let policy = Arc::clone(&state.policy);
         self.publisher.publish(state);
         if let Some(affected) = affected {
-            self.dispatch.publish(policy, affected);
+            self.followers.publish(policy, affected);
         }
     }
 

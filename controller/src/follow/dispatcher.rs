@@ -18,9 +18,9 @@ use tonic::Status;
 use super::message::{Holds, Message, Messages, dismissal, endpoints, up_to_date};
 use super::report::{Reports, StreamId};
 use crate::metrics::{self, Metrics};
-use crate::state::Policy;
 use crate::state::directory::Directory;
 use crate::state::history::History;
+use crate::state::{Followers, Policy};
 
 /// From the first endpoint that moves to the message that names all that moved: a thousand nodes that connect at once are
 /// a few messages to each.
@@ -105,14 +105,14 @@ impl Dispatch {
         let _ = self.events.send(Event::Opened { follower, stream, signals, now });
         Following { events: self.events.clone(), node, stream, end, doubt }
     }
+}
 
-    /// A new policy, and whom it affects as against the one before.
-    pub fn publish(&self, policy: Arc<Policy>, affected: Affected) {
+impl Followers for Dispatch {
+    fn publish(&self, policy: Arc<Policy>, affected: Affected) {
         let _ = self.events.send(Event::Policy(policy, affected));
     }
 
-    /// Nodes whose certificates may be refused now.
-    pub fn doubt(&self, nodes: BTreeSet<NodeId>) {
+    fn doubt(&self, nodes: BTreeSet<NodeId>) {
         if !nodes.is_empty() {
             let _ = self.events.send(Event::Doubted(nodes));
         }
@@ -155,6 +155,8 @@ struct Stream {
     holds: Holds,
     /// The policy that it holds its slice of, if that is not the newest one: its queue was full.
     behind: Option<Arc<Policy>>,
+    /// Its queue was full: the thread hears when there is room.
+    is_full: bool,
 }
 
 struct Dispatcher {
@@ -209,7 +211,7 @@ impl Dispatcher {
         self.reports.open(node, id, version, now);
         let policy = Arc::clone(self.history.newest());
         let held = Holds { revision, digest };
-        let stream = Stream { id, queue, signals, holds: held, behind: None };
+        let stream = Stream { id, queue, signals, holds: held, behind: None, is_full: false };
         self.streams.insert(node, stream);
         let Some(message) = self.greeting(&policy, node, held) else {
             // It was active a moment ago.
@@ -296,7 +298,7 @@ impl Dispatcher {
     fn send(&mut self, node: NodeId, message: Message, old: &Arc<Policy>) {
         let Some(stream) = self.streams.get_mut(&node) else { return };
         let Message { response, holds, is_snapshot } = message;
-        match stream.queue.try_reserve() {
+        let is_full = match stream.queue.try_reserve() {
             Ok(room) => {
                 stream.holds = holds;
                 // The node may acknowledge it as soon as it is in the queue.
@@ -304,14 +306,18 @@ impl Dispatcher {
                 let kind = if is_snapshot { metrics::Update::Snapshot } else { metrics::Update::Delta };
                 self.metrics.update(kind, response.encoded_len());
                 room.send(Ok(response));
+                false
             }
             Err(mpsc::error::TrySendError::Full(())) => {
                 self.metrics.slow_nodes.inc();
                 stream.behind = Some(Arc::clone(old));
-                wait_for_room(&self.runtime, stream.queue.clone(), self.events.clone(), node, stream.id);
+                true
             }
             // Its task is about to say so.
-            Err(mpsc::error::TrySendError::Closed(_)) => {}
+            Err(mpsc::error::TrySendError::Closed(_)) => false,
+        };
+        if is_full {
+            self.wait_for_room(node);
         }
     }
 
@@ -319,6 +325,10 @@ impl Dispatcher {
     fn catch_up(&mut self, node: NodeId, id: StreamId) {
         let policy = Arc::clone(self.history.newest());
         let Some(stream) = self.streams.get_mut(&node).filter(|stream| stream.id == id) else { return };
+        stream.is_full = false;
+        if self.ungreeted.contains(&node) {
+            self.tick.get_or_insert_with(|| Instant::now() + GATHER);
+        }
         let Some(old) = stream.behind.take() else { return };
         let holds = stream.holds;
         let mut messages = Messages::new(Some(Arc::clone(&old)), Arc::clone(&policy), None, self.directory.clone());
@@ -382,32 +392,30 @@ impl Dispatcher {
         }
     }
 
-    /// A node whose queue is full is told with everything else once it has room.
+    /// A node whose queue is full is told everything once it has room.
     fn send_endpoints(&mut self, node: NodeId, seen: Bytes) {
         let Some(stream) = self.streams.get(&node).filter(|_| !seen.is_empty()) else { return };
         let response = v1::FollowResponse { update: Vec::new(), endpoints: vec![seen] };
         if let Err(mpsc::error::TrySendError::Full(_)) = stream.queue.try_send(Ok(response)) {
             self.ungreeted.insert(node);
-            self.tick.get_or_insert_with(|| Instant::now() + GATHER);
+            self.wait_for_room(node);
         }
+    }
+
+    /// Has the thread told, once, when a node's queue has room.
+    fn wait_for_room(&mut self, node: NodeId) {
+        let Some(stream) = self.streams.get_mut(&node).filter(|stream| !stream.is_full) else { return };
+        stream.is_full = true;
+        let (queue, events, stream) = (stream.queue.clone(), self.events.clone(), stream.id);
+        self.runtime.spawn(async move {
+            if queue.reserve().await.is_ok()
+                && let Some(events) = events.upgrade()
+            {
+                let _ = events.send(Event::HasRoom { node, stream });
+            }
+        });
     }
 }
 
 /// Bytes of greetings that are kept for the next ones.
 const GREETINGS: usize = 64 << 20;
-
-fn wait_for_room(
-    runtime: &Handle,
-    queue: mpsc::Sender<Queued>,
-    events: mpsc::WeakUnboundedSender<Event>,
-    node: NodeId,
-    stream: StreamId,
-) {
-    runtime.spawn(async move {
-        if queue.reserve().await.is_ok()
-            && let Some(events) = events.upgrade()
-        {
-            let _ = events.send(Event::HasRoom { node, stream });
-        }
-    });
-}

@@ -11,3 +11,5 @@
 pub mod dispatcher;
 mod message;
 pub mod report;
+#[cfg(test)]
+mod tests;

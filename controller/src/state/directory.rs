@@ -30,8 +30,9 @@ impl Directory {
         is_useful(network, address) && self.inner().insert(node, address) != Some(address)
     }
 
-    pub fn forget(&self, node: NodeId) {
-        self.inner().remove(&node);
+    /// Forgets nodes that are gone.
+    pub fn retain(&self, network: &Network) {
+        self.inner().retain(|node, _| network.nodes().contains_key(node));
     }
 }
 
@@ -69,7 +70,9 @@ mod tests {
             assert_eq!(directory.observe(&network, web, parse(address)), is_news, "{address}");
         }
         assert_eq!(directory.of([web, NodeId(9_999)]), [(web, parse("[2001:db8::1]:1"))]);
-        directory.forget(web);
+        directory.retain(&network);
+        assert!(directory.get(web).is_some());
+        directory.retain(&crate::fixture::empty());
         assert_eq!(directory.get(web), None);
     }
 }

@@ -64,3 +64,61 @@ impl History {
         self.policies.range(..=revision).next_back().map(|(_, policy)| policy)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{NOW, allow, apply, network};
+    use crate::store::account::Accounts;
+    use crate::store::memory::MemoryStore;
+    use crate::store::{Commit, Op, Precondition, rows};
+
+    /// A store with the fixture's network at revision 1, and a rule more with each of `revisions`.
+    fn store(revisions: u64) -> MemoryStore {
+        let (store, mut network) = (MemoryStore::new(), network());
+        let commit = |revision, ops: Vec<Op>| {
+            let preconditions = vec![Precondition::At(Revision(revision))];
+            let commit = Commit { request: None, preconditions, ops, audit: Vec::new(), time: NOW };
+            store.commit(&commit).expect("committed");
+        };
+        commit(0, rows::of_everything(&network, &Accounts::default()));
+        network.take_touched();
+        for port in 1..=revisions {
+            apply(&mut network, &allow(&format!("r{port}"), "cidr:app", "cidr:db", &format!("tcp/{port}")));
+            let touched = network.take_touched();
+            commit(port, rows::of_policy(&network, &touched));
+        }
+        store
+    }
+
+    #[test]
+    fn a_start_finds_the_policies_of_the_log() {
+        let store = store(5);
+        let (state, history) = History::load(&store).expect("loads");
+        assert_eq!(state.revision, Revision(6));
+        assert!(Arc::ptr_eq(history.newest(), &state.policy));
+        let loaded = State::load(&store).expect("a state");
+        for node in state.network().nodes().keys() {
+            let slice = |policy: &Policy| policy.matrix.slice(*node, Revision(1));
+            assert_eq!(slice(&state.policy), slice(&loaded.policy));
+        }
+        for revision in 1..=6 {
+            let policy = history.at(Revision(revision)).expect("is kept");
+            assert_eq!(policy.revision, Revision(revision));
+            assert_eq!(policy.network().rules().len() as u64, revision);
+        }
+        assert!(history.at(Revision(0)).is_none());
+    }
+
+    #[test]
+    fn the_oldest_policies_go_first() {
+        let network = network();
+        let policy = |revision| Arc::new(Policy::compile(Revision(revision), &network).expect("within limits"));
+        let mut history = History::new(policy(1));
+        let kept = KEPT as u64;
+        (2..=kept + 1).for_each(|revision| history.push(policy(2 * revision)));
+        assert!(history.at(Revision(3)).is_none(), "revision 1 is gone");
+        assert_eq!(history.at(Revision(5)).expect("is kept").revision, Revision(4), "the newest one then");
+        assert_eq!(history.newest().revision, Revision(2 * kept + 2));
+    }
+}

@@ -102,6 +102,15 @@ impl State {
 #[derive(Clone, Debug)]
 pub struct Current(watch::Receiver<Arc<State>>);
 
+/// The nodes that follow, as those see them who make policies.
+pub trait Followers: std::fmt::Debug + Send {
+    /// A new policy, and whom it affects as against the one before. Does not wait for a node.
+    fn publish(&self, policy: Arc<Policy>, affected: Affected);
+
+    /// Nodes whose certificates may be refused now.
+    fn doubt(&self, nodes: BTreeSet<NodeId>);
+}
+
 /// The writer's end of a [`Current`].
 #[derive(Debug)]
 pub struct Publisher(watch::Sender<Arc<State>>);

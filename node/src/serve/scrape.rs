@@ -18,7 +18,8 @@ use crate::enforce::reconcile::Step;
 use crate::kernel::inspect::Counters;
 use crate::kernel::{Attachment, Backend, Device, Program};
 use crate::verify::finding::{Finding, Record};
-use crate::view::status::{Context, seconds};
+use crate::view::status::Context;
+use host::clock::seconds;
 use host::error::chain;
 
 /// One metric with all its label sets. A counter's name is without its `_total`.

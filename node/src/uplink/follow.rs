@@ -8,12 +8,13 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use controller_api::convert::{FollowError, Followed, digest_to_wire};
 use controller_api::refusal::Refusal;
 use controller_api::v1::sync_client::SyncClient;
 use controller_api::{defaults, v1};
+use host::clock::now;
 use policy::{DeltaError, Generation, NodeId, Revision, Slice, SliceDelta};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -408,11 +409,6 @@ pub fn backoff(attempt: u32, random: u32) -> Duration {
 
 fn random() -> u32 {
     getrandom::u32().unwrap_or(u32::MAX / 2)
-}
-
-/// Seconds since the epoch.
-pub fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 #[cfg(test)]

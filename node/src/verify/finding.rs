@@ -10,8 +10,8 @@ use policy::{Generation, RuleId, Slice};
 use crate::kernel::KernelError;
 use crate::lower::Tables;
 use crate::verify::verify;
-use crate::view::status::seconds;
 use crate::view::{Differing, Verified};
+use host::clock::seconds;
 use host::error::chain;
 
 /// What should be in force.

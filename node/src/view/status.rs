@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ebpf_common::underlay;
+use host::clock::seconds;
 use host::error::chain;
 
 use super::{Guard, GuardAttachment, Peer, PeerState, Status};
@@ -146,9 +147,4 @@ pub fn peers(enforcer: &mut Enforcer) -> Result<Vec<Peer>, String> {
         .collect();
     peers.sort_by(|a, b| (a.name.is_none(), &a.name).cmp(&(b.name.is_none(), &b.name)));
     Ok(peers)
-}
-
-/// Seconds since the epoch.
-pub fn seconds(time: std::time::SystemTime) -> Option<u64> {
-    time.duration_since(std::time::UNIX_EPOCH).ok().map(|since| since.as_secs())
 }

@@ -29,7 +29,6 @@ mod verifier;
 use std::path::PathBuf;
 
 use aya::Ebpf;
-use aya::programs::SchedClassifier;
 use ebpf_common::{EGRESS, INGRESS};
 use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
@@ -37,6 +36,7 @@ use policy::{Generation, Revision};
 
 use self::attach::early_drop::EarlyDropProgram;
 use self::attach::pin::{self, Pins};
+use self::attach::pinned::{is_enforced, is_pinned_first, pinned_program};
 use self::attach::{Attached, Hook, POLICY};
 use self::count::counters::CounterMaps;
 use self::program::{Instance, classifier};
@@ -352,29 +352,6 @@ impl Loaded {
         let program = classifier(&mut self.ebpf)?;
         pin::replace(&pins.program(direction), |path| program.pin(path))
     }
-}
-
-/// Id of the program that whoever was here before had attached.
-fn pinned_program(pins: &Pins, direction: u32) -> Option<u32> {
-    Some(SchedClassifier::from_pin(pins.program(direction)).ok()?.info().ok()?.id())
-}
-
-fn is_pinned_first(hook: &Hook<'_>, pins: &Pins) -> Result<bool, KernelError> {
-    let Some(program) = pinned_program(pins, hook.direction) else { return Ok(false) };
-    Ok(hook.has(AttachMethod::Tcx, program)? || hook.has(AttachMethod::Clsact, program)?)
-}
-
-/// Whether an earlier process's program is attached in some direction, wherever among others.
-fn is_enforced(hooks: &[Hook<'_>; 2], pins: &Pins) -> Result<bool, KernelError> {
-    for hook in hooks {
-        let Some(program) = pinned_program(pins, hook.direction) else { continue };
-        for attachment in [AttachMethod::Tcx, AttachMethod::Clsact] {
-            if hook.programs(attachment)?.contains(&Some(program)) {
-                return Ok(true);
-            }
-        }
-    }
-    Ok(false)
 }
 
 impl Datapath for EbpfDatapath {

@@ -4,6 +4,7 @@ pub(crate) mod clsact;
 pub(crate) mod early_drop;
 mod neighbours;
 pub(crate) mod pin;
+pub(crate) mod pinned;
 pub(crate) mod xdp;
 
 use std::path::{Path, PathBuf};
