@@ -7,17 +7,17 @@ use crate::kernel::datapath::attach::pin::Pins;
 use crate::kernel::{AttachMethod, KernelError};
 
 /// Id of the program that whoever was here before had attached.
-pub fn pinned_program(pins: &Pins, direction: u32) -> Option<u32> {
+pub(crate) fn pinned_program(pins: &Pins, direction: u32) -> Option<u32> {
     Some(SchedClassifier::from_pin(pins.program(direction)).ok()?.info().ok()?.id())
 }
 
-pub fn is_pinned_first(hook: &Hook<'_>, pins: &Pins) -> Result<bool, KernelError> {
+pub(crate) fn is_pinned_first(hook: &Hook<'_>, pins: &Pins) -> Result<bool, KernelError> {
     let Some(program) = pinned_program(pins, hook.direction) else { return Ok(false) };
     Ok(hook.has(AttachMethod::Tcx, program)? || hook.has(AttachMethod::Clsact, program)?)
 }
 
 /// Whether an earlier process's program is attached in some direction, wherever among others.
-pub fn is_enforced(hooks: &[Hook<'_>; 2], pins: &Pins) -> Result<bool, KernelError> {
+pub(crate) fn is_enforced(hooks: &[Hook<'_>; 2], pins: &Pins) -> Result<bool, KernelError> {
     for hook in hooks {
         let Some(program) = pinned_program(pins, hook.direction) else { continue };
         for attachment in [AttachMethod::Tcx, AttachMethod::Clsact] {
