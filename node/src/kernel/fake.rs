@@ -1,6 +1,8 @@
 //! A kernel in memory: the traits of this module over one shared world, with steps that fail on demand. For tests of
 //! what is above.
 
+mod remembered;
+
 use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
@@ -17,6 +19,8 @@ use super::{
 };
 use crate::key::PrivateKey;
 use crate::lower::Tables;
+
+pub use remembered::RememberedWireGuard;
 
 /// MTU of a link that nobody has set.
 const FRESH_MTU: u32 = 1500;

@@ -13,15 +13,14 @@ use controller_api::invitation::Invitation;
 use node::config::{self, Flags, Metrics, Port};
 use node::enforce::guard::Watch;
 use node::enforce::{Enforcer, Setup};
-use node::kernel::fake::{FakeKernel, FakeWireGuard};
-use node::kernel::{Backend, Device, DevicePeer, KernelError, PeerConfig, WireGuard};
-use node::key::PrivateKey;
+use node::kernel::Backend;
+use node::kernel::fake::{FakeKernel, RememberedWireGuard};
 use node::lower::RuleSlots;
 use node::uplink::follow::{self, Enforced};
 use node::uplink::identity::Keys;
 use node::uplink::join;
 use node::uplink::journal::Journal;
-use policy::{Generation, NodeId, PublicKey, Slice};
+use policy::{Generation, NodeId, Slice};
 use tokio::sync::{OwnedSemaphorePermit, watch};
 
 use super::crowd::{Event, Events};
@@ -145,7 +144,7 @@ pub(super) async fn join(state_dir: &Path, invitation: &Invitation) -> Result<()
 fn enforcer(state_dir: &Path, listen_port: u16, enforced: watch::Sender<Enforced>) -> Result<Enforcer> {
     let kernel = FakeKernel::new(Backend::Userspace);
     let setup = Setup {
-        wireguard: Box::new(Remembered { inner: kernel.wireguard(), device: None }),
+        wireguard: Box::new(RememberedWireGuard::new(kernel.wireguard())),
         link: Box::new(kernel.link()),
         datapath: Box::new(kernel.datapath()),
         guard: Watch::none(),
@@ -163,67 +162,4 @@ fn enforcer(state_dir: &Path, listen_port: u16, enforced: watch::Sender<Enforced
     let mut enforcer = Enforcer::new(setup, enforced, names);
     enforcer.round();
     Ok(enforcer)
-}
-
-/// WireGuard in memory, in which a peer costs what it does in the kernel: nothing that grows with the others.
-#[derive(Debug)]
-struct Remembered {
-    inner: FakeWireGuard,
-    device: Option<Device>,
-}
-
-impl Remembered {
-    fn device(&mut self) -> Result<&mut Device, KernelError> {
-        self.device.as_mut().ok_or_else(|| KernelError::new("nothing serves the link"))
-    }
-}
-
-impl WireGuard for Remembered {
-    fn backend(&self) -> Backend {
-        self.inner.backend()
-    }
-
-    fn create(&mut self) -> Result<(), KernelError> {
-        self.inner.create()
-    }
-
-    fn serve(&mut self) -> Result<(), KernelError> {
-        self.device.get_or_insert_default();
-        Ok(())
-    }
-
-    fn observe(&mut self) -> Result<Option<Device>, KernelError> {
-        Ok(self.device.clone())
-    }
-
-    fn set_device(&mut self, key: &PrivateKey, listen_port: u16) -> Result<(), KernelError> {
-        let device = self.device()?;
-        (device.public_key, device.listen_port) = (Some(key.public()), listen_port);
-        Ok(())
-    }
-
-    fn set_peer(&mut self, peer: &PeerConfig) -> Result<(), KernelError> {
-        let peers = &mut self.device()?.peers;
-        let endpoint = peer.endpoint.or_else(|| peers.get(&peer.public_key).and_then(|known| known.endpoint));
-        let fresh = DevicePeer {
-            endpoint,
-            allowed_ips: peer.allowed_ips.clone(),
-            persistent_keepalive: peer.persistent_keepalive,
-            last_handshake: None,
-            received_bytes: 0,
-            sent_bytes: 0,
-        };
-        peers.insert(peer.public_key, fresh);
-        Ok(())
-    }
-
-    fn remove_peer(&mut self, peer: &PublicKey) -> Result<(), KernelError> {
-        self.device()?.peers.remove(peer);
-        Ok(())
-    }
-
-    fn destroy(&mut self) -> Result<(), KernelError> {
-        self.device = None;
-        self.inner.destroy()
-    }
 }
