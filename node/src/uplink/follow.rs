@@ -25,6 +25,7 @@ use tonic::{Code, Status, Streaming};
 use crate::config::Settings;
 use crate::uplink::identity::{Identity, IdentityError, Keys};
 use crate::uplink::join::{self, JoinError, ReachError};
+use crate::uplink::renewal;
 
 /// What the kernel enforces, as the controller hears it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -108,8 +109,6 @@ struct Follower {
 const OUTBOX: usize = 4;
 /// A session that lasted this long was a good one: waits begin anew after it.
 const GOOD_SESSION: Duration = Duration::from_secs(10);
-/// Between two attempts to renew the certificate.
-const RENEW_AGAIN: Duration = Duration::from_secs(60);
 
 /// Follows the controller for ever. `held` is the slice from disk.
 pub fn start(settings: &Settings, held: Option<Arc<Slice>>, enforced: watch::Receiver<Enforced>) -> Handle {
@@ -203,7 +202,7 @@ impl Follower {
         let mut updates = sync.follow(ReceiverStream::new(requests)).await.map_err(status_error)?.into_inner();
         self.connected(channel, revision);
         let mut greeted = false;
-        let mut renewal = Box::pin(tokio::time::sleep(until_renewal(identity)));
+        let mut renewal = Box::pin(tokio::time::sleep(renewal::wait(identity)));
         loop {
             tokio::select! {
                 followed = next(&mut updates) => {
@@ -263,21 +262,21 @@ impl Follower {
 
     /// Renews the certificate, and says how long until the next time. Until then the old one serves.
     async fn renew(&self, sync: &mut SyncClient<Channel>, identity: &mut Identity, keys: &Keys) -> Duration {
-        match renewed(sync, identity, keys).await {
+        match renewal::renewed(sync, identity, keys).await {
             Ok(fresh) => {
                 if let Err(error) = fresh.store(&self.state_dir) {
                     tracing::warn!(%error, "renewed certificate cannot be stored");
-                    return RENEW_AGAIN;
+                    return renewal::AGAIN;
                 }
                 *identity = fresh;
                 let end = identity.validity().map_or(0, |(_, end)| end);
                 self.connection.send_modify(|connection| connection.certificate_expires_at = end);
                 tracing::info!(expires_at = end, "certificate renewed");
-                until_renewal(identity).max(RENEW_AGAIN)
+                renewal::wait(identity).max(renewal::AGAIN)
             }
             Err(error) => {
                 tracing::warn!(error, "certificate cannot be renewed; trying again");
-                RENEW_AGAIN
+                renewal::AGAIN
             }
         }
     }
@@ -351,22 +350,6 @@ fn acknowledgement(enforced: Enforced) -> v1::FollowRequest {
     v1::FollowRequest { kind: Some(v1::follow_request::Kind::Acknowledgement(acknowledgement)) }
 }
 
-async fn renewed(sync: &mut SyncClient<Channel>, identity: &Identity, keys: &Keys) -> Result<Identity, String> {
-    let text = |error: IdentityError| error.to_string();
-    let mut request =
-        tonic::Request::new(v1::RenewRequest { certificate_request: keys.certificate_request().map_err(text)? });
-    request.set_timeout(defaults::REQUEST_TIMEOUT);
-    let response = sync.renew(request).await.map_err(|status| status.message().to_owned())?;
-    let v1::RenewResponse { certificate } = response.into_inner();
-    let named = |der: &[u8]| controller_api::identity::Identity::of_certificate(der).map_err(|error| error.to_string());
-    if named(&certificate)? != named(&identity.certificate)? {
-        return Err("the new certificate names another node".to_owned());
-    }
-    let fresh = Identity { certificate, ..identity.clone() };
-    keys.client_identity(&fresh).map_err(text)?;
-    Ok(fresh)
-}
-
 impl From<ReachError> for SessionError {
     fn from(error: ReachError) -> Self {
         match error {
@@ -386,17 +369,6 @@ fn status_error(status: Status) -> SessionError {
         }
         _ => SessionError::Broken(status.message().to_owned()),
     }
-}
-
-fn until_renewal(identity: &Identity) -> Duration {
-    identity
-        .validity()
-        .map_or(RENEW_AGAIN, |(begin, end)| Duration::from_secs(renew_at(begin, end).saturating_sub(now())))
-}
-
-/// When a certificate that is good from `begin` to `end` (seconds since the epoch) is renewed.
-fn renew_at(begin: u64, end: u64) -> u64 {
-    begin + defaults::renew_after(Duration::from_secs(end.saturating_sub(begin))).as_secs()
 }
 
 /// The wait before attempt number `attempt`: doubled each time up to a bound, and of that a random part between the half
@@ -431,12 +403,6 @@ mod tests {
         for attempt in [20, u32::MAX] {
             check(attempt, u32::MAX, 1_000, defaults::RECONNECT_MAX.as_millis() as u64);
         }
-    }
-
-    #[test]
-    fn a_certificate_is_renewed_at_two_thirds_of_its_life() {
-        assert_eq!(renew_at(1_000, 1_000 + 86_400), 1_000 + 86_400 * 66 / 100);
-        assert_eq!(renew_at(5, 1), 5);
     }
 
     #[test]

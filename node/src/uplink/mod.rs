@@ -5,4 +5,5 @@ pub mod identity;
 pub mod join;
 pub mod journal;
 pub mod leave;
+mod renewal;
 pub mod state;
