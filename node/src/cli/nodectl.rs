@@ -218,6 +218,10 @@ fn status(status: &Status) -> String {
     }
     line("repairs", format!("{} since the daemon started", status.drift_repairs));
     line("certificate", until(status.certificate_expires_at));
+    if !status.lacks.is_empty() {
+        let features = status.lacks.join(", ");
+        line("lacks", loud(&format!("{features}: denied until `noded` is a newer version"), colour()));
+    }
     if let Some(error) = &status.error {
         line("error", loud(error, colour()));
     }

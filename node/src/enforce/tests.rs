@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use policy::Change;
+use policy::{Action, Change, Flow, SliceRule};
 
 use super::*;
 use crate::fixture;
@@ -166,6 +166,29 @@ fn a_refused_step_is_reported_and_the_next_round_reports_that_it_is_done() {
     );
     assert_eq!(node.state().unwrap().revision, Revision(6));
     assert!(node.enforcer.repairs.is_empty(), "trying again is no drift");
+}
+
+/// A newer controller may send a rule with a condition of which this version knows nothing.
+#[test]
+fn what_is_not_understood_is_denied_and_reported() {
+    let mut node = Node::new();
+    let slice = fixture::slice(&fixture::network(), "web1", 5, None);
+    let address = |slice: &Slice| slice.local.addresses.v4().unwrap().into();
+    let app = fixture::slice(&fixture::network(), "app1", 5, None);
+    let flow = Flow { source: address(&slice), destination: address(&app), protocol: 6, port: 8080 };
+    assert_eq!(slice.verdict(&flow).action, Action::Allow);
+    let mut newer = (*slice).clone();
+    for (id, rule) in &slice.rules {
+        newer.rules.insert(*id, SliceRule { requires: ["schedule".to_owned()].into(), ..rule.clone() });
+    }
+    node.enforcer.enforce(Arc::new(newer));
+    let enforced = node.enforced.borrow().clone();
+    assert_eq!((enforced.revision, enforced.error, enforced.lacks), (Revision(5), None, vec!["schedule".to_owned()]));
+    assert_eq!(node.enforcer.intent.as_ref().unwrap().slice.verdict(&flow).action, Action::Deny);
+    // The rule without the condition is in force as before.
+    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 6, None));
+    assert_eq!(node.enforced.borrow().lacks, [""; 0]);
+    assert_eq!(node.enforcer.intent.as_ref().unwrap().slice.verdict(&flow).action, Action::Allow);
 }
 
 /// Breaks if the policy waits for the rest of the interface, which may take long to read.

@@ -51,6 +51,9 @@ pub struct Status {
     pub drift_repairs: u64,
     /// Seconds since the epoch.
     pub certificate_expires_at: u64,
+    /// What the policy requires that this version does not understand: what that concerns is denied.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lacks: Vec<String>,
     /// What could not be enforced, and why.
     pub error: Option<String>,
 }

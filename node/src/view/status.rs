@@ -67,6 +67,7 @@ pub fn status(enforcer: &mut Enforcer, context: &Context) -> Result<Status, Stri
         guard,
         drift_repairs: enforcer.repairs.values().sum(),
         certificate_expires_at: context.certificate_expires_at,
+        lacks: enforcer.lacks.clone(),
         error: enforcer.refused.clone().or_else(|| enforcer.error.clone()),
     })
 }
