@@ -179,13 +179,15 @@ impl Dispatcher {
         loop {
             let event = match self.tick {
                 None => events.blocking_recv(),
-                Some(tick) => match self.runtime.block_on(async { tokio::time::timeout_at(tick.into(), events.recv()).await }) {
-                    Ok(event) => event,
-                    Err(_) => {
-                        self.tell_endpoints();
-                        continue;
+                Some(tick) => {
+                    match self.runtime.block_on(async { tokio::time::timeout_at(tick.into(), events.recv()).await }) {
+                        Ok(event) => event,
+                        Err(_) => {
+                            self.tell_endpoints();
+                            continue;
+                        }
                     }
-                },
+                }
             };
             match event {
                 Some(Event::Opened { follower, stream, signals, now }) => self.open(follower, stream, signals, now),
@@ -294,10 +296,12 @@ impl Dispatcher {
         let Some(stream) = self.streams.get_mut(&node) else { return };
         let Message { response, holds, is_snapshot } = message;
         let size = response.encoded_len();
-        match stream.queue.try_send(Ok(response)) {
-            Ok(()) => {
+        match stream.queue.try_reserve() {
+            Ok(room) => {
                 stream.holds = holds;
+                // First: a quick node acknowledges at once what it was sent.
                 self.reports.sent(node, stream.id, holds.revision);
+                room.send(Ok(response));
                 let kind = if is_snapshot { metrics::Update::Snapshot } else { metrics::Update::Delta };
                 self.metrics.update(kind, size);
             }
@@ -330,9 +334,10 @@ impl Dispatcher {
     fn dismiss(&mut self, node: NodeId, old: Option<&Arc<Policy>>, revision: Revision) {
         let last = old.and_then(|old| dismissal(old, node, revision));
         if let (Some(last), Some(stream)) = (last, self.streams.get(&node))
-            && stream.queue.try_send(Ok(last)).is_ok()
+            && let Ok(room) = stream.queue.try_reserve()
         {
             self.reports.sent(node, stream.id, revision);
+            room.send(Ok(last));
         }
         self.end(node, End::Dismissed);
     }
