@@ -343,3 +343,6 @@ impl Work {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
