@@ -46,6 +46,9 @@ pub(super) struct Holds {
     pub(super) digest: Digest,
 }
 
+/// What a node stood for, if it is known, and what it stands for now.
+type Turn = (Option<Arc<Role>>, Arc<Role>);
+
 /// Messages that lead to one policy from another one, or from nothing.
 #[derive(Debug)]
 pub(super) struct Messages {
@@ -55,7 +58,7 @@ pub(super) struct Messages {
     changed: Option<BTreeSet<NodeId>>,
     directory: Directory,
     cidrs: Option<Part>,
-    roles: HashMap<(Option<Arc<Role>>, Arc<Role>), (Part, Bytes)>,
+    roles: HashMap<Turn, (Part, Bytes)>,
     size: usize,
 }
 
