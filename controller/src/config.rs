@@ -2,13 +2,17 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use controller_api::defaults::{
-    CONTROLLER_CONFIG, CONTROLLER_LISTEN, CONTROLLER_METRICS, CONTROLLER_SOCKET, CONTROLLER_STATE_DIR,
+    CONTROLLER_CONFIG, CONTROLLER_LISTEN, CONTROLLER_METRICS, CONTROLLER_SOCKET, CONTROLLER_STATE_DIR, HISTORY_AGE,
+    HISTORY_REVISIONS,
 };
+use controller_api::nearest::nearest;
+use jiff::{Span, SpanRelativeTo};
 use serde::Deserialize;
 
-use controller_api::nearest::nearest;
+use crate::store::Keep;
 
 /// One setting, for the sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +45,32 @@ settings! {
     "metrics" metrics: SocketAddr = CONTROLLER_METRICS;
     /// The database, and the authority's key. Whoever reads it can let anybody into the network.
     "state-dir" state_dir: PathBuf = CONTROLLER_STATE_DIR;
+    /// How many of the newest revisions are kept, for `meshctl history` and `meshctl policy show --at`; at least 1024. What
+    /// is older than `history-age` is not kept either.
+    "history-revisions" history_revisions: u64 = "16384";
+    /// How old a revision may be that is kept; at least `1h`.
+    "history-age" history_age: Age = "90d";
+}
+
+/// Fewer revisions would not do: by them a request that is repeated is known.
+const REVISIONS_MIN: u64 = 1_024;
+/// As above.
+const AGE_MIN: Duration = Duration::from_secs(3_600);
+
+/// A span of time: `90d`, `12h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+struct Age(Duration);
+
+impl TryFrom<String> for Age {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let span = |text: &str| text.parse::<Span>()?.to_duration(SpanRelativeTo::days_are_24_hours());
+        let wrong = |reason: String| format!("`{text}` is not a span of time: {reason}; write it like `90d` or `12h`");
+        let span = span(&text).map_err(|error| wrong(error.to_string()))?;
+        Duration::try_from(span).map(Self).map_err(|_| wrong("it is negative".to_owned()))
+    }
 }
 
 /// Where `controllerd serve` listens and what it serves.
@@ -50,6 +80,8 @@ pub struct Config {
     pub socket: PathBuf,
     pub metrics: SocketAddr,
     pub state_dir: PathBuf,
+    /// How much of the store's history is kept.
+    pub keep: Keep,
 }
 
 /// What the command line says, which goes before the file.
@@ -72,6 +104,8 @@ pub enum ConfigError {
     },
     #[error("configuration `{}` is not valid: {reason}", path.display())]
     Syntax { path: PathBuf, reason: String },
+    #[error("configuration `{}` has a `{name}` of `{value}`; it must be at least `{min}`", path.display())]
+    TooSmall { path: PathBuf, name: &'static str, value: String, min: String },
     #[error("configuration `{}` has an unknown setting `{name}`{hint}; known are {known}", path.display())]
     Unknown { path: PathBuf, name: String, hint: String, known: String },
 }
@@ -90,6 +124,10 @@ impl Config {
             socket: overrides.socket.or(file.socket).unwrap_or_else(|| CONTROLLER_SOCKET.into()),
             metrics: overrides.metrics.or(file.metrics).unwrap_or_else(|| address(CONTROLLER_METRICS)),
             state_dir: overrides.state_dir.or(file.state_dir).unwrap_or_else(|| CONTROLLER_STATE_DIR.into()),
+            keep: Keep {
+                revisions: file.history_revisions.unwrap_or(HISTORY_REVISIONS as u64),
+                age: file.history_age.map_or(HISTORY_AGE, |Age(age)| age),
+            },
         })
     }
 }
@@ -111,7 +149,16 @@ fn parse(path: &Path, text: &str) -> Result<File, ConfigError> {
         let known = known().map(|known| format!("`{known}`")).collect::<Vec<_>>().join(", ");
         return Err(ConfigError::Unknown { path: path.to_owned(), name: name.clone(), hint, known });
     }
-    toml::from_str(text).map_err(syntax)
+    let file: File = toml::from_str(text).map_err(syntax)?;
+    let too_small =
+        |name, value: String, min: String| ConfigError::TooSmall { path: path.to_owned(), name, value, min };
+    if let Some(revisions) = file.history_revisions.filter(|revisions| *revisions < REVISIONS_MIN) {
+        return Err(too_small("history-revisions", revisions.to_string(), REVISIONS_MIN.to_string()));
+    }
+    if let Some(Age(age)) = file.history_age.filter(|Age(age)| *age < AGE_MIN) {
+        return Err(too_small("history-age", format!("{}s", age.as_secs()), "1h".to_owned()));
+    }
+    Ok(file)
 }
 
 /// The commented sample: every setting with its default.
@@ -124,7 +171,9 @@ pub fn sample() -> String {
         for line in *meaning {
             text.push_str(&format!("#{line}\n"));
         }
-        text.push_str(&format!("# {name} = \"{default}\"\n"));
+        let is_number = default.bytes().all(|byte| byte.is_ascii_digit());
+        let value = if is_number { default.to_string() } else { format!("\"{default}\"") };
+        text.push_str(&format!("# {name} = {value}\n"));
     }
     text
 }
@@ -147,7 +196,7 @@ mod tests {
     fn the_sample_uncommented_says_the_defaults() {
         let text: String = sample()
             .lines()
-            .filter_map(|line| line.strip_prefix("# ").filter(|line| line.contains(" = \"")))
+            .filter_map(|line| line.strip_prefix("# ").filter(|line| line.contains(" = ")))
             .map(|line| format!("{line}\n"))
             .collect();
         let file = parse(Path::new("sample"), &text).expect("a configuration");
@@ -156,6 +205,8 @@ mod tests {
         assert_eq!(file.socket, Some(defaults.socket));
         assert_eq!(file.metrics, Some(defaults.metrics));
         assert_eq!(file.state_dir, Some(defaults.state_dir));
+        assert_eq!(file.history_revisions, Some(defaults.keep.revisions));
+        assert_eq!(file.history_age, Some(Age(defaults.keep.age)));
     }
 
     #[test]
@@ -163,9 +214,16 @@ mod tests {
         for (text, expected) in [
             ("lisen = \"[::]:1\"", "`lisen` (did you mean `listen`?)"),
             ("state_dir = \"/x\"", "`state_dir` (did you mean `state-dir`?)"),
-            ("colour = 1", "unknown setting `colour`; known are `listen`, `socket`, `metrics`, `state-dir`"),
+            (
+                "colour = 1",
+                "unknown setting `colour`; known are `listen`, `socket`, `metrics`, `state-dir`, `history-revisions`, `history-age`",
+            ),
             ("listen = \"nowhere\"", "invalid socket address"),
             ("listen = ", "is not valid"),
+            ("history-age = \"soon\"", "`soon` is not a span of time"),
+            ("history-age = \"-3d\"", "it is negative"),
+            ("history-age = \"10m\"", "`history-age` of `600s`; it must be at least `1h`"),
+            ("history-revisions = 5", "`history-revisions` of `5`; it must be at least `1024`"),
         ] {
             let error = parse(Path::new("controller.toml"), text).expect_err(text).to_string();
             assert!(error.contains(expected) && error.contains("`controller.toml`"), "{error}");

@@ -25,11 +25,13 @@ use crate::socket::tls::{self as tls_socket, Tls};
 use crate::socket::{admission, unix};
 use crate::state::history::History;
 use crate::state::{self, State};
-use crate::store::Store;
 use crate::store::sqlite::SqliteStore;
+use crate::store::{Keep, Store};
 
 /// How often certificates and what is known of nodes are looked after.
 const HOUSEKEEPING: Duration = Duration::from_secs(60);
+/// How often revisions are folded that need not be kept.
+const COMPACTION: Duration = Duration::from_secs(60);
 /// How often the writer is looked after.
 const DEATH_CHECK: Duration = Duration::from_millis(100);
 /// How long open calls may take to end when the controller stops.
@@ -127,6 +129,7 @@ async fn run(config: &Config) -> Result<Ended> {
     let mut servers = tokio::spawn(grpc::serve(routes, incoming, stop.clone()));
     let metrics = tokio::spawn(serve_metrics(scraped, &context, stop.clone()));
     let housekeeping = tokio::spawn(keep_house(context.clone(), tls));
+    let compaction = tokio::spawn(compact(Arc::clone(&context.store), config.keep));
     tracing::info!(
         network = %context.authority.network(),
         revision = context.current.get().policy.revision.0,
@@ -144,6 +147,7 @@ async fn run(config: &Config) -> Result<Ended> {
         servers.abort();
     }
     housekeeping.abort();
+    compaction.abort();
     metrics.abort();
     let _ = std::fs::remove_file(&config.socket);
     Ok((ended, writer))
@@ -223,6 +227,28 @@ async fn keep_house(context: Context, tls: Tls) {
                 tracing::info!("the controller's certificate was renewed");
             }
             Err(error) => tracing::warn!(%error, "the controller's certificate could not be renewed"),
+        }
+    }
+}
+
+/// Folds what need not be kept, step by step, so that the writer never waits for long.
+async fn compact(store: Arc<dyn Store>, keep: Keep) {
+    let mut ticks = interval(COMPACTION);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let mut more = true;
+        while more {
+            let store = Arc::clone(&store);
+            let step = tokio::task::spawn_blocking(move || store.compact(keep, clock::now())).await;
+            more = match step {
+                Ok(Ok(more)) => more,
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "old revisions could not be compacted");
+                    false
+                }
+                Err(_) => return,
+            };
         }
     }
 }

@@ -220,7 +220,7 @@ async fn a_request_is_done_once_and_conflicts_are_told() {
     dry.dry_run = true;
     let dry = root.change(dry).await.expect("would do").into_inner();
     assert_eq!(dry.revision, first.revision);
-    let network = root.get_network(v1::GetNetworkRequest {}).await.expect("a network").into_inner();
+    let network = root.get_network(v1::GetNetworkRequest::default()).await.expect("a network").into_inner();
     assert_eq!((network.revision, network.network.expect("one").groups.len()), (first.revision, 1));
     let taken = root.change(change_request("", &add("one"))).await.expect_err("taken");
     assert!(taken.code() == Code::FailedPrecondition && taken.message().contains("`one`"), "{taken:?}");

@@ -24,7 +24,7 @@ use tonic_health::pb::health_client::HealthClient;
 const DAY: Duration = Duration::from_secs(86_400);
 
 async fn admin(channel: Channel) -> Result<u64, Status> {
-    let response = AdminClient::new(channel).get_network(v1::GetNetworkRequest {}).await?;
+    let response = AdminClient::new(channel).get_network(v1::GetNetworkRequest::default()).await?;
     Ok(response.into_inner().revision)
 }
 

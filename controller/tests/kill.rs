@@ -61,7 +61,7 @@ fn add_group(number: u64) -> v1::ChangeRequest {
 }
 
 async fn groups(admin: &mut AdminClient<Channel>) -> BTreeSet<String> {
-    let network = admin.get_network(v1::GetNetworkRequest {}).await.expect("a network").into_inner().network;
+    let network = admin.get_network(v1::GetNetworkRequest::default()).await.expect("a network").into_inner().network;
     network.expect("one").groups.into_iter().map(|group| group.name).collect()
 }
 

@@ -9,7 +9,8 @@ use policy::{Change, Network};
 use tonic::{Code, Status};
 
 async fn network(controller: &TestController) -> (u64, Network) {
-    let answer = controller.root().await.get_network(v1::GetNetworkRequest {}).await.expect("a network").into_inner();
+    let answer =
+        controller.root().await.get_network(v1::GetNetworkRequest::default()).await.expect("a network").into_inner();
     (answer.revision, answer.network.expect("one").try_into().expect("a valid network"))
 }
 

@@ -90,6 +90,9 @@ defaults! {
     "max-response" MAX_RESPONSE = 268435456 bytes, "the largest answer that a node or admin reads: a whole network or slice";
     "update-queue" UPDATE_QUEUE = 64 count, "updates that wait for one node; while it is slower than that, its changes become one update";
     "audit-limit" AUDIT_LIMIT = 100 count, "audit entries that are listed where no number is given";
+    "history-limit" HISTORY_LIMIT = 100 count, "revisions that are listed where no number is given";
+    "history-revisions" HISTORY_REVISIONS = 16384 count, "how many of the newest revisions the controller keeps";
+    "history-age" HISTORY_AGE = 90 days, "how old a revision may be that the controller keeps";
 }
 
 /// The Unix socket of the node that has this interface.

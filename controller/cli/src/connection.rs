@@ -70,7 +70,13 @@ impl Session {
 
     /// All objects, at one revision.
     pub(crate) async fn network(&mut self) -> Result<(Revision, Network), Failure> {
-        let answer = self.client.get_network(timed(v1::GetNetworkRequest {})).await?.into_inner();
+        self.network_at(None).await
+    }
+
+    /// All objects, as they were at a revision; `None`: as they are.
+    pub(crate) async fn network_at(&mut self, revision: Option<Revision>) -> Result<(Revision, Network), Failure> {
+        let request = v1::GetNetworkRequest { revision: revision.unwrap_or_default().0 };
+        let answer = self.client.get_network(timed(request)).await?.into_inner();
         let v1::GetNetworkResponse { revision, network } = answer;
         let network = network.ok_or_else(|| Failure::failed("controller sent no network; restart `controllerd`"))?;
         Ok((Revision(revision), Network::try_from(network)?))
@@ -121,6 +127,10 @@ impl Session {
     pub(crate) async fn revoke_admin(&mut self, name: String) -> Result<(), Failure> {
         self.client.revoke_admin(timed(v1::RevokeAdminRequest { name })).await?;
         Ok(())
+    }
+
+    pub(crate) async fn history(&mut self, limit: u32) -> Result<v1::ListHistoryResponse, Failure> {
+        Ok(self.client.list_history(timed(v1::ListHistoryRequest { limit })).await?.into_inner())
     }
 
     pub(crate) async fn audit(&mut self, limit: u32) -> Result<Vec<v1::AuditEntry>, Failure> {

@@ -17,6 +17,7 @@ mod cidr;
 mod completion;
 mod connection;
 mod group;
+mod history;
 mod identity;
 mod matrix;
 mod node;
@@ -81,6 +82,8 @@ enum Command {
     /// Who changed what
     #[command(subcommand)]
     Audit(audit::Command),
+    /// The revisions of the policy: when, who and what
+    History(history::Arguments),
     /// Who may use this tool from elsewhere
     #[command(subcommand)]
     Admin(admin::Command),
@@ -105,6 +108,7 @@ impl Command {
             Self::Policy(command) => command.run(&mut session).await,
             Self::Status(arguments) => arguments.run(&mut session).await,
             Self::Audit(command) => command.run(&mut session).await,
+            Self::History(arguments) => arguments.run(&mut session).await,
             Self::Admin(command) => command.run(&mut session).await,
             // It needs no session, and was taken care of before there was one.
             Self::Completion(_) => Ok(()),
@@ -374,6 +378,8 @@ mod tests {
             ("admin invite Alice", &["Alice", "a-z"]),
             ("cidr list -o xml", &["xml", "yaml"]),
             ("audit list --limit 0", &["0"]),
+            ("history --limit 0", &["0"]),
+            ("policy show --at 0", &["0"]),
             ("status --controller host:0", &["host:0", "65535"]),
         ] {
             let words = std::iter::once("meshctl").chain(line.split_whitespace());

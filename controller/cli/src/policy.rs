@@ -20,7 +20,8 @@ pub(crate) enum Command {
     #[command(after_help = "\
 Examples:
   meshctl policy show
-  meshctl policy show --from web --to app -o yaml")]
+  meshctl policy show --from web --to app -o yaml
+  meshctl policy show --at 120   # as it was; `meshctl history` lists the revisions")]
     Show(Show),
     /// Say what happens to a flow, and why
     #[command(after_help = "\
@@ -49,6 +50,9 @@ pub(crate) struct Show {
     /// Only to these cidrs
     #[arg(long, value_name = "CIDR", num_args = 1..)]
     to: Vec<CidrName>,
+    /// As it was at this revision
+    #[arg(long, value_name = "REVISION", value_parser = clap::value_parser!(u64).range(1..))]
+    at: Option<u64>,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -69,8 +73,8 @@ pub(crate) struct Explain {
 impl Command {
     pub(crate) async fn run(self, session: &mut Session) -> Result<(), Failure> {
         match self {
-            Self::Show(Show { from, to, output: OutputArgs { format } }) => {
-                let (revision, network) = session.network().await?;
+            Self::Show(Show { from, to, at, output: OutputArgs { format } }) => {
+                let (revision, network) = session.network_at(at.map(Revision)).await?;
                 for name in from.iter().chain(&to) {
                     if network.cidr_named(name).is_none() {
                         return Err(unknown("cidr", name, network.cidrs().values().map(|cidr| &cidr.name)));

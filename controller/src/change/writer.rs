@@ -342,3 +342,6 @@ impl Work {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,6 @@
 //! What `meshctl` asks for.
 
-use controller_api::defaults::{ADMIN_CERTIFICATE_LIFETIME, AUDIT_LIMIT, INVITATION_LIFETIME};
+use controller_api::defaults::{ADMIN_CERTIFICATE_LIFETIME, AUDIT_LIMIT, HISTORY_LIMIT, INVITATION_LIFETIME};
 use controller_api::endpoint::ControllerEndpoint;
 use controller_api::identity::{Identity, is_admin_name};
 use controller_api::invitation::{Invitation, Secret, Subject};
@@ -11,6 +11,7 @@ use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 use tonic::{Request, Response, Status};
 
+use super::archive::Archive;
 use super::{Context, refused, text};
 use crate::access::authority::CertificateRequest;
 use crate::access::caller::Caller;
@@ -22,8 +23,8 @@ use crate::state::directory::Directory;
 use crate::store;
 use crate::store::account::SecretHash;
 
-/// Most audit entries in one answer.
-const AUDIT_MAX: usize = 10_000;
+/// Most audit entries, or revisions, in one answer.
+const ENTRIES_MAX: usize = 10_000;
 /// Most endpoints in one invitation.
 const ENDPOINTS_MAX: usize = 16;
 
@@ -31,11 +32,13 @@ const ENDPOINTS_MAX: usize = 16;
 #[derive(Debug)]
 pub struct AdminService {
     context: Context,
+    archive: Archive,
 }
 
 impl AdminService {
     pub fn new(context: Context) -> Self {
-        Self { context }
+        let archive = Archive::new(std::sync::Arc::clone(&context.store), context.current.clone());
+        Self { context, archive }
     }
 
     async fn ask(&self, ask: Ask) -> Result<crate::change::writer::Answer, Status> {
@@ -55,10 +58,12 @@ fn invalid(error: &dyn std::error::Error) -> Status {
 
 #[tonic::async_trait]
 impl Admin for AdminService {
-    async fn get_network(&self, _: Request<v1::GetNetworkRequest>) -> Result<Response<v1::GetNetworkResponse>, Status> {
-        let state = self.context.current.get();
-        let network = Some(v1::Network::from(state.network()));
-        Ok(Response::new(v1::GetNetworkResponse { revision: state.policy.revision.0, network }))
+    async fn get_network(
+        &self,
+        request: Request<v1::GetNetworkRequest>,
+    ) -> Result<Response<v1::GetNetworkResponse>, Status> {
+        let v1::GetNetworkRequest { revision } = request.into_inner();
+        self.archive.network(Revision(revision)).await.map(Response::new)
     }
 
     async fn change(&self, request: Request<v1::ChangeRequest>) -> Result<Response<v1::ChangeResponse>, Status> {
@@ -181,20 +186,20 @@ impl Admin for AdminService {
         request: Request<v1::ListAuditRequest>,
     ) -> Result<Response<v1::ListAuditResponse>, Status> {
         let v1::ListAuditRequest { limit } = request.into_inner();
-        let limit = match usize::try_from(limit).unwrap_or(AUDIT_MAX) {
-            0 => AUDIT_LIMIT,
-            limit => limit.min(AUDIT_MAX),
-        };
-        let store = std::sync::Arc::clone(&self.context.store);
-        let read = tokio::task::spawn_blocking(move || store.audit(limit)).await;
-        let entries = read
-            .map_err(|error| Status::internal(format!("audit log could not be read: {error}")))?
-            .map_err(|error| Status::internal(text(&error)))?;
+        let entries = self.archive.audit(bounded(limit, AUDIT_LIMIT)).await?;
         let entry = |entry: store::AuditEntry| {
             let store::AuditEntry { revision, time, actor, change } = entry;
             v1::AuditEntry { revision: revision.0, time, actor, change }
         };
         Ok(Response::new(v1::ListAuditResponse { entries: entries.into_iter().map(entry).collect() }))
+    }
+
+    async fn list_history(
+        &self,
+        request: Request<v1::ListHistoryRequest>,
+    ) -> Result<Response<v1::ListHistoryResponse>, Status> {
+        let v1::ListHistoryRequest { limit } = request.into_inner();
+        self.archive.history(bounded(limit, HISTORY_LIMIT)).await.map(Response::new)
     }
 }
 
@@ -202,6 +207,14 @@ impl Admin for AdminService {
 fn endpoint(state: &State, directory: &Directory, node: policy::NodeId) -> String {
     let configured = state.network().nodes().get(&node).and_then(|node| node.endpoint);
     configured.or_else(|| directory.get(node)).map(|endpoint| endpoint.to_string()).unwrap_or_default()
+}
+
+/// How many entries are listed; 0: as many as usual.
+fn bounded(limit: u32, usual: usize) -> usize {
+    match usize::try_from(limit).unwrap_or(ENTRIES_MAX) {
+        0 => usual,
+        limit => limit.min(ENTRIES_MAX),
+    }
 }
 
 fn subject_of(subject: Option<v1::invite_request::Subject>) -> Result<Subject, Status> {

@@ -28,6 +28,7 @@ use crate::state::Current;
 use crate::store::{Store, StoreError};
 
 pub mod admin;
+mod archive;
 pub mod enrol;
 pub mod sync;
 
@@ -179,7 +180,8 @@ pub(crate) fn refused(refusal: &Refusal) -> Status {
 
 fn store_code(error: &StoreError) -> Code {
     match error {
-        StoreError::Moved { .. } | StoreError::Conflict { .. } => Code::Aborted,
+        StoreError::Moved { .. } | StoreError::Conflict { .. } | StoreError::AfterRefused => Code::Aborted,
+        StoreError::NotKept { .. } | StoreError::NotYet { .. } => Code::OutOfRange,
         StoreError::RequestReused { .. } => Code::AlreadyExists,
         StoreError::TooLong { .. } => Code::InvalidArgument,
         StoreError::Full { .. } => Code::ResourceExhausted,
