@@ -173,7 +173,17 @@ fn a_live_flow_is_listed_at_both_ends_and_as_revoked_when_its_rule_goes() -> Res
     let text = mesh.nodectl_ok("web1", &["flows", "--limit", "1"])?;
     ensure!(text.lines().count() == 3 && text.contains("in all"), "one flow and how many there are: {text}");
     mesh.meshctl_ok(&["rule", "delete", "web-to-app"])?;
-    wait_for("the flow to be revoked", START_LIMIT, || Ok(!flow.beats() && listed("web1")?["state"] == "revoked"))
+    wait_for("the flow to be revoked", START_LIMIT, || Ok(!flow.beats() && listed("web1")?["state"] == "revoked"))?;
+
+    // Who made the policy another one, and what it was.
+    let history: Value = serde_json::from_str(&mesh.meshctl_ok(&["history", "--limit", "2", "-o", "json"])?)?;
+    let newest = &history[0];
+    ensure!(newest["actor"] == "root" && newest["change"] == "rule delete web-to-app", "{history}");
+    let before = (newest["revision"].as_u64().context("a number")? - 1).to_string();
+    let show = |more: &[&str]| mesh.meshctl_ok(&[&["policy", "show", "--from", "web", "--to", "app"], more].concat());
+    let (then, now) = (show(&["--at", &before])?, show(&[])?);
+    ensure!(then.contains("tcp/8080") && !now.contains("tcp/8080"), "{then}\n{now}");
+    Ok(())
 }
 
 /// Turns every decision of web1's tables in force that allows by a rule into one that denies.
