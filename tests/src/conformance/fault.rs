@@ -37,6 +37,8 @@ pub enum Call {
     Unlink,
     /// A folder is made.
     MakeFolder,
+    /// What was written to a file is to outlive the machine.
+    Sync,
     /// [`mark`].
     Mark,
 }
@@ -71,7 +73,7 @@ impl Call {
                     | LINK_CREATE
                     | LINK_UPDATE
             ),
-            Self::Send | Self::Rename | Self::Unlink | Self::MakeFolder => true,
+            Self::Send | Self::Rename | Self::Unlink | Self::MakeFolder | Self::Sync => true,
             Self::Mark => false,
         }
     }
@@ -89,6 +91,7 @@ impl Call {
             libc::SYS_renameat2 | libc::SYS_renameat => Self::Rename,
             libc::SYS_unlinkat => Self::Unlink,
             libc::SYS_mkdirat => Self::MakeFolder,
+            libc::SYS_fdatasync | libc::SYS_fsync => Self::Sync,
             MARK => Self::Mark,
             number => Self::of_older(number),
         }
@@ -117,7 +120,7 @@ impl Call {
 /// Calls personality(2), which changes nothing and is used by nothing else here.
 const MARK: libc::c_long = libc::SYS_personality;
 
-const WATCHED: [libc::c_long; 8] = [
+const WATCHED: [libc::c_long; 10] = [
     libc::SYS_bpf,
     libc::SYS_sendto,
     libc::SYS_sendmsg,
@@ -125,6 +128,8 @@ const WATCHED: [libc::c_long; 8] = [
     libc::SYS_renameat,
     libc::SYS_unlinkat,
     libc::SYS_mkdirat,
+    libc::SYS_fdatasync,
+    libc::SYS_fsync,
     MARK,
 ];
 

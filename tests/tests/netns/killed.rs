@@ -201,7 +201,7 @@ fn kill_at_each(mesh: &Mesh, ears: &Ears) -> Result<()> {
     println!("killed {} times, {news} of them with the new policy in force: {killed:?}", killed.len());
     let ends = (killed.first().map(|(_, new)| *new), killed.last().map(|(_, new)| *new));
     ensure!(ends == (Some(false), Some(true)), "{killed:?}");
-    ensure!(killed.iter().any(|(call, _)| *call == Call::Rename), "the state is put on disk: {killed:?}");
+    ensure!(killed.iter().any(|(call, _)| *call == Call::Sync), "the state is put on disk: {killed:?}");
     Ok(())
 }
 
@@ -210,7 +210,7 @@ fn kill_at_each(mesh: &Mesh, ears: &Ears) -> Result<()> {
 fn refuse_at_each(mesh: &Mesh, ears: &Ears) -> Result<()> {
     let refused = AtomicI32::new(0);
     let decide = |call| match refused.load(Ordering::Acquire) {
-        error @ 1.. if call == Call::Rename => Fate::Fails(error),
+        error @ 1.. if call == Call::Sync => Fate::Fails(error),
         _ => Fate::Happens,
     };
     watched(mesh, decide, || {

@@ -35,8 +35,9 @@ fn test(purpose: Purpose) -> bool {
 fn vm(purpose: Purpose) -> bool {
     matches!(purpose, Purpose::Vm(_))
 }
+/// The tests run every bench, small.
 fn bench(purpose: Purpose) -> bool {
-    purpose == Purpose::Bench
+    matches!(purpose, Purpose::Bench | Purpose::Test)
 }
 
 const PROGRAMS: [Program; 24] = [
@@ -114,6 +115,7 @@ fn is_static(file: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::setup::kernel::KernelVersion;
 
     #[test]
     fn a_program_that_needs_a_loader_is_not_static() {
@@ -127,11 +129,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_only_measured_with_is_not_asked_of_who_builds_or_tests() {
+    fn what_is_measured_with_is_asked_of_who_measures_or_tests_alone() {
         let packages = |purposes: &[Purpose]| needed(purposes).map(|program| program.package).collect::<Vec<_>>();
         let bench = packages(&[Purpose::Bench]);
         assert_eq!(bench, ["nftables", "iptables", "iperf3"]);
-        let everything = packages(&super::super::EVERYTHING);
-        assert!(bench.iter().all(|package| !everything.contains(package)), "{everything:?}");
+        let tests = packages(&[Purpose::Test]);
+        assert!(bench.iter().all(|package| tests.contains(package)), "{tests:?}");
+        let others = packages(&[Purpose::Build, Purpose::Mesh, Purpose::Vm(KernelVersion::V6_12)]);
+        assert!(bench.iter().all(|package| !others.contains(package)), "{others:?}");
     }
 }
