@@ -67,7 +67,7 @@ pub(crate) fn allow(network: &mut Network, name: &str, from: &str, to: &str, ser
 }
 
 /// A node's slice.
-pub(crate) fn slice(network: &Network, node: &str, revision: u64, _previous: Option<&Slice>) -> Arc<Slice> {
+pub(crate) fn slice(network: &Network, node: &str, revision: u64) -> Arc<Slice> {
     let id = network.node_named(&node.parse().unwrap()).unwrap().id;
     let matrix = Matrix::compile(network).unwrap();
     Arc::new(matrix.slice(id, Revision(revision)).unwrap())

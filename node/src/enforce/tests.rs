@@ -98,7 +98,7 @@ fn before_the_first_policy_the_link_is_there_closed_and_down() {
 #[test]
 fn what_is_acknowledged_is_in_force_and_on_disk() {
     let mut node = Node::new();
-    let slice = fixture::slice(&fixture::network(), "web1", 5, None);
+    let slice = fixture::slice(&fixture::network(), "web1", 5);
     node.enforcer.enforce(Arc::clone(&slice));
     let enforced = node.enforced.borrow().clone();
     assert_eq!((enforced.revision, enforced.generation, enforced.error), (Revision(5), Generation(1), None));
@@ -110,7 +110,7 @@ fn what_is_acknowledged_is_in_force_and_on_disk() {
 #[test]
 fn drift_is_repaired_and_counted_and_a_quiet_round_does_nothing() {
     let mut node = Node::new();
-    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5, None));
+    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5));
     node.enforcer.round();
     assert!(node.enforcer.repairs.is_empty());
     node.kernel.world().device.as_mut().unwrap().peers.clear();
@@ -128,7 +128,7 @@ fn drift_is_repaired_and_counted_and_a_quiet_round_does_nothing() {
 fn somebody_who_got_ahead_is_drift_of_a_kind_of_its_own() {
     use crate::kernel::{Attachment, Program};
     let mut node = Node::new();
-    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5, None));
+    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5));
     let ahead = Program {
         attachment: Attachment::Ingress,
         position: 1,
@@ -150,9 +150,9 @@ fn somebody_who_got_ahead_is_drift_of_a_kind_of_its_own() {
 fn a_refused_step_is_reported_and_the_next_round_reports_that_it_is_done() {
     let mut node = Node::new();
     let network = fixture::network();
-    node.enforcer.enforce(fixture::slice(&network, "web1", 5, None));
+    node.enforcer.enforce(fixture::slice(&network, "web1", 5));
     node.kernel.world().refuse = Some("switch");
-    node.enforcer.enforce(fixture::slice(&network, "web1", 6, None));
+    node.enforcer.enforce(fixture::slice(&network, "web1", 6));
     let enforced = node.enforced.borrow().clone();
     assert_eq!(enforced.revision, Revision(6));
     assert!(enforced.error.unwrap().contains("switch the tables to revision 6"));
@@ -172,9 +172,9 @@ fn a_refused_step_is_reported_and_the_next_round_reports_that_it_is_done() {
 #[test]
 fn what_is_not_understood_is_denied_and_reported() {
     let mut node = Node::new();
-    let slice = fixture::slice(&fixture::network(), "web1", 5, None);
+    let slice = fixture::slice(&fixture::network(), "web1", 5);
     let address = |slice: &Slice| slice.local.addresses.v4().unwrap().into();
-    let app = fixture::slice(&fixture::network(), "app1", 5, None);
+    let app = fixture::slice(&fixture::network(), "app1", 5);
     let flow = Flow { source: address(&slice), destination: address(&app), protocol: 6, port: 8080 };
     assert_eq!(slice.verdict(&flow).action, Action::Allow);
     let mut newer = (*slice).clone();
@@ -186,7 +186,7 @@ fn what_is_not_understood_is_denied_and_reported() {
     assert_eq!((enforced.revision, enforced.error, enforced.lacks), (Revision(5), None, vec!["schedule".to_owned()]));
     assert_eq!(node.enforcer.intent.as_ref().unwrap().slice.verdict(&flow).action, Action::Deny);
     // The rule without the condition is in force as before.
-    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 6, None));
+    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 6));
     assert_eq!(node.enforced.borrow().lacks, [""; 0]);
     assert_eq!(node.enforcer.intent.as_ref().unwrap().slice.verdict(&flow).action, Action::Allow);
 }
@@ -196,10 +196,10 @@ fn what_is_not_understood_is_denied_and_reported() {
 fn a_change_of_the_policy_alone_is_in_force_before_the_rest_is_looked_at() {
     let mut node = Node::new();
     let mut network = fixture::network();
-    let before = fixture::slice(&network, "web1", 5, None);
+    let before = fixture::slice(&network, "web1", 5);
     node.enforcer.enforce(Arc::clone(&before));
     fixture::allow(&mut network, "more", "cidr:web", "cidr:app", "udp/53");
-    let after = fixture::slice(&network, "web1", 6, Some(&before));
+    let after = fixture::slice(&network, "web1", 6);
     assert!(before.peers == after.peers && before.cells != after.cells);
     // What is repaired before tables are switched in a round.
     node.kernel.world().barriers.clear();
@@ -215,7 +215,7 @@ fn a_change_of_the_policy_alone_is_in_force_before_the_rest_is_looked_at() {
     // With another peer, what is withdrawn goes first.
     network.apply(&Change::DeleteRule { name: "web-to-app".parse().unwrap() }).unwrap();
     network.apply(&Change::DeleteRule { name: "more".parse().unwrap() }).unwrap();
-    let last = fixture::slice(&network, "web1", 7, Some(&after));
+    let last = fixture::slice(&network, "web1", 7);
     assert!(after.peers != last.peers);
     node.enforcer.round();
     let steps = node.kernel.take_steps();
@@ -228,7 +228,7 @@ fn a_change_of_the_policy_alone_is_in_force_before_the_rest_is_looked_at() {
 #[test]
 fn a_slice_that_cannot_become_tables_leaves_the_policy_in_force() {
     let mut node = Node::new();
-    let slice = fixture::slice(&fixture::network(), "web1", 5, None);
+    let slice = fixture::slice(&fixture::network(), "web1", 5);
     node.enforcer.enforce(Arc::clone(&slice));
     let mut broken = (*slice).clone();
     broken.revision = Revision(6);
@@ -246,7 +246,7 @@ fn a_slice_that_cannot_become_tables_leaves_the_policy_in_force() {
 fn a_state_that_cannot_be_written_is_said_and_does_not_keep_the_policy_out() {
     let mut node = Node::new();
     node.enforcer.journal = Journal::new(node.state_dir.path().join("not there"));
-    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5, None));
+    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5));
     assert_eq!(node.kernel.world().datapath.as_ref().unwrap().revision, Revision(5));
     let stale =
         |node: &Node| node.enforced.borrow().error.as_ref().is_some_and(|error| error.contains("last good state"));
@@ -262,7 +262,7 @@ fn a_state_that_cannot_be_written_is_said_and_does_not_keep_the_policy_out() {
 #[test]
 fn a_restarted_daemon_takes_over_and_cuts_nothing() {
     let mut node = Node::new();
-    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5, None));
+    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5));
     let flow = ("10.42.1.1".parse().unwrap(), "10.42.2.1".parse().unwrap());
     node.kernel.world().flows.push(flow);
     node.kernel.take_steps();
@@ -277,10 +277,10 @@ fn a_restarted_daemon_takes_over_and_cuts_nothing() {
 fn a_daemon_killed_right_after_a_switch_does_not_come_back_with_the_policy_before() {
     let mut network = fixture::network();
     let mut node = Node::new();
-    node.enforcer.enforce(fixture::slice(&network, "web1", 5, None));
+    node.enforcer.enforce(fixture::slice(&network, "web1", 5));
     network.apply(&Change::DeleteRule { name: "web-to-app".parse().unwrap() }).unwrap();
     node.enforcer.journal = Journal::new(node.state_dir.path().join("not there"));
-    node.enforcer.enforce(fixture::slice(&network, "web1", 6, None));
+    node.enforcer.enforce(fixture::slice(&network, "web1", 6));
     node.kernel.take_steps();
     let mut node = node.restart();
     assert_eq!(node.kernel.take_steps(), ["attach"]);
@@ -288,7 +288,7 @@ fn a_daemon_killed_right_after_a_switch_does_not_come_back_with_the_policy_befor
     node.enforcer.round();
     assert_eq!(node.kernel.world().datapath.as_ref().unwrap().revision, Revision(6));
     // What the controller sends counts, whatever its number.
-    node.enforcer.enforce(fixture::slice(&network, "web1", 4, None));
+    node.enforcer.enforce(fixture::slice(&network, "web1", 4));
     assert_eq!(node.kernel.world().datapath.as_ref().unwrap().revision, Revision(4));
     assert_eq!(node.enforcer.outdated, None);
     // After a reboot the kernel has none, and the disk's is put in force.
@@ -302,10 +302,10 @@ fn a_device_that_cannot_be_read_keeps_no_policy_out_and_is_reported() {
     let network = fixture::network();
     for hide in [|world: &mut World| world.hide_device = true, |world: &mut World| world.hide_link = true] {
         let mut node = Node::new();
-        node.enforcer.enforce(fixture::slice(&network, "web1", 5, None));
+        node.enforcer.enforce(fixture::slice(&network, "web1", 5));
         hide(&mut node.kernel.world());
         node.kernel.take_steps();
-        node.enforcer.enforce(fixture::slice(&network, "web1", 6, None));
+        node.enforcer.enforce(fixture::slice(&network, "web1", 6));
         node.enforcer.round();
         assert_eq!(node.kernel.take_steps(), ["switch 6"]);
         assert!(node.enforced.borrow().error.as_ref().unwrap().contains("reading back"));
@@ -323,12 +323,12 @@ fn a_device_that_cannot_be_read_keeps_no_policy_out_and_is_reported() {
 fn flows_die_when_their_address_changes_hands_also_over_a_gap_and_a_restart() {
     let mut network = fixture::network();
     let mut node = Node::new();
-    node.enforcer.enforce(fixture::slice(&network, "web1", 5, None));
+    node.enforcer.enforce(fixture::slice(&network, "web1", 5));
     let flow = ("10.42.1.1".parse().unwrap(), "10.42.2.1".parse().unwrap());
     node.kernel.world().flows.push(flow);
     let change = |network: &mut policy::Network, change: Change| drop(network.apply(&change).unwrap());
     change(&mut network, Change::DeleteNode { name: "app1".parse().unwrap() });
-    node.enforcer.enforce(fixture::slice(&network, "web1", 6, None));
+    node.enforcer.enforce(fixture::slice(&network, "web1", 6));
     assert_eq!(node.kernel.world().flows, [flow], "nobody has the address");
     let mut node = node.restart();
     change(
@@ -346,7 +346,7 @@ fn flows_die_when_their_address_changes_hands_also_over_a_gap_and_a_restart() {
         Change::ActivateNode { name: "app2".parse().unwrap(), public_key: fixture::public_key("app2") },
     );
     node.kernel.take_steps();
-    node.enforcer.enforce(fixture::slice(&network, "web1", 7, None));
+    node.enforcer.enforce(fixture::slice(&network, "web1", 7));
     assert_eq!(node.kernel.world().flows, []);
     let steps = node.kernel.take_steps();
     let at = |word: &str| {
@@ -372,7 +372,7 @@ fn verify(node: &mut Node) -> Finding {
 fn tables_that_somebody_changed_are_named_counted_and_written_anew() {
     let mut node = Node::new();
     assert!(node.enforcer.expected().unwrap_err().contains("no policy"));
-    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5, None));
+    node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5));
     assert!(verify(&mut node).verified.equal);
     assert!(node.enforcer.repairs.is_empty());
     for decision in node.kernel.world().tables.as_mut().unwrap().decisions.iter_mut() {
@@ -397,12 +397,12 @@ fn tables_that_somebody_changed_are_named_counted_and_written_anew() {
 fn a_finding_about_tables_that_went_meanwhile_changes_nothing() {
     let mut node = Node::new();
     let network = fixture::network();
-    node.enforcer.enforce(fixture::slice(&network, "web1", 5, None));
+    node.enforcer.enforce(fixture::slice(&network, "web1", 5));
     let expected = node.enforcer.expected().unwrap();
     let tables = node.kernel.world().tables.clone().unwrap();
     let empty = Tables { matrix: Default::default(), ..tables.clone() };
     let finding = expected.check(|| Ok(Some((Generation(1), empty.clone())))).unwrap().unwrap();
-    node.enforcer.enforce(fixture::slice(&network, "web1", 6, None));
+    node.enforcer.enforce(fixture::slice(&network, "web1", 6));
     node.enforcer.verified(finding);
     assert!(node.enforcer.repairs.is_empty());
     assert!(expected.check(|| Ok(Some((Generation(2), tables.clone())))).unwrap().is_none(), "it is of another");
@@ -428,7 +428,7 @@ async fn the_thread_answers_between_its_rounds_and_ends_with_its_last_handle() {
         time: 0,
     };
     let handle = start(setup);
-    handle.enforce(fixture::slice(&fixture::network(), "web1", 5, None)).unwrap();
+    handle.enforce(fixture::slice(&fixture::network(), "web1", 5)).unwrap();
     let revision = handle.ask(|enforcer| enforcer.intent.as_ref().map(|intent| intent.slice.revision)).await.unwrap();
     assert_eq!(revision, Some(Revision(5)));
     assert_eq!(handle.enforced.borrow().revision, Revision(5));

@@ -20,7 +20,7 @@ mod holders;
 mod laws;
 mod room;
 
-fn slice_of(network: &Network, node: NodeId, _previous: Option<&Slice>) -> Slice {
+fn slice_of(network: &Network, node: NodeId) -> Slice {
     let matrix = Matrix::compile(network).expect("within limits");
     matrix.slice(node, Revision(7)).expect("an active node")
 }
@@ -135,12 +135,10 @@ proptest! {
     #[test]
     fn counters_stay_with_their_rules_while_the_policy_changes((mut network, changes) in arbitrary::history(12)) {
         let mut slots = RuleSlots::new();
-        let mut previous: Option<Slice> = None;
         for change in changes {
             let _refused = network.apply(&change);
             let Some(node) = network.nodes().values().find(|node| node.state == policy::NodeState::Active) else { continue };
-            let same = previous.as_ref().filter(|slice| slice.local.node == node.id);
-            let slice = slice_of(&network, node.id, same);
+            let slice = slice_of(&network, node.id);
             let before = slots.pairs();
             let tables = lower(&slice, &mut slots).expect("within limits");
             tables.check().expect("whole");
@@ -150,7 +148,6 @@ proptest! {
             }
             let distinct: BTreeSet<u32> = slots.pairs().into_values().collect();
             prop_assert_eq!(distinct.len(), slots.pairs().len(), "no slot is shared");
-            previous = Some(slice);
         }
     }
 
@@ -241,7 +238,7 @@ fn node(network: &Network) -> NodeId {
 #[test]
 fn an_empty_policy_denies_and_has_no_pages() {
     let network = small();
-    let tables = lowered(&slice_of(&network, node(&network), None));
+    let tables = lowered(&slice_of(&network, node(&network)));
     assert!(tables.pages.is_empty() && tables.ports.is_empty());
     assert_eq!(tables.decisions.len(), 1);
     assert!(tables.matrix.iter().all(|cell| *cell == UNIFORM));
@@ -251,7 +248,7 @@ fn an_empty_policy_denies_and_has_no_pages() {
 fn equal_sets_of_services_share_a_page_and_runs_of_ports() {
     let mut network = small();
     apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
-    let tables = lowered(&slice_of(&network, node(&network), None));
+    let tables = lowered(&slice_of(&network, node(&network)));
     assert_eq!(tables.pages.len(), 1, "one for the pair, whatever the direction");
     assert_eq!(tables.ports.len(), 2, "all denied, and the run of port 443");
     assert_eq!(tables.decisions.len(), 2);
@@ -276,7 +273,7 @@ fn equal_sets_of_services_share_a_page_and_runs_of_ports() {
 #[test]
 fn a_sparse_address_costs_one_path_below_its_root() {
     let network = small();
-    let tables = lowered(&slice_of(&network, node(&network), None));
+    let tables = lowered(&slice_of(&network, node(&network)));
     let follow = |entry: u32| {
         assert_eq!(entry & (BLOCK | PATH), PATH, "{entry:#x}");
         let path = &tables.paths[(entry & INDEX) as usize];
@@ -301,7 +298,7 @@ fn a_sparse_address_costs_one_path_below_its_root() {
 fn tables_that_contradict_themselves_are_found() {
     let mut network = small();
     apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
-    let whole = lowered(&slice_of(&network, node(&network), None));
+    let whole = lowered(&slice_of(&network, node(&network)));
     type Break = fn(&mut Tables);
     let breaks: [(&str, Break); 24] = [
         ("HEADER", |tables| tables.header.root_v4 = PATH | tables.paths.len() as u32),
@@ -345,7 +342,7 @@ fn a_few_services_are_ranges_on_one_line_and_many_are_runs() {
         for (number, service) in services.iter().enumerate() {
             apply(&mut network, allow(&format!("r{number}"), "cidr:web", "cidr:db", service));
         }
-        let tables = lowered(&slice_of(&network, node(&network), None));
+        let tables = lowered(&slice_of(&network, node(&network)));
         check_pages(&tables).expect("ranges and runs agree");
         let few = tables.pages[0].few;
         (few.known != 0).then(|| 1 + few.starts.iter().filter(|start| **start != Few::NO_START).count())
@@ -362,7 +359,7 @@ fn a_few_services_are_ranges_on_one_line_and_many_are_runs() {
 fn a_rule_that_the_slice_does_not_carry_is_refused_and_no_slot_taken() {
     let mut network = small();
     apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
-    let mut slice = slice_of(&network, node(&network), None);
+    let mut slice = slice_of(&network, node(&network));
     let rule = *slice.rules.keys().next().expect("one rule");
     slice.rules.clear();
     let mut slots = RuleSlots::new();

@@ -408,9 +408,9 @@ mod tests {
     #[test]
     fn a_change_gives_the_slice_that_the_controller_meant_or_nothing() {
         let mut network = fixture::network();
-        let before = fixture::slice(&network, "app1", 3, None);
+        let before = fixture::slice(&network, "app1", 3);
         fixture::allow(&mut network, "db-to-app", "cidr:db", "cidr:app", "udp/53");
-        let after = fixture::slice(&network, "app1", 4, None);
+        let after = fixture::slice(&network, "app1", 4);
         let node = before.local.node;
         let change = before.diff(&after);
         assert_eq!(receive(Some(&before), change.clone(), node).unwrap(), *after);
@@ -433,7 +433,7 @@ mod tests {
     #[test]
     fn where_peers_were_seen_outlives_updates_and_is_no_revision() {
         let mut network = fixture::network();
-        let before = fixture::slice(&network, "app1", 3, None);
+        let before = fixture::slice(&network, "app1", 3);
         let peer = *before.peers.keys().next().unwrap();
         let endpoint: SocketAddr = "192.0.2.7:51820".parse().unwrap();
         let seen = seeing(Some(&before), vec![(peer, endpoint), (NodeId(9_999), endpoint)]).unwrap();
@@ -441,7 +441,7 @@ mod tests {
         assert_eq!(seen.peers[&peer].reached_at(), Some(endpoint));
         assert!(seeing(Some(&seen), vec![(peer, endpoint)]).is_none(), "it is no news");
         fixture::allow(&mut network, "db-to-app", "cidr:db", "cidr:app", "udp/53");
-        let after = fixture::slice(&network, "app1", 4, None);
+        let after = fixture::slice(&network, "app1", 4);
         for delta in [before.diff(&after), after.to_delta()] {
             let slice = receive(Some(&seen), delta, before.local.node).unwrap();
             assert_eq!(slice.peers[&peer].reached_at(), Some(endpoint));
@@ -452,7 +452,7 @@ mod tests {
     #[test]
     fn a_dismissed_node_allows_nothing_and_asks_for_everything() {
         let mut network = fixture::network();
-        let before = fixture::slice(&network, "app1", 3, None);
+        let before = fixture::slice(&network, "app1", 3);
         let empty = dismissed(&before);
         assert_eq!((&empty.local.name, empty.revision), (&before.local.name, Revision(4)));
         assert!(empty.peers.is_empty() && empty.prefixes.is_empty() && empty.cells.is_empty());
@@ -463,7 +463,7 @@ mod tests {
         for rule in ["web-to-app", "app-to-db"] {
             network.apply(&policy::Change::DeleteRule { name: rule.parse().unwrap() }).unwrap();
         }
-        assert_eq!(known_revision(&fixture::slice(&network, "app1", 5, None)), Revision(5));
+        assert_eq!(known_revision(&fixture::slice(&network, "app1", 5)), Revision(5));
 
         let tables = crate::lower::lower(&empty, &mut crate::lower::RuleSlots::new()).unwrap();
         tables.check().unwrap();

@@ -206,7 +206,7 @@ pub(super) mod tests {
     use crate::lower::lower;
 
     pub(in crate::uplink) fn example() -> State {
-        let slice = fixture::slice(&fixture::network(), "app1", 9, None);
+        let slice = fixture::slice(&fixture::network(), "app1", 9);
         let mut slots = RuleSlots::new();
         lower(&slice, &mut slots).unwrap();
         let holders = holders::holders(&slice, fixture::public_key("app1"));

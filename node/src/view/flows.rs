@@ -146,7 +146,7 @@ mod tests {
     }
 
     fn snapshot(records: Vec<(FlowKey, Record)>) -> Snapshot {
-        let slice = fixture::slice(&fixture::network(), "web1", 5, None);
+        let slice = fixture::slice(&fixture::network(), "web1", 5);
         let mut slots = RuleSlots::new();
         crate::lower::lower(&slice, &mut slots).unwrap();
         Snapshot { records, now: 1_000 * SECOND, slice: Some(slice), tables: None, slots }

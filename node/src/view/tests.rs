@@ -26,7 +26,7 @@ fn context() -> Context {
 
 fn enforcing(network: &Network) -> Node {
     let mut node = Node::new();
-    node.enforcer.enforce(fixture::slice(network, "web1", 5, None));
+    node.enforcer.enforce(fixture::slice(network, "web1", 5));
     node
 }
 

@@ -2,7 +2,6 @@
 //! directions, while the policy is switched and agents come and go.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::IpAddr;
@@ -108,8 +107,7 @@ fn mix(network: &Network, tables: &Tables) -> Vec<Shot> {
 }
 
 pub fn is_exact(lab: &mut Lab) {
-    // Otherwise the kernel would send packets by itself.
-    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").expect("without IPv6 of its own");
+    lab.silence();
     let network = network();
     let tables = [network.clone(), allowing(network.clone(), "more", "cidr:db", "cidr:web", "udp/4000")]
         .map(|network| lab.lower(&network, node(&network, "web1")).1);

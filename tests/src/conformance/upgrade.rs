@@ -173,6 +173,7 @@ fn older(packets: u64) -> [u8; 16] {
 }
 
 pub fn understands_an_older_layout(lab: &mut Lab) {
+    lab.silence();
     enforced_by_another(lab);
     let layout = serde_json::json!({
         "reasons": ["rule", "whim", "no-rule"],

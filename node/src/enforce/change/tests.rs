@@ -38,7 +38,7 @@ fn endpoint_of(number: u16) -> SocketAddr {
 
 /// The slice of `web1` with these peers, by node.
 fn slice(revision: u64, peers: &BTreeMap<u32, Given>) -> Arc<Slice> {
-    let whole = fixture::slice(&fixture::network(), "web1", revision, None).to_delta();
+    let whole = fixture::slice(&fixture::network(), "web1", revision).to_delta();
     let example = whole.peers.values().next().expect("web1 has a peer").clone();
     let peer = |(id, (number, endpoint, prefixes)): (&u32, &Given)| {
         let mut peer = example.clone();

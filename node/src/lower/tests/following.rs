@@ -107,16 +107,16 @@ fn a_rule_that_comes_and_goes_leaves_addresses_alone_and_nothing_behind() {
     let mut network = small();
     apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
     let node = node(&network);
-    let mut follower = Follower::new(&slice_of(&network, node, None));
+    let mut follower = Follower::new(&slice_of(&network, node));
     let before = follower.tables.clone();
     for turn in 0..3 {
         apply(&mut network, allow("r2", "cidr:db", "cidr:web", "udp/53"));
-        follower.follow(&slice_of(&network, node, Some(&follower.slice)));
+        follower.follow(&slice_of(&network, node));
         follower.check().expect("equal");
         assert!(follower.tables.blocks.is_same(&before.blocks) && follower.tables.leaves.is_same(&before.leaves));
         assert_eq!(follower.tables.pages.len(), 2, "turn {turn}");
         apply(&mut network, Change::DeleteRule { name: "r2".parse().expect("a name") });
-        follower.follow(&slice_of(&network, node, Some(&follower.slice)));
+        follower.follow(&slice_of(&network, node));
         follower.check().expect("equal");
         assert_eq!(
             (&follower.tables.matrix, &follower.tables.pages, &follower.tables.ports, &follower.tables.decisions),
@@ -133,7 +133,7 @@ fn a_rule_that_is_reported_keeps_its_decision() {
     for (name, service) in [("r1", "tcp/443"), ("r2", "any")] {
         apply(&mut network, allow(name, "cidr:web", "cidr:db", service));
     }
-    let mut follower = Follower::new(&slice_of(&network, node(&network), None));
+    let mut follower = Follower::new(&slice_of(&network, node(&network)));
     let decisions = follower.tables.decisions.len();
     let mut next = follower.slice.clone();
     for log in [true, false] {
@@ -151,14 +151,14 @@ fn a_rule_that_is_reported_keeps_its_decision() {
 fn a_rule_that_is_gone_and_still_decides_is_refused() {
     let mut network = small();
     apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
-    let mut follower = Follower::new(&slice_of(&network, node(&network), None));
+    let mut follower = Follower::new(&slice_of(&network, node(&network)));
     let mut broken = follower.slice.clone();
     broken.rules.clear();
     let (rule, slots) = (*follower.slice.rules.keys().next().expect("one rule"), follower.slots.clone());
     assert_eq!(follower.lowering.lower(&broken, &mut follower.slots), Err(LowerError::UnknownRule(rule)));
     assert_eq!(follower.slots, slots);
     // And what comes after it is lowered as if nothing had happened.
-    follower.follow(&slice_of(&network, node(&network), Some(&follower.slice)));
+    follower.follow(&slice_of(&network, node(&network)));
     follower.check().expect("equal");
 }
 
@@ -167,7 +167,7 @@ fn a_rule_that_is_gone_and_still_decides_is_refused() {
 fn what_is_shared_is_not_sound_where_what_it_refers_to_is_gone() {
     let mut network = small();
     apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
-    let few = lowered(&slice_of(&network, node(&network), None));
+    let few = lowered(&slice_of(&network, node(&network)));
     few.check_after(&few).expect("whole");
     let mut broken = few.clone();
     broken.decisions.pop();
@@ -175,7 +175,7 @@ fn what_is_shared_is_not_sound_where_what_it_refers_to_is_gone() {
     for (name, service) in [("r2", "udp/53"), ("r3", "tcp/1"), ("r4", "icmp/8")] {
         apply(&mut network, allow(name, "cidr:web", "cidr:db", service));
     }
-    let whole = lowered(&slice_of(&network, node(&network), None));
+    let whole = lowered(&slice_of(&network, node(&network)));
     whole.check_after(&whole).expect("whole");
     type Break = fn(&mut Tables);
     let breaks: [(&str, Break); 6] = [

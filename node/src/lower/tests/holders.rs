@@ -67,7 +67,7 @@ fn nested() -> Network {
 fn nested_prefixes_are_held_by_the_gateway_of_the_deepest() {
     let network = nested();
     let id = |name: &str| network.node_named(&name.parse().expect("a name")).expect("it is there").id;
-    let slice = slice_of(&network, id("w0"), None);
+    let slice = slice_of(&network, id("w0"));
     let tables = lowered(&slice);
     let leaf = |address: &str| tables.leaf(address.parse().expect("an address")).expect("whole");
     assert!(slice.peers.contains_key(&id("g1")) && slice.peers.contains_key(&id("g2")));
@@ -93,7 +93,7 @@ fn nested_prefixes_are_held_by_the_gateway_of_the_deepest() {
     }
     assert_eq!(leaf("192.168.8.65").flags, LOCAL, "this node's own");
     // The same addresses at a gateway: what it serves is local, what is served behind it by another is not.
-    let tables = lowered(&slice_of(&network, id("g2"), None));
+    let tables = lowered(&slice_of(&network, id("g2")));
     let leaf = |address: &str| tables.leaf(address.parse().expect("an address")).expect("whole");
     assert_eq!((leaf("10.42.2.2").flags, leaf("192.168.8.1").flags), (LOCAL, LOCAL));
     assert_eq!((leaf("10.42.2.1").flags, leaf("192.168.0.1").flags), (0, EXTERNAL), "nothing is allowed with `g1`");
@@ -105,11 +105,11 @@ fn nested_prefixes_are_held_by_the_gateway_of_the_deepest() {
 fn only_gateways_cost_prefixes_of_their_own() {
     let mut network = small();
     apply(&mut network, allow("r1", "cidr:web", "cidr:db", "tcp/443"));
-    let before = lowered(&slice_of(&network, node(&network), None));
+    let before = lowered(&slice_of(&network, node(&network)));
     for number in 0..40 {
         join(&mut network, &format!("d{number}"), "db", None, number + 20);
     }
-    let slice = slice_of(&network, node(&network), None);
+    let slice = slice_of(&network, node(&network));
     assert_eq!(slice.peers.len(), 40);
     let after = lowered(&slice);
     assert_eq!((after.blocks.len(), after.leaves), (before.blocks.len(), before.leaves));

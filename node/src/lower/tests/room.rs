@@ -50,7 +50,7 @@ fn wild() -> impl Strategy<Value = Slice> {
             join(&mut network, name, "web", None, key);
         }
         super::apply(&mut network, super::allow("r", "cidr:web", "cidr:web", "any"));
-        let mut slice = slice_of(&network, node(&network), None);
+        let mut slice = slice_of(&network, node(&network));
         for (net, class, cidr, kind) in kinds {
             let id = *slice.peers.keys().nth(class as usize - 1).expect("three peers");
             let peer = slice.peers.get_mut(&id).expect("it is there");

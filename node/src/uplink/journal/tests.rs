@@ -32,7 +32,7 @@ fn states() -> Vec<State> {
 }
 
 fn first(network: &Network) -> State {
-    let slice = fixture::slice(network, "app1", 9, None);
+    let slice = fixture::slice(network, "app1", 9);
     let mut slots = RuleSlots::new();
     lower(&slice, &mut slots).unwrap();
     let holders = holders::holders(&slice, fixture::public_key("app1"));
@@ -40,7 +40,7 @@ fn first(network: &Network) -> State {
 }
 
 fn after(last: &State, network: &Network) -> State {
-    let slice = fixture::slice(network, "app1", last.slice.revision.0 + 1, Some(&last.slice));
+    let slice = fixture::slice(network, "app1", last.slice.revision.0 + 1);
     let mut slots = last.slots.clone();
     lower(&slice, &mut slots).unwrap();
     if slice.revision.0.is_multiple_of(2) {

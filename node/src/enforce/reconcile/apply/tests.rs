@@ -56,10 +56,10 @@ fn desired(slice: &Slice) -> Desired {
 /// Before: web1 speaks to app1. After: only to db1.
 fn slices() -> (Network, std::sync::Arc<Slice>, std::sync::Arc<Slice>) {
     let mut network = fixture::network();
-    let before = fixture::slice(&network, "web1", 1, None);
+    let before = fixture::slice(&network, "web1", 1);
     network.apply(&policy::Change::DeleteRule { name: "web-to-app".parse().unwrap() }).unwrap();
     fixture::allow(&mut network, "web-to-db", "cidr:web", "cidr:db", "tcp/5432");
-    let after = fixture::slice(&network, "web1", 2, Some(&before));
+    let after = fixture::slice(&network, "web1", 2);
     (network, before, after)
 }
 
@@ -131,7 +131,7 @@ fn no_other_trouble_holds_a_revocation_back() {
     for change in ["web-to-db", "app-to-db"] {
         network.apply(&policy::Change::DeleteRule { name: change.parse().unwrap() }).unwrap();
     }
-    let after = fixture::slice(&network, "web1", 2, Some(&before));
+    let after = fixture::slice(&network, "web1", 2);
     for refused in ["set device", "set mtu", "remove peer", "remove route", "remove address", "add", "up", "set peer"] {
         let mut node = Node::new();
         node.settle(&before);
@@ -178,7 +178,7 @@ fn a_process_that_does_not_start_is_not_configured() {
 fn one_peer_that_the_kernel_refuses_does_not_keep_the_others_out() {
     let mut network = fixture::network();
     fixture::allow(&mut network, "web-to-db", "cidr:web", "cidr:db", "tcp/5432");
-    let slice = fixture::slice(&network, "web1", 3, None);
+    let slice = fixture::slice(&network, "web1", 3);
     let mut node = Node::new();
     // The first `set peer` of a fresh interface.
     let mut dry = Node::new();

@@ -34,8 +34,7 @@ fn with_datapath(test: impl FnOnce(&mut EbpfDatapath) + Send + 'static) {
 fn a_cell_edited_by_hand_is_found_and_gone_from_both_copies() {
     with_datapath(|datapath| {
         let mut slots = RuleSlots::new();
-        let mut tables =
-            |revision| lower(&fixture::slice(&fixture::network(), "web1", revision, None), &mut slots).unwrap();
+        let mut tables = |revision| lower(&fixture::slice(&fixture::network(), "web1", revision), &mut slots).unwrap();
         let first = tables(1);
         datapath.attach().unwrap();
         datapath.switch(&first).unwrap();
