@@ -1,7 +1,7 @@
 //! What follows from the cidrs, the marked prefixes and the node's own addresses: what each prefix is, and which external
 //! prefixes are routed to others.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -26,8 +26,12 @@ impl Slice {
             let cidrs = [&before.cidrs, &self.cidrs].map(|cidrs| cidrs.get(id));
             touched.extend(cidrs.into_iter().flatten().flat_map(|cidr| cidr.prefixes.iter()));
         }
+        // Of two cidrs that claim one prefix the first has it.
+        let cidrs = ids.iter().rev().filter_map(|id| Some((*id, self.cidrs.get(id)?)));
+        let claimed: BTreeMap<IpNet, CidrId> =
+            cidrs.flat_map(|(id, cidr)| cidr.prefixes.iter().map(move |net| (net, id))).collect();
         for net in touched {
-            match self.place_of(net, ids) {
+            match self.place_of(net, &claimed) {
                 Some(place) => drop(self.prefixes.insert(net, place)),
                 None => drop(self.prefixes.remove(&net)),
             }
@@ -47,15 +51,15 @@ impl Slice {
         }
     }
 
-    /// What a prefix is that is not looked at as one of the node's own addresses. `ids`: the cidrs that may have it beside
-    /// the one that it was in.
-    fn place_of(&self, net: IpNet, ids: &BTreeSet<CidrId>) -> Option<(ClassId, CidrId)> {
+    /// What a prefix is that is not looked at as one of the node's own addresses. `claimed`: the prefixes of the cidrs that
+    /// may have others than they had.
+    fn place_of(&self, net: IpNet, claimed: &BTreeMap<IpNet, CidrId>) -> Option<(ClassId, CidrId)> {
         if let Some(place) = self.marked.get(&net) {
             return Some(*place);
         }
-        let was_in = longest_match(&self.prefixes, net).map(|(_, (_, cidr))| *cidr);
+        let was_in = || longest_match(&self.prefixes, net).map(|(_, (_, cidr))| *cidr);
         let has = |id: &CidrId| self.cidrs.get(id).is_some_and(|cidr| cidr.prefixes.iter().any(|prefix| prefix == net));
-        let cidr = ids.iter().copied().chain(was_in).find(has)?;
+        let cidr = claimed.get(&net).copied().or_else(|| was_in().filter(has))?;
         Some((ClassId::of_cidr(cidr), cidr))
     }
 
