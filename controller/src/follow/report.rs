@@ -97,7 +97,7 @@ impl Reports {
     }
 
     /// What a node said of the revision that it enforces. Before the stream's first update a node may speak of what an
-    /// earlier controller sent: that is no news.
+    /// earlier controller sent: this is ignored.
     pub fn acknowledge(&self, node: NodeId, stream: StreamId, said: Said, now: u64) -> Result<(), NeverSent> {
         let Said { revision, generation, error, lacks } = said;
         let acknowledged = self.update(node, stream, |report| {

@@ -380,7 +380,7 @@ async fn nodes_hear_where_their_peers_were_seen() {
     };
     assert!(hears(&mut first, app, seen(2).expect("an endpoint")).await);
     assert!(hears(&mut second, web, seen(1).expect("an endpoint")).await);
-    // It has no peers, and is nobody's.
+    // `db1` has no peers, and no node has `db1` as a peer.
     third.hear();
     assert_eq!(third.endpoints, []);
     assert!(![&first, &second].iter().any(|node| node.endpoints.iter().any(|(peer, _)| *peer == db)));

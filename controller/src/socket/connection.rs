@@ -149,7 +149,7 @@ impl AsyncWrite for Connection {
     }
 }
 
-/// Failures to accept: one line for each episode, which is usually that there are no more file descriptors.
+/// Failures to accept, with one log line for each episode. The usual cause is a lack of file descriptors.
 #[derive(Default)]
 pub(super) struct Failures {
     last: Option<Instant>,

@@ -27,7 +27,7 @@ impl History {
     pub fn load(store: &dyn Store) -> Result<(State, Self), LoadError> {
         let (oldest, newest) = store.kept()?;
         let first = oldest.max(Revision(newest.0.saturating_sub(KEPT as u64)));
-        // A store begins with nothing, which is no policy.
+        // An empty store is at revision 0, which has no policy.
         let first = first.max(Revision(1)).min(newest);
         let mut state = State::of(&store.at(first)?)?;
         let mut history = Self::new(Arc::clone(&state.policy));

@@ -35,7 +35,7 @@ pub struct Followed {
     pub credentials: BTreeSet<NodeId>,
 }
 
-/// Why the store's content is no state.
+/// Why the store's content cannot be read as a state.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     #[error(transparent)]

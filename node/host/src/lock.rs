@@ -49,7 +49,7 @@ impl FileLock {
             Err(TryLockError::Error(source)) => return Err(failed(source)),
         }
         if let Err(error) = write_pid(&mut file) {
-            // It is for the message above only: a full disk is no reason to stop.
+            // The pid serves the message above only: a full disk does not stop the daemon.
             tracing::warn!(path = %path.display(), %error, "the pid could not be written to the lock file");
         }
         Ok(Self(file))

@@ -74,7 +74,7 @@ impl TryFrom<v1::Node> for Node {
             endpoint_fixed,
             expires_at,
         } = node;
-        // Observed ones are no part of the policy; older stores have some.
+        // An observed endpoint is not part of the policy; rows of older stores may hold one.
         let endpoint = if endpoint_fixed { Some(parse("node.endpoint", &endpoint)?) } else { None };
         Ok(Self {
             id: id("node.id", number, NodeId)?,

@@ -96,7 +96,7 @@ impl TryFrom<v1::Update> for SliceDelta {
     }
 }
 
-/// Nothing for that of nothing.
+/// The digest of no rows has no bytes.
 pub fn digest_to_wire(digest: Digest) -> Vec<u8> {
     if digest == Digest::default() { Vec::new() } else { digest.to_bytes().to_vec() }
 }
