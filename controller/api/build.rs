@@ -15,6 +15,9 @@ fn main() -> Result<(), Box<dyn error::Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("rampart_descriptor.bin"), descriptors.encode_to_vec())?;
     // Parts of answers are shared by many streams: a copy of one is a count.
-    tonic_prost_build::configure().bytes(".rampart.v1.FollowResponse").compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .bytes(".rampart.v1.FollowResponse")
+        .codec_path("crate::codec::SmallCodec")
+        .compile_fds(descriptors)?;
     Ok(())
 }

@@ -4,7 +4,7 @@
 //!   arrives is checked.
 //! - [`tls`], [`identity`]: certificates of the network's own authority, and whom they name.
 //! - [`invitation`]: the one line that lets a machine or an admin in; [`refusal`]: what keeps a node out.
-//! - [`client`], [`endpoint`]: how to reach a controller.
+//! - [`client`], [`endpoint`]: how to reach a controller; `codec`: the buffers of a call.
 //! - [`command`]: a change in an admin's words; [`nearest`]: the word that was meant.
 //! - [`defaults`]: every number and path that both sides take for granted.
 
@@ -22,6 +22,7 @@ pub mod v1 {
 }
 
 pub mod client;
+mod codec;
 pub mod command;
 pub mod convert;
 pub mod defaults;

@@ -25,6 +25,11 @@ use crate::state::{Followers, Policy};
 /// From the first endpoint that moves to the message that names all that moved: a thousand nodes that connect at once are
 /// a few messages to each.
 const GATHER: Duration = Duration::from_millis(50);
+/// While everybody connects, every node would hear of each of its peers by itself. So endpoints are gathered the longer the
+/// more nodes heard of the last ones: this long for each.
+const GATHER_EACH: Duration = Duration::from_micros(100);
+/// Yet a peer that moves is known within a second.
+const GATHER_MAX: Duration = Duration::from_millis(700);
 
 /// What a stream's queue holds.
 pub type Queued = Result<v1::FollowResponse, Status>;
@@ -136,6 +141,7 @@ pub fn start(history: History, metrics: Arc<Metrics>) -> std::io::Result<Dispatc
         moved: BTreeSet::new(),
         ungreeted: BTreeSet::new(),
         tick: None,
+        not_before: Instant::now(),
         reports,
         directory,
         metrics,
@@ -168,7 +174,10 @@ struct Dispatcher {
     moved: BTreeSet<NodeId>,
     /// Nodes that do not know the endpoints of their peers yet.
     ungreeted: BTreeSet<NodeId>,
+    /// When endpoints are told next.
     tick: Option<Instant>,
+    /// Not sooner than this.
+    not_before: Instant,
     reports: Reports,
     directory: Directory,
     metrics: Arc<Metrics>,
@@ -224,7 +233,7 @@ impl Dispatcher {
             self.moved.insert(node);
         }
         self.ungreeted.insert(node);
-        self.tick.get_or_insert_with(|| Instant::now() + GATHER);
+        self.gather();
     }
 
     /// A delta, where it is known what the node holds; else everything.
@@ -326,11 +335,11 @@ impl Dispatcher {
         let policy = Arc::clone(self.history.newest());
         let Some(stream) = self.streams.get_mut(&node).filter(|stream| stream.id == id) else { return };
         stream.is_full = false;
+        let (holds, behind) = (stream.holds, stream.behind.take());
         if self.ungreeted.contains(&node) {
-            self.tick.get_or_insert_with(|| Instant::now() + GATHER);
+            self.gather();
         }
-        let Some(old) = stream.behind.take() else { return };
-        let holds = stream.holds;
+        let Some(old) = behind else { return };
         let mut messages = Messages::new(Some(Arc::clone(&old)), Arc::clone(&policy), None, self.directory.clone());
         match messages.to(node, holds, true) {
             Some(message) if message.response.update.is_empty() => {}
@@ -350,9 +359,16 @@ impl Dispatcher {
         self.end(node, End::Dismissed);
     }
 
+    /// Has endpoints told, soon.
+    fn gather(&mut self) {
+        let soonest = self.not_before;
+        self.tick.get_or_insert_with(|| soonest.max(Instant::now() + GATHER));
+    }
+
     /// Tells nodes where their peers were seen, as far as they do not know it.
     fn tell_endpoints(&mut self) {
         self.tick = None;
+        let mut told = 0;
         let policy = Arc::clone(self.history.newest());
         let (moved, ungreeted) = (std::mem::take(&mut self.moved), std::mem::take(&mut self.ungreeted));
         let mut of_role: HashMap<Arc<Role>, Bytes> = HashMap::new();
@@ -360,6 +376,7 @@ impl Dispatcher {
             let Some(role) = policy.matrix.role(*node) else { continue };
             let all = || endpoints(&self.directory, policy.matrix.peers(role));
             let seen = of_role.entry(Arc::clone(role)).or_insert_with(all).clone();
+            told += 1;
             self.send_endpoints(*node, seen);
         }
         // Nodes of one role have the same peers, and are peers of the same.
@@ -388,8 +405,10 @@ impl Dispatcher {
                 Some(seen) => seen.clone(),
                 None => made.entry(roles.clone()).or_insert(all(&roles)).clone(),
             };
+            told += 1;
             self.send_endpoints(node, seen);
         }
+        self.not_before = Instant::now() + GATHER_EACH.saturating_mul(told).min(GATHER_MAX);
     }
 
     /// A node whose queue is full is told everything once it has room.

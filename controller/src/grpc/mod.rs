@@ -13,6 +13,7 @@ use tonic::service::{Routes, RoutesBuilder};
 use tonic::transport::Server;
 use tonic::{Code, Status};
 
+use self::frames::Framed;
 use crate::access::authority::Authority;
 use crate::access::caller::identify;
 use crate::access::gate::{Door, Gate};
@@ -30,6 +31,7 @@ use crate::store::{Store, StoreError};
 pub mod admin;
 mod archive;
 pub mod enrol;
+mod frames;
 pub mod sync;
 
 /// Calls at one time on one connection: a node has one stream and now and then a call.
@@ -99,7 +101,7 @@ pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::serve
     let mut routes = RoutesBuilder::default();
     routes
         .add_service(InterceptedService::new(admin, context.gate(Door::Admins)))
-        .add_service(InterceptedService::new(sync, context.gate(Door::Nodes)))
+        .add_service(InterceptedService::new(Framed(sync), context.gate(Door::Nodes)))
         .add_service(enrol)
         .add_service(InterceptedService::new(health, context.gate(Door::Known)))
         .add_service(InterceptedService::new(reflection, context.gate(Door::Known)));

@@ -1,7 +1,6 @@
 //! What nodes follow.
 
 use std::net::{IpAddr, SocketAddr};
-use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use controller_api::convert::{address_from_wire, digest_from_wire};
@@ -13,10 +12,10 @@ use controller_api::v1::sync_server::Sync;
 use policy::{Flow, Generation, Network, NodeId, Revision};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::timeout;
-use tokio_stream::Stream;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::Empty;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::frames::Frames;
 use super::{Context, refused, text};
 use crate::access::authority::CertificateRequest;
 use crate::access::caller::{Caller, NodeCaller, identify};
@@ -61,7 +60,8 @@ type Queue = mpsc::Sender<Queued>;
 
 #[tonic::async_trait]
 impl Sync for SyncService {
-    type FollowStream = Pin<Box<dyn Stream<Item = Queued> + Send>>;
+    /// The queue is sent by [`super::frames`].
+    type FollowStream = Empty<Queued>;
 
     async fn follow(
         &self,
@@ -72,7 +72,9 @@ impl Sync for SyncService {
         let (queue, receiver) = mpsc::channel(UPDATE_QUEUE);
         let session = Session { context: self.context.clone(), node, queue };
         tokio::spawn(session.run(requests));
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        let mut response = Response::new(tokio_stream::empty());
+        response.extensions_mut().insert(Frames::new(receiver));
+        Ok(response)
     }
 
     async fn renew(&self, request: Request<v1::RenewRequest>) -> Result<Response<v1::RenewResponse>, Status> {
