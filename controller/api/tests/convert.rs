@@ -272,11 +272,11 @@ fn malformed_objects_are_refused_by_field() {
     let prefix = |network: &mut v1::Network, change: &dyn Fn(&mut v1::Prefix)| {
         change(network.cidrs[0].prefixes.as_mut().and_then(|prefixes| prefixes.v4.as_mut()).expect("a prefix"));
     };
-    check(&|network| prefix(network, &|prefix| prefix.address = vec![10, 42, 1]), "prefix.address");
+    check(&|network| prefix(network, &|prefix| prefix.address = vec![10, 42, 1].into()), "prefix.address");
     check(&|network| prefix(network, &|prefix| prefix.length = 33), "prefix.length");
     check(&|network| prefix(network, &|prefix| prefix.length = 256), "prefix.length");
-    check(&|network| prefix(network, &|prefix| prefix.address = vec![10, 42, 1, 1]), "write `10.42.1.0/24`");
-    check(&|network| prefix(network, &|prefix| prefix.address = vec![0; 16]), "prefixes.v4");
+    check(&|network| prefix(network, &|prefix| prefix.address = vec![10, 42, 1, 1].into()), "write `10.42.1.0/24`");
+    check(&|network| prefix(network, &|prefix| prefix.address = vec![0; 16].into()), "prefixes.v4");
 }
 
 #[test]

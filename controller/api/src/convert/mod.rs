@@ -142,7 +142,7 @@ fn length_or_zero(field: &'static str, bytes: &[u8], error: &dyn Display) -> Con
 
 impl From<&IpNet> for v1::Prefix {
     fn from(prefix: &IpNet) -> Self {
-        Self { address: address_to_wire(prefix.addr()), length: u32::from(prefix.prefix_len()) }
+        Self { address: address_to_wire(prefix.addr()).into(), length: u32::from(prefix.prefix_len()) }
     }
 }
 
@@ -152,15 +152,10 @@ impl TryFrom<v1::Prefix> for IpNet {
     fn try_from(prefix: v1::Prefix) -> Result<Self, Self::Error> {
         let v1::Prefix { address, length } = prefix;
         let address = address_from_wire("prefix.address", &address)?;
-        let printed = format!("{address}/{length}");
         let net = IpNet::new(address, narrow("prefix.length", length)?)
-            .map_err(|error| ConvertError::invalid("prefix.length", &printed, error))?;
+            .map_err(|error| ConvertError::invalid("prefix.length", format!("{address}/{length}"), error))?;
         if net.trunc() != net {
-            return Err(ConvertError::invalid(
-                "prefix",
-                &printed,
-                format!("host bits are set; write `{}`", net.trunc()),
-            ));
+            return Err(ConvertError::invalid("prefix", net, format!("host bits are set; write `{}`", net.trunc())));
         }
         Ok(net)
     }

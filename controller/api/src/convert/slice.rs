@@ -1,6 +1,6 @@
 //! What a node hears: a slice, or the difference of two.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::collections::btree_map::Entry;
 use std::fmt::Display;
 
@@ -200,7 +200,7 @@ fn peer_to_wire(node: NodeId, peer: &Peer) -> v1::Peer {
     v1::Peer {
         node: node.0,
         name: name.to_string(),
-        public_key: public_key.as_bytes().to_vec(),
+        public_key: public_key.as_bytes().to_vec().into(),
         endpoint: endpoint.map(|endpoint| endpoint.to_string()).unwrap_or_default(),
         allowed_ips: allowed_ips.iter().map(v1::Prefix::from).collect(),
     }
@@ -209,12 +209,17 @@ fn peer_to_wire(node: NodeId, peer: &Peer) -> v1::Peer {
 fn peer_from_wire(peer: v1::Peer) -> Result<(NodeId, Peer), ConvertError> {
     let v1::Peer { node, name, public_key: key, endpoint, allowed_ips } = peer;
     let node = id("peer.node", node, NodeId)?;
+    // One by one: of the few that a peer has, a set is not sorted first.
+    let mut allowed = BTreeSet::new();
+    for prefix in allowed_ips {
+        allowed.insert(IpNet::try_from(prefix)?);
+    }
     let peer = Peer {
         name: parse("peer.name", &name)?,
         public_key: public_key("peer.public_key", &key)?,
         endpoint: if endpoint.is_empty() { None } else { Some(parse("peer.endpoint", &endpoint)?) },
         seen: None,
-        allowed_ips: prefixes_to_nets(allowed_ips)?,
+        allowed_ips: allowed,
     };
     Ok((node, peer))
 }

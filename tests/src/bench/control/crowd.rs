@@ -25,6 +25,8 @@ use super::shape::Shape;
 const EACH: usize = 3_500;
 /// Nodes of one process that connect for the first time at once. This machine has the CPUs of one of them.
 const CONNECTING: usize = 64;
+/// Bytes by which the heap of one process grows.
+const HEAP_STEP: usize = 8 << 20;
 /// Threads of one process's runtime.
 const THREADS: usize = 2;
 
@@ -218,6 +220,8 @@ impl Crowd {
                     command.args([option, &list(of)]);
                 }
             }
+            // Thousands of nodes share an allocator that each has for itself elsewhere: one heap, which grows in larger steps.
+            command.env("MALLOC_ARENA_MAX", "1").env("MALLOC_TOP_PAD_", HEAP_STEP.to_string());
             command.stdin(Stdio::piped()).stdout(Stdio::piped());
             let mut process = Running::start(&mut command)?;
             let child = &mut process.0;
