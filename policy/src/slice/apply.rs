@@ -30,8 +30,8 @@ impl Slice {
         let touched = Touched::between(self, &next);
         let tally = match self.kept.of(self) {
             Some(tally) => {
-                let tally = tally.followed(self, &next, &touched);
-                if !tally.proves(&next, &touched) {
+                let (known, tally) = (tally, tally.followed(self, &next, &touched));
+                if !tally.proves(known, self, &next, &touched) {
                     next.validate()?;
                 }
                 tally

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use super::delta::differing;
 use super::size::{Run, Size, runs};
 use super::{Local, Slice, SliceRule, Touched};
 use crate::Map;
@@ -109,6 +110,8 @@ impl Tally {
         }
         if touched.addresses {
             tally.places = Arc::new(Places::of(new));
+        }
+        if touched.addresses && !is_local_same(old, new) {
             tally.count_peers(new);
         } else {
             for id in &touched.peers {
@@ -136,15 +139,34 @@ impl Tally {
 
     /// Whether `new`, of which this is the tally, is sound for certain, as the slice was from which it differs where it is
     /// touched. What this says no to is for [`Slice::validate`] to judge.
-    pub(super) fn proves(&self, new: &Slice, touched: &Touched) -> bool {
+    pub(super) fn proves(&self, before: &Self, old: &Slice, new: &Slice, touched: &Touched) -> bool {
         let cidr = |id: &CidrId| if new.cidrs.contains_key(id) { id.0 != 0 } else { !self.places.cidrs.contains(id) };
-        !touched.addresses
-            && !touched.marked
+        (!touched.addresses && !touched.marked || self.proves_places(before, old, new))
             && touched.peers.iter().all(|id| self.proves_peer(new, *id))
             && touched.cidrs.iter().all(cidr)
             && touched.rules.iter().all(|id| self.proves_rule(new, *id))
             && touched.cells.iter().all(|pair| self.proves_cell(new, *pair))
             && self.size(new).check().is_ok()
+    }
+
+    /// Whether the prefixes that differ are sound, and no cell is left of a class that went.
+    fn proves_places(&self, before: &Self, old: &Slice, new: &Slice) -> bool {
+        let (Places { classes, own, .. }, known) = (&*self.places, &*before.places);
+        let sound = |net: &IpNet| match new.prefixes.get(net) {
+            Some((class, cidr)) => class.0 != 0 && check_prefix(*net).is_ok() && new.cidrs.contains_key(cidr),
+            None => true,
+        };
+        let marked = |net: &IpNet| new.marked.get(net).is_none_or(|(class, _)| class.0 != 0 && class.is_marked());
+        // Every cell has an end among the own classes.
+        let is_left = |gone: &ClassId| {
+            own.iter().any(|own| new.cells.contains_key(&(*own, *gone)) || new.cells.contains_key(&(*gone, *own)))
+        };
+        is_local_same(old, new)
+            && *own == known.own
+            && differing(&old.prefixes, &new.prefixes).iter().all(sound)
+            && differing(&old.marked, &new.marked).iter().all(marked)
+            && classes.iter().all(|class| class.0 != 0)
+            && !known.classes.difference(classes).any(is_left)
     }
 
     fn proves_peer(&self, new: &Slice, id: NodeId) -> bool {
@@ -263,6 +285,10 @@ impl Places {
             leaves: Size::leaves(places.len(), slice.held_leaves()),
         }
     }
+}
+
+fn is_local_same(old: &Slice, new: &Slice) -> bool {
+    Arc::ptr_eq(&old.local, &new.local) || old.local == new.local
 }
 
 fn distinct_verdicts(cell: &Cell) -> BTreeSet<Verdict> {
