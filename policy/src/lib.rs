@@ -6,6 +6,7 @@
 //! Change ─► Network ─► Matrix ─► Slice ─► SliceDelta        interpret(Network, Flow) is what all of them must equal
 //! ```
 
+mod count;
 mod explain;
 mod interpret;
 pub mod limit;
@@ -44,4 +45,6 @@ pub use object::selector::{Hint, MemberSpec, Selector, SelectorError, SelectorSp
 pub use object::service::{NamedService, Service, ServiceError, ServiceRange, ServiceRef, ServiceSpec, protocol};
 pub use object::verdict::{Flow, Reason, Verdict, parse_flow_service};
 pub use peer::Peer;
-pub use slice::{Cells, DeltaError, Fragment, Local, NodeLimitError, Slice, SliceDelta, SliceRule, Touched};
+pub use slice::{
+    Cells, DeltaError, Fragment, Local, NodeLimitError, Slice, SliceDelta, SliceRule, Touched, Understanding,
+};

@@ -27,7 +27,7 @@ impl Change {
         }
         let touched = Touched::between(old, new);
         let is_switched = old.revision != new.revision
-            || touched.addresses
+            || touched.addresses()
             || !(touched.rules.is_empty() && touched.cells.is_empty() && touched.cidrs.is_empty());
         let mut change = PeerChange { switch: is_switched.then_some(new.revision), ..PeerChange::default() };
         let (mut left, mut taken): (Vec<Holding>, Vec<Holding>) = Default::default();

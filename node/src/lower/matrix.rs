@@ -9,9 +9,10 @@ use ebpf_common::table::{
 use ebpf_common::{EGRESS, INGRESS, limit, reason};
 use policy::{Action, Cell, ClassId, Map, Reason, RuleId, ServiceRange, Slice, Touched, Verdict};
 
+use super::classes::{Classes, Renumbered};
 use super::interned::Interned;
 use super::rows::Rows;
-use super::{Classes, FEWER_PREFIXES, FEWER_RULES, FEWER_SERVICES, LowerError, RuleSlots, within};
+use super::{FEWER_PREFIXES, FEWER_RULES, FEWER_SERVICES, LowerError, RuleSlots, within};
 
 /// A page that nothing refers to.
 const EMPTY: Page =
@@ -25,6 +26,8 @@ const CLOSED: u32 = UNIFORM;
 #[derive(Debug)]
 pub(super) struct Cells {
     pub(super) matrix: Rows<u32>,
+    /// The length of its rows.
+    row: u32,
     pages: Interned<Page>,
     ports: Interned<Ports>,
     decisions: Interned<Decision>,
@@ -41,10 +44,11 @@ pub(super) struct Terms<'a> {
 
 impl Cells {
     pub(super) fn lower(terms: &Terms<'_>) -> Result<Self, LowerError> {
-        let cells = 2 * terms.classes.own as usize * terms.classes.count() as usize;
+        let cells = 2 * terms.classes.owns() as usize * terms.classes.row() as usize;
         within("cells of the matrix", cells, limit::CELLS, FEWER_PREFIXES)?;
         let mut lowered = Self {
             matrix: vec![CLOSED; cells].into(),
+            row: terms.classes.row(),
             pages: Interned::new(EMPTY),
             ports: Interned::new(Ports { decisions: [0; 256] }),
             decisions: Interned::new(NO_RULE),
@@ -62,23 +66,34 @@ impl Cells {
         Ok(lowered)
     }
 
-    /// Makes of `old`'s cells those of the terms' slice, in which no address is another than in `old`. An error leaves
-    /// them unfit for use.
+    /// Makes of `old`'s cells those of the terms' slice, in which the classes of the node's own addresses are those of
+    /// `old`. An error leaves them unfit for use.
     pub(super) fn follow(
         &mut self,
         terms: &Terms<'_>,
         old: &Slice,
         old_slots: &Map<RuleId, u32>,
         touched: &Touched,
+        renumbered: &Renumbered,
     ) -> Result<(), LowerError> {
         for rule in &touched.rules {
             self.follow_rule(terms, old, *rule)?;
         }
-        for pair in touched.cells.iter().filter(|pair| terms.numbers(**pair).is_some()) {
-            if let Some(cell) = terms.slice.cells.get(pair) {
+        let Renumbered { come, gone } = renumbered;
+        self.widen(terms.classes);
+        gone.values().for_each(|number| self.close(terms.classes, *number));
+        // Every cell has an end among the own classes.
+        let own = terms.classes.own();
+        let with_own =
+            |other: &ClassId| own.iter().flat_map(|own| [(*own, *other), (*other, *own)]).collect::<Vec<_>>();
+        let pairs: BTreeSet<(ClassId, ClassId)> =
+            touched.cells.iter().copied().chain(come.iter().chain(gone.keys()).flat_map(with_own)).collect();
+        let had = |class| gone.contains_key(&class) || terms.classes.get(class).is_some() && !come.contains(&class);
+        for pair in &pairs {
+            if let Some(cell) = terms.slice.cells.get(pair).filter(|_| terms.numbers(*pair).is_some()) {
                 self.hold(terms, cell)?;
             }
-            if let Some(cell) = old.cells.get(pair) {
+            if let Some(cell) = old.cells.get(pair).filter(|_| had(pair.0) && had(pair.1)) {
                 self.let_go(cell);
             }
         }
@@ -89,7 +104,7 @@ impl Cells {
                 return Err(LowerError::UnknownRule(*rule));
             }
         }
-        for &(source, destination) in &touched.cells {
+        for &(source, destination) in &pairs {
             // Whether a flow is recorded is for the opposite cell to say.
             for pair in [(source, destination), (destination, source)] {
                 let word = terms.slice.cells.get(&pair).and_then(|cell| self.words.get(cell)).map(|(word, _)| *word);
@@ -133,13 +148,34 @@ impl Cells {
             Some(word) => word | RECORD,
             None => CLOSED,
         };
-        let (own, count) = (terms.classes.own, terms.classes.count());
+        let (own, row) = (terms.classes.owns(), self.row);
         if terms.classes.is_own(from) {
-            self.matrix.set(cell_index(own, count, EGRESS, from, to) as usize, word);
+            self.matrix.set(cell_index(own, row, EGRESS, from, to) as usize, word);
         }
         if terms.classes.is_own(to) {
-            self.matrix.set(cell_index(own, count, INGRESS, to, from) as usize, word);
+            self.matrix.set(cell_index(own, row, INGRESS, to, from) as usize, word);
         }
+    }
+
+    /// Closes whatever the class of a number may open, or others to it.
+    fn close(&mut self, classes: &Classes, number: u32) {
+        for own in 1..=classes.owns() {
+            for direction in [EGRESS, INGRESS] {
+                self.matrix.set(cell_index(classes.owns(), self.row, direction, own, number) as usize, CLOSED);
+            }
+        }
+    }
+
+    /// Makes rows as long as the classes want them.
+    fn widen(&mut self, classes: &Classes) {
+        if self.row == classes.row() {
+            return;
+        }
+        let (old, new) = (self.row as usize, classes.row() as usize);
+        let rows = 0..2 * classes.owns() as usize;
+        let word = |row: usize, column: usize| if column < old { self.matrix[row * old + column] } else { CLOSED };
+        let words = rows.flat_map(|row| (0..new).map(move |column| (row, column)));
+        (self.matrix, self.row) = (words.map(|(row, column)| word(row, column)).collect(), classes.row());
     }
 
     /// The word of a cell that one more pair has.

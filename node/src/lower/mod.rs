@@ -6,6 +6,8 @@
 //! those read back from the kernel.
 
 mod check;
+mod classes;
+mod holed;
 mod interned;
 mod matrix;
 mod own;
@@ -13,18 +15,20 @@ mod rows;
 mod show;
 mod slots;
 mod stride;
+mod tree;
 mod walk;
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use ebpf_common::limit;
 use ebpf_common::table::{Block, Decision, Header, Leaf, Page, Path, Ports};
-use policy::{ClassId, Map, Revision, RuleId, Slice, Touched};
+use policy::{Map, Revision, RuleId, Slice, Touched};
 
+use self::classes::Classes;
 use self::matrix::{Cells, Terms};
+use self::own::Entries;
+use self::stride::Strides;
 
 pub use check::TableError;
 pub use rows::Rows;
@@ -75,7 +79,9 @@ pub struct Lowering(Option<Last>);
 #[derive(Debug)]
 struct Last {
     slice: Slice,
+    entries: Entries,
     classes: Classes,
+    strides: Strides,
     cells: Cells,
     tables: Tables,
 }
@@ -99,87 +105,55 @@ impl Lowering {
 impl Last {
     fn new(slice: &Slice, slots: &RuleSlots) -> Result<(Self, RuleSlots), LowerError> {
         let assigned = slots.assigned(slice.rules.keys().copied())?;
-        let entries = own::entries(slice);
-        let classes = Classes::number(&entries);
+        let entries = Entries::new(slice);
+        let classes = Classes::new(&entries);
         let cells = Cells::lower(&Terms { slice, classes: &classes, slots: &assigned })?;
-        let strides = stride::lower(slice, &classes, &entries)?;
-        let tables = Tables {
-            revision: slice.revision,
-            header: Header {
-                revision: slice.revision.0,
-                generation: 0,
-                own: classes.own,
-                classes: classes.count(),
-                root_v4: strides.root_v4,
-                root_v6: strides.root_v6,
-                _pad: [0; 9],
-            },
-            blocks: strides.blocks.into(),
-            paths: strides.paths.into(),
-            leaves: strides.leaves.into(),
-            matrix: cells.matrix.clone(),
-            pages: cells.pages(),
-            ports: cells.ports(),
-            decisions: cells.decisions(),
-            rule_slots: assigned.active().clone(),
-        };
-        Ok((Self { slice: slice.clone(), classes, cells, tables }, assigned))
+        let strides = Strides::lower(&slice.local.roots, &classes, &entries)?;
+        let tables = tables(slice, &classes, &strides, &cells, &assigned);
+        Ok((Self { slice: slice.clone(), entries, classes, strides, cells, tables }, assigned))
     }
 
     /// `None`: the tables are to be made anew.
     fn follow(mut self, slice: &Slice, slots: &RuleSlots) -> Option<(Self, RuleSlots)> {
         let touched = Touched::between(&self.slice, slice);
-        if touched.addresses || !self.tables.rule_slots.ptr_eq(slots.active()) {
+        if touched.local || touched.gateways || !self.tables.rule_slots.ptr_eq(slots.active()) {
             return None;
         }
         let (come, gone): (Vec<RuleId>, Vec<RuleId>) =
             touched.rules.iter().partition(|rule| slice.rules.contains_key(*rule));
         let assigned = slots.changed(&gone, come.into_iter()).ok()?;
+        let changed = self.entries.follow(&self.slice, slice, &touched.prefixes)?;
+        let renumbered = self.classes.follow(&changed)?;
+        self.strides.follow(&self.classes, &changed)?;
         let terms = Terms { slice, classes: &self.classes, slots: &assigned };
-        self.cells.follow(&terms, &self.slice, &self.tables.rule_slots, &touched).ok()?;
-        self.tables = Tables {
-            revision: slice.revision,
-            header: Header { revision: slice.revision.0, ..self.tables.header },
-            matrix: self.cells.matrix.clone(),
-            pages: self.cells.pages(),
-            ports: self.cells.ports(),
-            decisions: self.cells.decisions(),
-            rule_slots: assigned.active().clone(),
-            ..self.tables
-        };
+        self.cells.follow(&terms, &self.slice, &self.tables.rule_slots, &touched, &renumbered).ok()?;
+        self.tables = tables(slice, &self.classes, &self.strides, &self.cells, &assigned);
         self.slice = slice.clone();
         Some((self, assigned))
     }
 }
 
-/// The slice's classes numbered as the matrix wants them: 0 unknown, then those of the node's own addresses, then the
-/// others.
-#[derive(Debug)]
-struct Classes {
-    own: u32,
-    numbers: BTreeMap<ClassId, u32>,
-}
-
-impl Classes {
-    fn number(entries: &BTreeMap<ipnet::IpNet, own::Entry>) -> Self {
-        let own: BTreeSet<ClassId> =
-            entries.values().filter(|entry| entry.holder == own::Holder::Local).filter_map(own::Entry::class).collect();
-        let others: BTreeSet<ClassId> = entries.values().filter_map(own::Entry::class).collect();
-        let numbers = own.iter().chain(others.difference(&own)).copied().zip(1..).collect();
-        Self { own: own.len() as u32, numbers }
-    }
-
-    fn get(&self, class: ClassId) -> Option<u32> {
-        self.numbers.get(&class).copied()
-    }
-
-    /// With the unknown class 0.
-    fn count(&self) -> u32 {
-        self.numbers.len() as u32 + 1
-    }
-
-    fn is_own(&self, number: u32) -> bool {
-        (1..=self.own).contains(&number)
+fn tables(slice: &Slice, classes: &Classes, strides: &Strides, cells: &Cells, slots: &RuleSlots) -> Tables {
+    let (root_v4, root_v6) = strides.roots();
+    Tables {
+        revision: slice.revision,
+        header: Header {
+            revision: slice.revision.0,
+            generation: 0,
+            own: classes.owns(),
+            classes: classes.row(),
+            root_v4,
+            root_v6,
+            _pad: [0; 9],
+        },
+        blocks: strides.blocks().clone(),
+        paths: strides.paths().clone(),
+        leaves: strides.leaves().clone(),
+        matrix: cells.matrix.clone(),
+        pages: cells.pages(),
+        ports: cells.ports(),
+        decisions: cells.decisions(),
+        rule_slots: slots.active().clone(),
     }
 }
 

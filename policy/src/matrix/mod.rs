@@ -35,6 +35,7 @@ pub use cell::{Cell, CellEntry, CellError};
 pub use class::Class;
 pub use common::SliceCidr;
 pub use role::Role;
+pub(crate) use room::Strides;
 pub use room::{Room, stride_room};
 pub(crate) use share::Share;
 

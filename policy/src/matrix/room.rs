@@ -1,10 +1,12 @@
 //! Room in the table of a node that finds out what an address is: a tree of blocks, each of which reads one byte of the
 //! address, and of paths, along which nothing branches.
 
-use std::ops::{Add, Mul};
+use std::ops::{Add, Bound, Mul};
 
 use ipnet::IpNet;
 
+use crate::Map;
+use crate::count::{less, more};
 use crate::limit::{self, Bounded, LimitError};
 
 /// What an address table is made of.
@@ -37,6 +39,63 @@ pub fn stride_room(prefixes: impl IntoIterator<Item = IpNet>) -> Room {
     partings.dedup();
     ends.dedup_by_key(|(block, _)| *block);
     Room { blocks: partings.len(), paths: ends.len() + partings.len() } + TREES
+}
+
+/// What [`stride_room`] counts, followed from prefix to prefix. A prefix may be there more than once.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Strides {
+    ends: Map<(Block, IpNet), usize>,
+    /// How many distinct prefixes end in a block.
+    blocks: Map<Block, usize>,
+    /// How many neighbours part in a block.
+    partings: Map<Block, usize>,
+}
+
+impl Strides {
+    pub(crate) fn add(&mut self, prefix: IpNet) {
+        let end = (Block::of(prefix), prefix);
+        if more(&mut self.ends, &end) {
+            more(&mut self.blocks, &end.0);
+            let (before, after) = self.neighbours(end);
+            if let Some(before) = before {
+                more(&mut self.partings, &before.parting(end.0));
+            }
+            if let Some(after) = after {
+                more(&mut self.partings, &end.0.parting(after));
+            }
+            if let Some((before, after)) = before.zip(after) {
+                less(&mut self.partings, &before.parting(after));
+            }
+        }
+    }
+
+    pub(crate) fn remove(&mut self, prefix: IpNet) {
+        let end = (Block::of(prefix), prefix);
+        if less(&mut self.ends, &end) {
+            less(&mut self.blocks, &end.0);
+            let (before, after) = self.neighbours(end);
+            if let Some(before) = before {
+                less(&mut self.partings, &before.parting(end.0));
+            }
+            if let Some(after) = after {
+                less(&mut self.partings, &end.0.parting(after));
+            }
+            if let Some((before, after)) = before.zip(after) {
+                more(&mut self.partings, &before.parting(after));
+            }
+        }
+    }
+
+    /// The blocks of the ends right before and right after one.
+    fn neighbours(&self, end: (Block, IpNet)) -> (Option<Block>, Option<Block>) {
+        let before = self.ends.range(..end).next_back().map(|((block, _), _)| *block);
+        let after = self.ends.range((Bound::Excluded(end), Bound::Unbounded)).next().map(|((block, _), _)| *block);
+        (before, after)
+    }
+
+    pub(crate) fn room(&self) -> Room {
+        Room { blocks: self.partings.len(), paths: self.blocks.len() + self.partings.len() } + TREES
+    }
 }
 
 impl Room {
@@ -95,7 +154,10 @@ impl Block {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::arbitrary;
 
     fn check(prefixes: &[&str], blocks: usize, paths: usize) {
         let prefixes = prefixes.iter().map(|text| text.parse::<IpNet>().unwrap());
@@ -128,6 +190,32 @@ mod tests {
             let some = all.iter().enumerate().filter(|(index, _)| chosen >> index & 1 == 1).map(|(_, net)| *net);
             let some = stride_room(some);
             assert!(some.blocks <= room.blocks && some.paths <= room.paths, "{chosen:b}");
+        }
+    }
+
+    proptest! {
+        /// Breaks if what is followed drifts from what is counted.
+        #[test]
+        fn followed_strides_take_the_room_of_their_prefixes(
+            steps in prop::collection::vec((any::<bool>(), arbitrary::prefix()), 1..120),
+        ) {
+            let (mut strides, mut prefixes) = (Strides::default(), Vec::new());
+            for (comes, prefix) in steps {
+                let at = prefixes.iter().position(|there| *there == prefix);
+                match at {
+                    Some(at) if !comes => {
+                        prefixes.remove(at);
+                        strides.remove(prefix);
+                    }
+                    _ => {
+                        prefixes.push(prefix);
+                        strides.add(prefix);
+                    }
+                }
+                prop_assert_eq!(strides.room(), stride_room(prefixes.iter().copied()));
+            }
+            prefixes.into_iter().for_each(|prefix| strides.remove(prefix));
+            prop_assert_eq!(strides, Strides::default());
         }
     }
 }

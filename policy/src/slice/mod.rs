@@ -15,11 +15,13 @@ use crate::object::rule::Action;
 use crate::object::verdict::{Flow, Verdict};
 use crate::peer::Peer;
 
+mod address_tally;
 mod apply;
 mod bound;
 mod build;
 mod delta;
 mod digest;
+
 mod places;
 mod requires;
 mod room;
@@ -31,6 +33,7 @@ mod validate;
 pub use bound::NodeLimitError;
 pub use build::Fragment;
 pub use delta::{Cells, SliceDelta};
+pub use requires::Understanding;
 pub(crate) use size::Size;
 use tally::Kept;
 pub use touched::Touched;

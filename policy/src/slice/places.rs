@@ -73,9 +73,12 @@ impl Slice {
 
     /// Whether the places are those that follow from the rest.
     pub(super) fn is_placed(&self) -> bool {
+        // Of two cidrs that claim one prefix the first has it.
+        let cidrs = self.cidrs.iter().rev();
+        let claimed: BTreeMap<IpNet, CidrId> =
+            cidrs.flat_map(|(id, cidr)| cidr.prefixes.iter().map(|net| (net, *id))).collect();
         let whole = |net: &IpNet| {
-            let cidr = self.cidrs.iter().find(|(_, cidr)| cidr.prefixes.iter().any(|prefix| prefix == *net));
-            let of_cidr = cidr.map(|(id, _)| (ClassId::of_cidr(*id), *id));
+            let of_cidr = claimed.get(net).map(|id| (ClassId::of_cidr(*id), *id));
             self.marked.get(net).copied().or(of_cidr)
         };
         let is_own = |net: &IpNet| self.local.addresses.iter().any(|own| IpNet::from(own) == *net);

@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::delta::differing;
+use super::address_tally::AddressTally;
 use super::size::{Run, Size, runs};
 use super::{Local, Slice, SliceRule, Touched};
 use crate::Map;
-use crate::matrix::{Cell, Room, SliceCidr};
+use crate::count::{less, more};
+use crate::matrix::{Cell, SliceCidr};
 use crate::object::id::{CidrId, ClassId, NodeId, RuleId};
 use crate::object::key::PublicKey;
 use crate::object::prefix::check_prefix;
@@ -51,7 +52,7 @@ impl fmt::Debug for Kept {
 #[derive(Clone, Debug)]
 pub(super) struct Tally {
     of: Parts,
-    places: Arc<Places>,
+    addresses: AddressTally,
     keys: Map<PublicKey, usize>,
     /// The prefixes of peers, and the node's own.
     allowed: Map<IpNet, usize>,
@@ -74,21 +75,11 @@ struct Parts {
     cells: Map<(ClassId, ClassId), Cell>,
 }
 
-/// What follows from prefixes, gateways and what is local.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Places {
-    classes: BTreeSet<ClassId>,
-    own: BTreeSet<ClassId>,
-    cidrs: BTreeSet<CidrId>,
-    room: Room,
-    leaves: usize,
-}
-
 impl Tally {
     pub(super) fn of(slice: &Slice) -> Self {
         let mut tally = Self {
             of: Parts::of(slice),
-            places: Arc::new(Places::of(slice)),
+            addresses: AddressTally::of(slice),
             keys: Map::new(),
             allowed: Map::new(),
             cells: Map::new(),
@@ -105,13 +96,8 @@ impl Tally {
     pub(super) fn followed(&self, old: &Slice, new: &Slice, touched: &Touched) -> Self {
         let mut tally = self.clone();
         tally.of = Parts::of(new);
-        if touched.marked && !touched.addresses {
-            tally.places = Arc::new(Places { classes: new.classes(), ..(*tally.places).clone() });
-        }
-        if touched.addresses {
-            tally.places = Arc::new(Places::of(new));
-        }
-        if touched.addresses && !is_local_same(old, new) {
+        tally.addresses = self.addresses.followed(old, new, touched);
+        if touched.local {
             tally.count_peers(new);
         } else {
             for id in &touched.peers {
@@ -140,33 +126,12 @@ impl Tally {
     /// Whether `new`, of which this is the tally, is sound for certain, as the slice was from which it differs where it is
     /// touched. What this says no to is for [`Slice::validate`] to judge.
     pub(super) fn proves(&self, before: &Self, old: &Slice, new: &Slice, touched: &Touched) -> bool {
-        let cidr = |id: &CidrId| if new.cidrs.contains_key(id) { id.0 != 0 } else { !self.places.cidrs.contains(id) };
-        (!touched.addresses && !touched.marked || self.proves_places(before, old, new))
+        !touched.local
+            && self.addresses.prove(&before.addresses, old, new, touched)
             && touched.peers.iter().all(|id| self.proves_peer(new, *id))
-            && touched.cidrs.iter().all(cidr)
             && touched.rules.iter().all(|id| self.proves_rule(new, *id))
             && touched.cells.iter().all(|pair| self.proves_cell(new, *pair))
             && self.size(new).check().is_ok()
-    }
-
-    /// Whether the prefixes that differ are sound, and no cell is left of a class that went.
-    fn proves_places(&self, before: &Self, old: &Slice, new: &Slice) -> bool {
-        let (Places { classes, own, .. }, known) = (&*self.places, &*before.places);
-        let sound = |net: &IpNet| match new.prefixes.get(net) {
-            Some((class, cidr)) => class.0 != 0 && check_prefix(*net).is_ok() && new.cidrs.contains_key(cidr),
-            None => true,
-        };
-        let marked = |net: &IpNet| new.marked.get(net).is_none_or(|(class, _)| class.0 != 0 && class.is_marked());
-        // Every cell has an end among the own classes.
-        let is_left = |gone: &ClassId| {
-            own.iter().any(|own| new.cells.contains_key(&(*own, *gone)) || new.cells.contains_key(&(*gone, *own)))
-        };
-        is_local_same(old, new)
-            && *own == known.own
-            && differing(&old.prefixes, &new.prefixes).iter().all(sound)
-            && differing(&old.marked, &new.marked).iter().all(marked)
-            && classes.iter().all(|class| class.0 != 0)
-            && !known.classes.difference(classes).any(is_left)
     }
 
     fn proves_peer(&self, new: &Slice, id: NodeId) -> bool {
@@ -189,23 +154,23 @@ impl Tally {
 
     fn proves_cell(&self, new: &Slice, pair: (ClassId, ClassId)) -> bool {
         let Some(cell) = new.cells.get(&pair) else { return true };
-        let Places { classes, own, .. } = &*self.places;
+        let AddressTally { classes, own, .. } = &self.addresses;
         let said = |verdict: Verdict| match verdict.rule {
             Some(id) => new.rules.get(&id).is_some_and(|rule| rule.action == verdict.action),
             None => true,
         };
-        [pair.0, pair.1].iter().all(|class| classes.contains(class))
-            && (own.contains(&pair.0) || own.contains(&pair.1))
+        [pair.0, pair.1].iter().all(|class| classes.contains_key(class))
+            && (own.contains_key(&pair.0) || own.contains_key(&pair.1))
             && !cell.is_closed()
             && cell.validate().is_ok()
             && cell.verdicts().all(said)
     }
 
     fn size(&self, slice: &Slice) -> Size {
-        let Places { classes, own, room, leaves, .. } = &*self.places;
+        let AddressTally { classes, own, .. } = &self.addresses;
         Size {
-            room: *room,
-            leaves: *leaves,
+            room: self.addresses.room(),
+            leaves: self.addresses.leaves(),
             cells: Size::cells(own.len(), classes.len()),
             rules: slice.rules.len(),
             decisions: Size::decisions(self.verdicts.len()),
@@ -274,43 +239,8 @@ impl Parts {
     }
 }
 
-impl Places {
-    fn of(slice: &Slice) -> Self {
-        let places: BTreeSet<_> = slice.prefixes.values().collect();
-        Self {
-            classes: slice.classes(),
-            own: slice.own_classes(),
-            cidrs: places.iter().map(|(_, cidr)| *cidr).collect(),
-            room: slice.room(),
-            leaves: Size::leaves(places.len(), slice.held_leaves()),
-        }
-    }
-}
-
-fn is_local_same(old: &Slice, new: &Slice) -> bool {
-    Arc::ptr_eq(&old.local, &new.local) || old.local == new.local
-}
-
 fn distinct_verdicts(cell: &Cell) -> BTreeSet<Verdict> {
     cell.verdicts().collect()
-}
-
-/// One more of it; whether it is the first.
-fn more<K: Ord + Clone>(counts: &mut Map<K, usize>, key: &K) -> bool {
-    let count = counts.get(key).map_or(1, |count| count + 1);
-    counts.insert(key.clone(), count);
-    count == 1
-}
-
-/// One less of it; whether it was the last.
-fn less<K: Ord + Clone>(counts: &mut Map<K, usize>, key: &K) -> bool {
-    match counts.get(key) {
-        Some(&count) if count > 1 => {
-            counts.insert(key.clone(), count - 1);
-            false
-        }
-        _ => counts.remove(key).is_some(),
-    }
 }
 
 #[cfg(test)]
@@ -322,8 +252,8 @@ mod tests {
     use crate::{NodeId, Revision, arbitrary};
 
     fn counts(tally: &Tally) -> impl PartialEq + fmt::Debug + use<> {
-        let Tally { of: _, places, keys, allowed, cells, verdicts, runs, pages } = tally.clone();
-        (places, keys, allowed, cells, verdicts, runs, pages)
+        let Tally { of: _, addresses, keys, allowed, cells, verdicts, runs, pages } = tally.clone();
+        (addresses, keys, allowed, cells, verdicts, runs, pages)
     }
 
     proptest! {
