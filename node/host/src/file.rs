@@ -51,12 +51,16 @@ pub fn write_private(path: &Path, content: &[u8]) -> Result<(), FileError> {
     let temporary = temporary(path);
     let written = write_and_sync(&temporary, content)
         .map_err(FileError::new("write", path))
-        .and_then(|()| fs::rename(&temporary, path).map_err(FileError::new("replace", path)))
-        .and_then(|()| sync_parent(path));
+        .and_then(|()| replace(path, &temporary));
     if written.is_err() {
         let _ = fs::remove_file(&temporary);
     }
     written
+}
+
+/// Puts a file that is on disk in the place of another in the same directory: rename, fsync of the directory.
+pub fn replace(path: &Path, by: &Path) -> Result<(), FileError> {
+    fs::rename(by, path).map_err(FileError::new("replace", path)).and_then(|()| sync_parent(path))
 }
 
 /// The whole file, if it is no longer than `limit` bytes.

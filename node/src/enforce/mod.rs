@@ -16,7 +16,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use host::error::chain;
-use policy::{CidrId, Generation, Map, PublicKey, Revision, RuleId, RuleName, Slice, SliceCidr, SliceRule};
+use policy::{
+    CidrId, Generation, Map, PublicKey, Revision, RuleId, RuleName, Slice, SliceCidr, SliceRule, Understanding,
+};
 use tokio::sync::watch;
 
 use self::change::Change;
@@ -79,6 +81,7 @@ pub struct Enforcer {
     received: Option<Arc<Slice>>,
     /// What that requires and this node does not understand: what it concerns is denied.
     pub lacks: Vec<String>,
+    understanding: Understanding,
     /// Repairs since the start, by kind.
     pub repairs: BTreeMap<&'static str, u64>,
     /// What could not be done in the last round.
@@ -162,6 +165,7 @@ impl Enforcer {
             intent: None,
             received: None,
             lacks: Vec::new(),
+            understanding: Understanding::default(),
             repairs: BTreeMap::new(),
             error: None,
             refused: None,
@@ -220,6 +224,7 @@ impl Enforcer {
                 if let Err(error) = self.datapath.collect_flows() {
                     tracing::debug!(error = chain(&error), "flow records cannot be collected");
                 }
+                self.journal.tend();
                 next_collection = Instant::now() + COLLECT;
             }
         }
@@ -230,6 +235,7 @@ impl Enforcer {
         if let Err(error) = self.datapath.settle() {
             tracing::debug!(error = chain(&error), "the copy that went cannot be brought up to date yet");
         }
+        self.journal.tend();
     }
 
     fn pause(&self, interval: Duration) -> Duration {
@@ -257,7 +263,9 @@ impl Enforcer {
     /// Makes a slice the intent and puts it in force. A slice that the kernel's tables cannot hold changes nothing.
     pub fn enforce(&mut self, received: Arc<Slice>) {
         let revision = received.revision;
-        let slice = received.understood(FEATURES).map_or_else(|| Arc::clone(&received), Arc::new);
+        let is_understood = self.understanding.follow(&received, FEATURES);
+        let understood = (!is_understood).then(|| received.understood(FEATURES)).flatten();
+        let slice = understood.map_or_else(|| Arc::clone(&received), Arc::new);
         if self.stale_counters {
             self.reset_stale_counters();
         }
@@ -266,7 +274,7 @@ impl Enforcer {
             Err(error) => return self.refuse(revision, format!("revision {revision} cannot be put in force: {error}")),
         };
         (self.refused, self.outdated) = (None, None);
-        self.note_lacks(&received);
+        self.note_lacks(if is_understood { Vec::new() } else { received.lacks(FEATURES).into_iter().collect() });
         self.received = Some(received);
         // Where peers were seen outlives the daemon too.
         self.unsaved = true;
@@ -287,8 +295,7 @@ impl Enforcer {
         }
     }
 
-    fn note_lacks(&mut self, received: &Slice) {
-        let lacks: Vec<String> = received.lacks(FEATURES).into_iter().collect();
+    fn note_lacks(&mut self, lacks: Vec<String>) {
         if lacks != self.lacks && !lacks.is_empty() {
             tracing::warn!(features = lacks.join(", "), "policy requires what this noded does not understand: denied");
         }

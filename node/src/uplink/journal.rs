@@ -4,7 +4,7 @@
 //! A line with the version and the digest of the whole state that the journal continues, then entries: length, checksum,
 //! and a protobuf message whose heart is the delta as the controller would send it. A checksum covers the one before it, so
 //! that entries stand for exactly one state after the other, and a journal of another whole state is known and ignored.
-//! Where the journal has grown longer than the whole state, that is written anew.
+//! Where the journal has grown longer than the whole state, that is written anew ([`super::compaction`]).
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -20,6 +20,7 @@ use policy::{NodeId, Revision, RuleId, SliceDelta};
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 
+use super::compaction::{self, Compaction, NEXT_JOURNAL, News};
 use super::state::{self, DIGEST, State, StateError, StoredHolder, Whole};
 use crate::difference::differing_keys;
 use crate::lower::RuleSlots;
@@ -28,14 +29,16 @@ use crate::lower::RuleSlots;
 pub const FILE: &str = "journal";
 
 /// Raised with every change of what follows it.
-const MAGIC: &[u8] = b"rampart node journal 1\n";
+pub(super) const MAGIC: &[u8] = b"rampart node journal 1\n";
 const BEGIN: usize = MAGIC.len() + DIGEST;
 const LENGTH: usize = size_of::<u32>();
 const CHECKSUM: usize = 8;
 /// No journal is too long that is shorter than this, in bytes.
 const SHORT: u64 = 1 << 20;
-/// Larger than any journal becomes: it ends when it is as long as the whole state.
+/// Larger than any journal becomes.
 const FILE_MAX: u64 = 512 * 1024 * 1024;
+/// A journal that no compaction has kept shorter ends here, in bytes.
+const LONG: u64 = FILE_MAX / 2;
 
 type Checksum = [u8; CHECKSUM];
 
@@ -92,10 +95,32 @@ struct Kept {
     /// Bytes of the whole state's file.
     whole: u64,
     /// `None`: the whole state is to be written before anything can be appended.
-    tail: Option<Box<dyn Tail>>,
+    chain: Option<Chain>,
+    /// The journal is not compacted before it has so many bytes.
+    compact_at: u64,
+    compaction: Option<Underway>,
+}
+
+/// A journal that is continued.
+struct Chain {
+    tail: Box<dyn Tail>,
     /// Bytes of the journal, and the last entry's checksum.
     length: u64,
     checksum: Checksum,
+}
+
+/// A compaction, and what it does not have of what was kept.
+struct Underway {
+    /// Dropped first: whoever waits for its end still has the rest.
+    compaction: Compaction,
+    next: Next,
+}
+
+enum Next {
+    /// While the whole state is written: the entries since.
+    Written { since: Vec<Vec<u8>> },
+    /// While files are replaced: the journal that is the only one then, with the length of its whole state.
+    Replacing { chain: Chain, whole: u64 },
 }
 
 /// A journal, and what was found.
@@ -138,7 +163,7 @@ impl Journal {
     /// Puts a state on disk, by what differs from the one before.
     pub fn keep(&mut self, state: &State) -> Result<(), FileError> {
         match self.kept.as_mut().and_then(|kept| Some((entry(&kept.state, state)?, kept))) {
-            Some((entry, kept)) if kept.tail.is_some() && entry.len() as u64 <= kept.whole.max(SHORT) => {
+            Some((entry, kept)) if kept.has_room_for(&entry) => {
                 kept.append(&entry).map_err(FileError::new("append to", &self.state_dir.join(FILE)))?;
                 kept.state = state.clone();
                 Ok(())
@@ -147,26 +172,38 @@ impl Journal {
         }
     }
 
-    /// Writes the whole state where the journal has become long. For when nobody waits.
-    pub fn compact(&mut self) -> Result<(), FileError> {
-        match &self.kept {
-            Some(kept) if kept.length > kept.whole.max(SHORT) => self.write_whole(&kept.state.clone()),
-            _ => Ok(()),
+    /// Has the whole state written where the journal has become long. For when nobody waits: it takes no longer than to keep
+    /// a state does.
+    pub fn tend(&mut self) {
+        self.tend_by(Compaction::hear);
+    }
+
+    fn tend_by(&mut self, hear: impl FnOnce(&Compaction) -> Option<News>) {
+        let Some(kept) = &mut self.kept else { return };
+        let Some(underway) = &kept.compaction else {
+            let length = kept.chain.as_ref().map_or(0, |chain| chain.length);
+            if length > kept.compact_at {
+                let compaction = Compaction::start(&self.state_dir, kept.state.clone());
+                kept.compaction = Some(Underway { compaction, next: Next::Written { since: Vec::new() } });
+            }
+            return;
+        };
+        let Some(news) = hear(&underway.compaction) else { return };
+        if let Err(error) = kept.go_on(news) {
+            tracing::warn!(error, "the last good state cannot be compacted; its journal goes on");
         }
     }
 
     /// The whole state first: what the journal says until it is replaced too is known to be older.
     fn write_whole(&mut self, state: &State) -> Result<(), FileError> {
-        let (digest, whole) = state::store(&self.state_dir, state)?;
+        if let Some(kept) = &mut self.kept {
+            kept.compaction = None;
+        }
+        let (digest, whole) = state::store(&self.state_dir.join(state::FILE), state)?;
         let tail = begin(&self.state_dir, &digest)
             .inspect_err(|error| tracing::debug!(error = host::error::chain(error), "no journal can be begun"));
-        self.kept = Some(Kept {
-            state: state.clone(),
-            whole,
-            tail: tail.ok().map(|tail| Box::new(tail) as Box<dyn Tail>),
-            length: BEGIN as u64,
-            checksum: first_checksum(&digest),
-        });
+        let chain = tail.ok().map(|tail| Chain::new(tail, &digest));
+        self.kept = Some(Kept::new(state.clone(), whole, chain));
         Ok(())
     }
 }
@@ -175,6 +212,7 @@ impl Journal {
 pub fn remove(state_dir: &Path) -> Result<(), FileError> {
     file::remove_aside(&state_dir.join(FILE))?;
     file::remove(&state_dir.join(FILE))?;
+    compaction::remove(state_dir)?;
     state::remove(state_dir)
 }
 
@@ -197,19 +235,111 @@ fn continue_at(path: &Path, length: u64) -> Result<File, FileError> {
 }
 
 impl Kept {
+    fn new(state: State, whole: u64, chain: Option<Chain>) -> Self {
+        Self { state, whole, chain, compact_at: whole.max(SHORT), compaction: None }
+    }
+
+    fn has_room_for(&self, entry: &[u8]) -> bool {
+        let length = self.chain.as_ref().map(|chain| chain.length + entry.len() as u64);
+        entry.len() as u64 <= self.whole.max(SHORT) && length.is_some_and(|length| length <= LONG)
+    }
+
+    /// An error: the entry is not kept. Where that is not certain, the whole state is written next.
     fn append(&mut self, entry: &[u8]) -> io::Result<()> {
-        let Some(tail) = &mut self.tail else { return Ok(()) };
-        let checksum = next_checksum(&self.checksum, entry);
-        let bytes = [&(entry.len() as u32).to_le_bytes()[..], &checksum, entry].concat();
-        if let Err(error) = tail.append(&bytes) {
-            // Whatever came of it is no entry; where it cannot be cut off, the whole state is written next.
-            if tail.cut(self.length).is_err() {
-                self.tail = None;
-            }
-            return Err(error);
+        let Some(chain) = &mut self.chain else { return Ok(()) };
+        let before = (chain.length, chain.checksum);
+        if let Err(failed) = chain.append(entry) {
+            self.chain.take_if(|_| !failed.is_cut);
+            return Err(failed.error);
         }
-        self.length += bytes.len() as u64;
-        self.checksum = checksum;
+        match self.compaction.as_mut().map(|underway| &mut underway.next) {
+            None => {}
+            Some(Next::Written { since }) => since.push(entry.to_vec()),
+            Some(Next::Replacing { chain: next, .. }) => {
+                if let Err(failed) = next.append(entry) {
+                    self.chain.take_if(|chain| chain.cut(before).is_err() || !failed.is_cut);
+                    return Err(failed.error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The next step of the compaction.
+    fn go_on(&mut self, news: News) -> Result<(), String> {
+        let Some(underway) = self.compaction.take() else { return Ok(()) };
+        let Underway { compaction, next } = underway;
+        match (news, next) {
+            (News::Written { digest, whole, journal }, Next::Written { since }) => {
+                let mut chain = Chain::new(journal, &digest);
+                if let Err(failed) = chain.append_all(&since) {
+                    self.compact_later();
+                    return Err(failed.error.to_string());
+                }
+                compaction.go_on();
+                self.compaction = Some(Underway { compaction, next: Next::Replacing { chain, whole } });
+                Ok(())
+            }
+            (News::Replaced, Next::Replacing { chain, whole }) => {
+                (self.whole, self.compact_at, self.chain) = (whole, whole.max(SHORT), Some(chain));
+                Ok(())
+            }
+            (News::Failed(error), Next::Written { .. }) => {
+                self.compact_later();
+                Err(host::error::chain(&error))
+            }
+            // Nobody knows which of the files are there.
+            (News::Failed(error), Next::Replacing { .. }) => {
+                self.chain = None;
+                Err(host::error::chain(&error))
+            }
+            (News::Written { .. } | News::Replaced, _) => {
+                self.chain = None;
+                Err("a step was said to be done that was not begun".to_owned())
+            }
+        }
+    }
+
+    fn compact_later(&mut self) {
+        self.compact_at = self.chain.as_ref().map_or(0, |chain| chain.length) + SHORT;
+    }
+}
+
+/// Why an entry was not appended.
+struct Failed {
+    error: io::Error,
+    /// Whatever came of it is cut off again.
+    is_cut: bool,
+}
+
+impl Chain {
+    fn new(tail: File, digest: &[u8; DIGEST]) -> Self {
+        Self { tail: Box::new(tail), length: BEGIN as u64, checksum: first_checksum(digest) }
+    }
+
+    fn append(&mut self, entry: &[u8]) -> Result<(), Failed> {
+        self.append_all(&[entry])
+    }
+
+    fn append_all(&mut self, entries: &[impl AsRef<[u8]>]) -> Result<(), Failed> {
+        let (mut bytes, mut checksum) = (Vec::new(), self.checksum);
+        for entry in entries.iter().map(AsRef::as_ref) {
+            checksum = next_checksum(&checksum, entry);
+            bytes.extend_from_slice(&(entry.len() as u32).to_le_bytes());
+            bytes.extend_from_slice(&checksum);
+            bytes.extend_from_slice(entry);
+        }
+        if let Err(error) = self.tail.append(&bytes) {
+            return Err(Failed { error, is_cut: self.tail.cut(self.length).is_ok() });
+        }
+        (self.length, self.checksum) = (self.length + bytes.len() as u64, checksum);
+        Ok(())
+    }
+
+    /// Goes back to a length and the checksum that it had then.
+    fn cut(&mut self, (length, checksum): (u64, Checksum)) -> io::Result<()> {
+        self.tail.cut(length)?;
+        (self.length, self.checksum) = (length, checksum);
         Ok(())
     }
 }
@@ -260,36 +390,67 @@ fn short(digest: &[u8]) -> Checksum {
 /// Continues a whole state by its journal.
 fn read(state_dir: &Path, whole: Whole) -> (Kept, Option<StateError>) {
     let Whole { state, digest, length: whole } = whole;
-    let path = state_dir.join(FILE);
-    let mut kept = Kept { state, whole, tail: None, length: BEGIN as u64, checksum: first_checksum(&digest) };
-    let bytes = match file::read(&path, FILE_MAX) {
-        Ok(bytes) => bytes,
-        Err(error) if error.is_missing() => return (kept, None),
-        Err(error) => return (kept, Some(error.into())),
+    let mut replayed = Replayed { state, length: BEGIN as u64, checksum: first_checksum(&digest) };
+    let (path, bytes) = match find(state_dir, &digest) {
+        Ok(Some(found)) => found,
+        Ok(None) => return (Kept::new(replayed.state, whole, None), None),
+        Err(error) => return (Kept::new(replayed.state, whole, None), Some(error.into())),
     };
-    let is_ours = bytes.strip_prefix(MAGIC).is_some_and(|rest| rest.starts_with(&digest));
-    if !is_ours {
-        // Of the whole state before this one, which has all that it says.
-        return (kept, None);
+    if path.ends_with(FILE)
+        && let Err(error) = compaction::remove(state_dir)
+    {
+        tracing::debug!(error = host::error::chain(&error), "what a compaction has left cannot be removed");
     }
-    let end = replay(&mut kept, &bytes);
-    let revision = kept.state.slice.revision;
+    let end = replay(&mut replayed, &bytes);
+    let Replayed { state, length, checksum } = replayed;
     let error = match end {
         End::Whole => None,
-        End::Torn => Some(StateError::Torn { bytes: bytes.len() as u64 - kept.length }),
+        End::Torn => Some(StateError::Torn { bytes: bytes.len() as u64 - length }),
         End::Damaged(reason) => {
-            let at = kept.length;
-            return match file::set_aside(&path, "corrupt") {
-                Ok(aside) => (kept, Some(StateError::Damaged { aside, at, reason, revision })),
-                Err(error) => (kept, Some(error.into())),
+            let error = match file::set_aside(&path, "corrupt") {
+                Ok(aside) => StateError::Damaged { aside, at: length, reason, revision: state.slice.revision },
+                Err(error) => error.into(),
             };
+            return (Kept::new(state, whole, None), Some(error));
         }
     };
-    match continue_at(&path, kept.length) {
-        Ok(file) => kept.tail = Some(Box::new(file)),
-        Err(error) => tracing::debug!(error = host::error::chain(&error), "the journal cannot be continued"),
+    let tail = named(state_dir, &path)
+        .and_then(|path| continue_at(&path, length))
+        .inspect_err(|error| tracing::debug!(error = host::error::chain(error), "the journal cannot be continued"));
+    let chain = tail.ok().map(|tail| Chain { tail: Box::new(tail), length, checksum });
+    (Kept::new(state, whole, chain), error)
+}
+
+/// The journal of the whole state with this digest, if there is one. That of another has nothing that the state lacks.
+fn find(state_dir: &Path, digest: &[u8; DIGEST]) -> Result<Option<(PathBuf, Vec<u8>)>, FileError> {
+    // Where both continue the state, the first has all that the second has.
+    for name in [FILE, NEXT_JOURNAL] {
+        let path = state_dir.join(name);
+        match file::read(&path, FILE_MAX) {
+            Ok(bytes) if bytes.strip_prefix(MAGIC).is_some_and(|rest| rest.starts_with(digest)) => {
+                return Ok(Some((path, bytes)));
+            }
+            Err(error) if !error.is_missing() => return Err(error),
+            Ok(_) | Err(_) => {}
+        }
     }
-    (kept, error)
+    Ok(None)
+}
+
+/// Where a journal lies once it has its name.
+fn named(state_dir: &Path, found: &Path) -> Result<PathBuf, FileError> {
+    let path = state_dir.join(FILE);
+    if found != path {
+        file::replace(&path, found)?;
+    }
+    Ok(path)
+}
+
+/// A state while a journal is applied to it, entry after entry.
+struct Replayed {
+    state: State,
+    length: u64,
+    checksum: Checksum,
 }
 
 /// How a journal ends.
@@ -303,8 +464,8 @@ enum End {
 }
 
 /// Applies one entry after the other, up to the end or to the first that cannot be used.
-fn replay(kept: &mut Kept, bytes: &[u8]) -> End {
-    let mut slots: BTreeMap<RuleId, u32> = kept.state.slots.pairs();
+fn replay(replayed: &mut Replayed, bytes: &[u8]) -> End {
+    let mut slots: BTreeMap<RuleId, u32> = replayed.state.slots.pairs();
     let mut rest = &bytes[BEGIN..];
     let end = loop {
         if rest.is_empty() {
@@ -314,20 +475,20 @@ fn replay(kept: &mut Kept, bytes: &[u8]) -> End {
         let (length, checksum) = frame.split_at(LENGTH);
         let length = u32::from_le_bytes([length[0], length[1], length[2], length[3]]) as usize;
         let Some((entry, after)) = after.split_at_checked(length) else { break End::Torn };
-        let expected = next_checksum(&kept.checksum, entry);
+        let expected = next_checksum(&replayed.checksum, entry);
         if expected != checksum {
             // The last bytes of a file may be there before what was written into them.
             break if after.is_empty() { End::Torn } else { End::Damaged("a checksum is wrong".to_owned()) };
         }
-        match apply(&kept.state, &mut slots, entry) {
-            Ok(state) => kept.state = state,
+        match apply(&replayed.state, &mut slots, entry) {
+            Ok(state) => replayed.state = state,
             Err(reason) => break End::Damaged(reason),
         }
-        kept.checksum = expected;
-        kept.length += (frame.len() + length) as u64;
+        replayed.checksum = expected;
+        replayed.length += (frame.len() + length) as u64;
         rest = after;
     };
-    kept.state.slots = RuleSlots::from_pairs(slots);
+    replayed.state.slots = RuleSlots::from_pairs(slots);
     end
 }
 

@@ -1,5 +1,6 @@
 //! The node's end of its stream from the controller, and what it keeps on disk of what came.
 
+mod compaction;
 pub mod follow;
 pub mod identity;
 pub mod join;

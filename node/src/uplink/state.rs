@@ -137,10 +137,10 @@ pub(super) fn load(state_dir: &Path, node: NodeId) -> Result<Option<Whole>, Stat
     })
 }
 
-/// Writes the whole state; returns its digest and its length.
-pub(super) fn store(state_dir: &Path, state: &State) -> Result<([u8; DIGEST], u64), FileError> {
+/// Writes the whole state to a file; returns its digest and its length.
+pub(super) fn store(path: &Path, state: &State) -> Result<([u8; DIGEST], u64), FileError> {
     let bytes = encode(state);
-    file::write_private(&state_dir.join(FILE), &bytes)?;
+    file::write_private(path, &bytes)?;
     Ok((digest(&bytes), bytes.len() as u64))
 }
 
@@ -220,7 +220,7 @@ pub(super) mod tests {
         let directory = tempfile::tempdir().unwrap();
         let state = example();
         assert!(load(directory.path(), state.slice.local.node).unwrap().is_none());
-        store(directory.path(), &state).unwrap();
+        store(&directory.path().join(FILE), &state).unwrap();
         let whole = load(directory.path(), state.slice.local.node).unwrap().unwrap();
         assert_eq!(whole.state, state);
         remove(directory.path()).unwrap();

@@ -178,16 +178,194 @@ fn a_long_journal_is_written_whole_when_nobody_waits() {
     let states = states();
     let directory = tempfile::tempdir().unwrap();
     let mut journal = Journal::new(directory.path().to_owned());
-    for state in &states {
+    for state in &states[..4] {
         journal.keep(state).unwrap();
     }
     let path = directory.path().join(FILE);
-    journal.compact().unwrap();
-    assert!(std::fs::metadata(&path).unwrap().len() > BEGIN as u64, "it is short");
-    journal.kept.as_mut().unwrap().length = SHORT + 1;
-    journal.compact().unwrap();
-    assert_eq!(std::fs::metadata(&path).unwrap().len(), BEGIN as u64);
+    journal.tend();
+    assert!(journal.kept.as_ref().unwrap().compaction.is_none(), "it is short");
+    journal.kept.as_mut().unwrap().compact_at = 0;
+    journal.tend();
+    for state in &states[4..] {
+        journal.keep(state).unwrap();
+    }
+    while journal.kept.as_ref().unwrap().compaction.is_some() {
+        assert_eq!(open_copy(directory.path()), Some(read_back(states.last().unwrap())));
+        journal.tend_by(Compaction::wait);
+    }
+    let kept = journal.kept.as_ref().unwrap();
+    assert_eq!(kept.whole, std::fs::metadata(directory.path().join(state::FILE)).unwrap().len());
+    assert_eq!(kept.chain.as_ref().unwrap().length, std::fs::metadata(&path).unwrap().len());
+    assert_eq!(names(directory.path()), [FILE, state::FILE], "nothing is left over");
+    let whole = state::load(directory.path(), states[0].slice.local.node).unwrap().unwrap();
+    assert_eq!(whole.state, read_back(&states[3]), "as it was when it began");
     assert_eq!(open(directory.path(), &states[0]).state, Some(read_back(states.last().unwrap())));
+}
+
+/// What a daemon would find that is started now, while this one goes on.
+fn open_copy(directory: &Path) -> Option<State> {
+    let copy = copy_of(directory);
+    let node = states()[0].slice.local.node;
+    let Opened { state, error, .. } = Journal::open(copy.path(), node);
+    assert!(error.is_none(), "{error:?}");
+    state
+}
+
+fn copy_of(directory: &Path) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for name in names(directory) {
+        std::fs::copy(directory.join(&name), copy.path().join(&name)).unwrap();
+    }
+    copy
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(directory).unwrap();
+    let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort_unstable();
+    names
+}
+
+/// A journal that is compacted step by step; what the next daemon finds is checked after each.
+struct Stepped {
+    directory: tempfile::TempDir,
+    journal: Journal,
+    worker: compaction::Worker,
+    states: Vec<State>,
+    kept: usize,
+}
+
+impl Stepped {
+    /// Three states are kept, and the third is being compacted.
+    fn new() -> Self {
+        let (directory, states) = (tempfile::tempdir().unwrap(), states());
+        let mut journal = Journal::new(directory.path().to_owned());
+        for state in &states[..3] {
+            journal.keep(state).unwrap();
+        }
+        let (compaction, worker) = Compaction::new(directory.path());
+        let next = Next::Written { since: Vec::new() };
+        journal.kept.as_mut().unwrap().compaction = Some(Underway { compaction, next });
+        Self { directory, journal, worker, states, kept: 2 }
+    }
+
+    fn keep(&mut self) {
+        self.kept += 1;
+        self.journal.keep(&self.states[self.kept]).unwrap();
+        self.check();
+    }
+
+    /// Whatever the moment, and wherever what is written last is torn.
+    fn check(&self) {
+        let expected = read_back(&self.states[self.kept]);
+        assert_eq!(open_copy(self.directory.path()), Some(expected.clone()));
+        // The next daemon goes on from there, and so does the one after it.
+        let copy = copy_of(self.directory.path());
+        open(copy.path(), &expected).journal.keep(self.states.last().unwrap()).unwrap();
+        let Opened { state, error, .. } = open(copy.path(), &expected);
+        assert!(error.is_none(), "{error:?}");
+        assert_eq!(state, Some(read_back(self.states.last().unwrap())));
+    }
+
+    fn step(&mut self, news: News) {
+        self.journal.tend_by(|_| Some(news));
+        self.check();
+    }
+}
+
+/// Killed at any step of a compaction, with a state kept before each.
+#[test]
+fn a_compaction_that_ends_anywhere_leaves_the_last_state_that_was_kept() {
+    for keeps in 0..8_u32 {
+        let mut stepped = Stepped::new();
+        let written = stepped.worker.write(&stepped.states[2]).unwrap();
+        stepped.check();
+        if keeps & 1 != 0 {
+            stepped.keep();
+        }
+        stepped.step(written);
+        if keeps & 2 != 0 {
+            stepped.keep();
+        }
+        stepped.worker.replace_state().unwrap();
+        stepped.check();
+        if keeps & 4 != 0 {
+            stepped.keep();
+        }
+        stepped.worker.replace_journal().unwrap();
+        stepped.check();
+        stepped.step(News::Replaced);
+        while stepped.kept + 1 < stepped.states.len() {
+            stepped.keep();
+        }
+        assert_eq!(names(stepped.directory.path()), [FILE, state::FILE]);
+    }
+}
+
+/// Killed at any byte of an entry, in the first or the second journal that gets it.
+#[test]
+fn an_entry_that_is_torn_while_files_are_replaced_is_no_entry() {
+    for is_replaced in [false, true] {
+        let mut stepped = Stepped::new();
+        let written = stepped.worker.write(&stepped.states[2]).unwrap();
+        stepped.step(written);
+        if is_replaced {
+            stepped.worker.replace_state().unwrap();
+        }
+        let name = if is_replaced { NEXT_JOURNAL } else { FILE };
+        let before = std::fs::metadata(stepped.directory.path().join(name)).unwrap().len();
+        stepped.keep();
+        let bytes = std::fs::read(stepped.directory.path().join(name)).unwrap();
+        for length in before as usize + 1..bytes.len() {
+            let copy = copy_of(stepped.directory.path());
+            std::fs::write(copy.path().join(name), &bytes[..length]).unwrap();
+            let Opened { mut journal, state, error } = open(copy.path(), &stepped.states[0]);
+            assert_eq!(state, Some(read_back(&stepped.states[2])), "{length} bytes");
+            assert!(matches!(error, Some(StateError::Torn { .. })), "{length} bytes: {error:?}");
+            journal.keep(&stepped.states[3]).unwrap();
+            assert_eq!(open(copy.path(), &stepped.states[0]).state, Some(read_back(&stepped.states[3])));
+        }
+    }
+}
+
+/// A full disk at each step: what is kept is kept, what is not is said, and the journal goes on.
+#[test]
+fn a_compaction_that_fails_costs_nothing_that_was_kept() {
+    let failed = || News::Failed(FileError::new("write", Path::new("state.next"))(io::ErrorKind::StorageFull.into()));
+    let mut stepped = Stepped::new();
+    stepped.keep();
+    stepped.step(failed());
+    assert!(stepped.journal.kept.as_ref().unwrap().compact_at > SHORT, "it is not tried again at once");
+    stepped.keep();
+    let mut stepped = Stepped::new();
+    let written = stepped.worker.write(&stepped.states[2]).unwrap();
+    stepped.step(written);
+    stepped.worker.replace_state().unwrap();
+    stepped.step(failed());
+    assert!(stepped.journal.kept.as_ref().unwrap().chain.is_none(), "nobody knows which files are there");
+    stepped.keep();
+    stepped.keep();
+    // The second journal has no room for what the first has already.
+    for can_cut in [true, false] {
+        let mut stepped = Stepped::new();
+        let written = stepped.worker.write(&stepped.states[2]).unwrap();
+        stepped.step(written);
+        let file = OpenOptions::new().append(true).open(stepped.directory.path().join(NEXT_JOURNAL)).unwrap();
+        let full = Full { file, room: Arc::new(Mutex::new(5)), can_cut };
+        match &mut stepped.journal.kept.as_mut().unwrap().compaction.as_mut().unwrap().next {
+            Next::Replacing { chain, .. } => chain.tail = Box::new(full),
+            Next::Written { .. } => panic!("step 2 is done"),
+        }
+        let error = stepped.journal.keep(&stepped.states[3]).unwrap_err().to_string();
+        assert!(error.contains("free some space"), "{error}");
+        assert_eq!(stepped.journal.kept.as_ref().unwrap().chain.is_some(), can_cut);
+        if can_cut {
+            stepped.check();
+        }
+        drop(stepped.journal.kept.as_mut().unwrap().compaction.take());
+        stepped.keep();
+        stepped.keep();
+    }
 }
 
 /// A disk with room for so many bytes.
@@ -223,7 +401,7 @@ fn a_full_disk_is_said_and_what_was_kept_stays_until_there_is_room() {
             let file = OpenOptions::new().append(true).open(directory.path().join(FILE)).unwrap();
             let room = Arc::new(Mutex::new(room));
             let full = Full { file, room: Arc::clone(&room), can_cut };
-            journal.kept.as_mut().unwrap().tail = Some(Box::new(full));
+            journal.kept.as_mut().unwrap().chain.as_mut().unwrap().tail = Box::new(full);
             let error = journal.keep(&states[2]).unwrap_err().to_string();
             assert!(error.contains("append to") && error.contains("free some space"), "{error}");
             assert_eq!(open(directory.path(), &states[0]).state, Some(read_back(&states[1])));
