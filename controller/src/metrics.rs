@@ -44,6 +44,29 @@ impl Result {
     }
 }
 
+/// What became of a question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Question {
+    Answered,
+    /// Its caller asks too much.
+    Refused,
+    /// Its caller went away, or its deadline passed.
+    GivenUp,
+}
+
+impl Question {
+    const ALL: [Self; 3] = [Self::Answered, Self::Refused, Self::GivenUp];
+
+    fn label(self) -> ByResult {
+        let result = match self {
+            Self::Answered => "answered",
+            Self::Refused => "refused",
+            Self::GivenUp => "given-up",
+        };
+        ByResult { result }
+    }
+}
+
 /// What an update held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Update {
@@ -87,6 +110,7 @@ pub struct Metrics {
     pub connected: Gauge,
     pub converged: Gauge,
     commits: Family<ByResult, Counter>,
+    pub outrun: Counter,
     pub commit_seconds: Histogram,
     pub compile_seconds: Histogram,
     pub publish_seconds: Histogram,
@@ -97,6 +121,8 @@ pub struct Metrics {
     pub rejected_certificates: Counter,
     pub rejected_connections: Counter,
     pub connections: Gauge,
+    questions: Family<ByResult, Counter>,
+    pub questions_open: Gauge,
 }
 
 impl Metrics {
@@ -109,6 +135,7 @@ impl Metrics {
             connected: Gauge::default(),
             converged: Gauge::default(),
             commits: Family::default(),
+            outrun: Counter::default(),
             commit_seconds: histogram(),
             compile_seconds: histogram(),
             publish_seconds: histogram(),
@@ -119,6 +146,8 @@ impl Metrics {
             rejected_certificates: Counter::default(),
             rejected_connections: Counter::default(),
             connections: Gauge::default(),
+            questions: Family::default(),
+            questions_open: Gauge::default(),
         };
         metrics.register();
         metrics.appear();
@@ -137,6 +166,11 @@ impl Metrics {
             self.converged.clone(),
         );
         rows.register("commits", "Changes asked for, by how they ended", self.commits.clone());
+        rows.register(
+            "outrun_changes",
+            "Times that a change was drafted anew because another controller was faster",
+            self.outrun.clone(),
+        );
         let seconds = Unit::Seconds;
         rows.register_with_unit(
             "commit",
@@ -171,6 +205,12 @@ impl Metrics {
             self.rejected_connections.clone(),
         );
         rows.register("connections", "Open connections of nodes and admins", self.connections.clone());
+        rows.register("questions", "Questions of nodes and admins, by what became of them", self.questions.clone());
+        rows.register(
+            "open_questions",
+            "Questions of nodes and admins that wait or are worked on",
+            self.questions_open.clone(),
+        );
         let build = Family::<Build, Gauge>::default();
         build.get_or_create(&Build { version: crate::VERSION }).set(1);
         registry.register("rampart_build_info", "Version of the running program; always 1", build);
@@ -181,6 +221,9 @@ impl Metrics {
         for result in Result::ALL {
             drop(self.commits.get_or_create(&result.label()));
             drop(self.enrolments.get_or_create(&result.label()));
+        }
+        for question in Question::ALL {
+            drop(self.questions.get_or_create(&question.label()));
         }
         for kind in Update::ALL {
             drop(self.updates.get_or_create(&kind.label()));
@@ -194,6 +237,10 @@ impl Metrics {
 
     pub fn enrolment(&self, result: Result) {
         self.enrolments.get_or_create(&result.label()).inc();
+    }
+
+    pub fn question(&self, question: Question) {
+        self.questions.get_or_create(&question.label()).inc();
     }
 
     pub fn update(&self, kind: Update, bytes: usize) {

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::access::authority::Authority;
+use crate::access::questions::Questions;
 use crate::change::writer;
 use crate::clock;
 use crate::config::Config;
@@ -62,7 +63,9 @@ impl Controller {
         let (writer, thread) =
             writer::spawn(Arc::clone(&store), publisher, dispatch.clone(), Arc::clone(&metrics), clock)?;
         let refusals = Arc::default();
-        let context = Context { current, writer, dispatch, store, authority, metrics, clock, stop, refusals };
+        let questions = Questions::new(Arc::clone(&metrics));
+        let context =
+            Context { current, writer, dispatch, store, authority, metrics, questions, clock, stop, refusals };
         Ok(Self { context, writer: thread })
     }
 }
@@ -217,6 +220,7 @@ async fn keep_house(context: Context, tls: Tls) {
         let state = context.current.get();
         context.dispatch.reports.retain(state.network());
         context.dispatch.directory.retain(state.network());
+        context.questions.sweep(Instant::now());
         if clock::now() < renew_at {
             continue;
         }

@@ -169,7 +169,7 @@ async fn where_a_node_is_reached_is_told_to_its_peers() {
         late.hear_anything().await.expect("a snapshot, and endpoints");
     }
     let mut root = controller.root().await;
-    let audit = root.list_audit(v1::ListAuditRequest { limit: 1 }).await.expect("audit").into_inner();
+    let audit = root.list_audit(v1::ListAuditRequest { limit: 1, before: 0 }).await.expect("audit").into_inner();
     assert!(audit.entries[0].change.starts_with("node join"), "{audit:?}");
     let status = controller.wait_for_status(app_id, |status| !status.endpoint.is_empty()).await;
     assert_eq!(status.endpoint, "192.0.2.8:51820");

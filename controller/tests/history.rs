@@ -16,7 +16,8 @@ async fn network_at(controller: &TestController, revision: u64) -> Result<(u64, 
 }
 
 async fn history(controller: &TestController, limit: u32) -> Vec<(u64, Vec<String>)> {
-    let answer = controller.root().await.list_history(v1::ListHistoryRequest { limit }).await.expect("history");
+    let answer =
+        controller.root().await.list_history(v1::ListHistoryRequest { limit, before: 0 }).await.expect("history");
     let past = |past: v1::PastRevision| {
         assert!(past.time > 0);
         let changes = past.changes.into_iter().map(|change| format!("{} {}", change.actor, change.change));

@@ -279,7 +279,12 @@ async fn a_node_can_leave_but_not_while_a_rule_names_it() {
     controller.change(&[Change::DeleteRule { name: parse("named") }]).await;
     SyncClient::new(channel.clone()).leave(v1::LeaveRequest {}).await.expect("left");
     check_refused(sync(channel).await, Code::PermissionDenied, &["was deleted"]);
-    let audit =
-        controller.root().await.list_audit(v1::ListAuditRequest { limit: 1 }).await.expect("audit").into_inner();
+    let audit = controller
+        .root()
+        .await
+        .list_audit(v1::ListAuditRequest { limit: 1, before: 0 })
+        .await
+        .expect("audit")
+        .into_inner();
     assert_eq!((audit.entries[0].actor.as_str(), audit.entries[0].change.as_str()), ("node:web1", "node delete web1"));
 }

@@ -50,8 +50,13 @@ async fn an_admin_renews_with_the_own_key_and_only_while_let_in() {
     let mut node = AdminClient::new(controller.connect(Some(&node)).await);
     assert_eq!(node.renew(request(&keys)).await.expect_err("no admin").code(), Code::PermissionDenied);
 
-    let audit =
-        controller.root().await.list_audit(v1::ListAuditRequest { limit: 0 }).await.expect("audit").into_inner();
+    let audit = controller
+        .root()
+        .await
+        .list_audit(v1::ListAuditRequest { limit: 0, before: 0 })
+        .await
+        .expect("audit")
+        .into_inner();
     let lines = audit.entries.iter().filter(|entry| entry.change == "admin renew alice");
     assert_eq!(lines.map(|entry| entry.actor.as_str()).collect::<Vec<_>>(), ["admin:alice"]);
 

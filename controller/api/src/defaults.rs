@@ -91,6 +91,7 @@ defaults! {
     "update-queue" UPDATE_QUEUE = 64 count, "updates that wait for one node; while it is slower than that, its changes become one update";
     "audit-limit" AUDIT_LIMIT = 100 count, "audit entries that are listed where no number is given";
     "history-limit" HISTORY_LIMIT = 100 count, "revisions that are listed where no number is given";
+    "list-max" LIST_MAX = 10000 count, "audit entries, or revisions, that one answer lists at most";
     "history-revisions" HISTORY_REVISIONS = 16384 count, "how many of the newest revisions the controller keeps";
     "history-age" HISTORY_AGE = 90 days, "how old a revision may be that the controller keeps";
 }

@@ -1,10 +1,10 @@
 //! `meshctl audit …`
 
 use clap::Subcommand;
-use controller_api::defaults::AUDIT_LIMIT;
 use controller_api::v1;
 use serde::Serialize;
 
+use crate::connection::Range;
 use crate::output::{self, OutputArgs, Row};
 use crate::time::timestamp;
 use crate::{Failure, Session};
@@ -14,9 +14,8 @@ pub(crate) enum Command {
     /// List who changed what, newest first
     #[command(after_help = "Example:\n  meshctl audit list --limit 20")]
     List {
-        /// At most this many
-        #[arg(long, value_name = "N", default_value_t = AUDIT_LIMIT as u32, value_parser = clap::value_parser!(u32).range(1..))]
-        limit: u32,
+        #[command(flatten)]
+        range: Range,
         #[command(flatten)]
         output: OutputArgs,
     },
@@ -24,8 +23,8 @@ pub(crate) enum Command {
 
 impl Command {
     pub(crate) async fn run(self, session: &mut Session) -> Result<(), Failure> {
-        let Self::List { limit, output: OutputArgs { format } } = self;
-        let rows: Vec<_> = session.audit(limit).await?.into_iter().map(AuditRow::from).collect();
+        let Self::List { range, output: OutputArgs { format } } = self;
+        let rows: Vec<_> = session.audit(range).await?.into_iter().map(AuditRow::from).collect();
         output::list(&rows, format)
     }
 }

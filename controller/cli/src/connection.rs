@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::Args;
-use controller_api::defaults::{CONTROLLER_SOCKET, MAX_RESPONSE, REQUEST_TIMEOUT};
+use controller_api::defaults::{
+    AUDIT_LIMIT, CONTROLLER_SOCKET, HISTORY_LIMIT, LIST_MAX, MAX_RESPONSE, REQUEST_TIMEOUT,
+};
 use controller_api::endpoint::ControllerEndpoint;
 use controller_api::v1::admin_client::AdminClient;
 use controller_api::{client, v1};
@@ -129,12 +131,45 @@ impl Session {
         Ok(())
     }
 
-    pub(crate) async fn history(&mut self, limit: u32) -> Result<v1::ListHistoryResponse, Failure> {
-        Ok(self.client.list_history(timed(v1::ListHistoryRequest { limit })).await?.into_inner())
+    pub(crate) async fn history(&mut self, range: Range) -> Result<Vec<v1::PastRevision>, Failure> {
+        let request = v1::ListHistoryRequest { limit: range.limit, before: range.before() };
+        let v1::ListHistoryResponse { revisions, oldest: _, cut } =
+            self.client.list_history(timed(request)).await?.into_inner();
+        range.say_where_it_ends(cut, revisions.last().map(|past| past.revision));
+        Ok(revisions)
     }
 
-    pub(crate) async fn audit(&mut self, limit: u32) -> Result<Vec<v1::AuditEntry>, Failure> {
-        Ok(self.client.list_audit(timed(v1::ListAuditRequest { limit })).await?.into_inner().entries)
+    pub(crate) async fn audit(&mut self, range: Range) -> Result<Vec<v1::AuditEntry>, Failure> {
+        let request = v1::ListAuditRequest { limit: range.limit, before: range.before() };
+        let v1::ListAuditResponse { entries, cut } = self.client.list_audit(timed(request)).await?.into_inner();
+        range.say_where_it_ends(cut, entries.last().map(|entry| entry.revision));
+        Ok(entries)
+    }
+}
+
+// One default for both lists.
+const _: () = assert!(AUDIT_LIMIT == HISTORY_LIMIT);
+
+/// What of a list is asked for.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Range {
+    /// At most this many, newest first
+    #[arg(long, value_name = "N", default_value_t = HISTORY_LIMIT as u32, value_parser = clap::value_parser!(u32).range(1..=LIST_MAX as i64))]
+    limit: u32,
+    /// Only what is older than this revision
+    #[arg(long, value_name = "REVISION", value_parser = clap::value_parser!(u64).range(1..))]
+    before: Option<u64>,
+}
+
+impl Range {
+    fn before(self) -> u64 {
+        self.before.unwrap_or_default()
+    }
+
+    fn say_where_it_ends(self, is_cut: bool, last: Option<u64>) {
+        if let (true, Some(last)) = (is_cut, last) {
+            say(format!("the list is long and ends with revision `{last}`; older ones: `--before {last}`"));
+        }
     }
 }
 

@@ -1,10 +1,10 @@
 //! `meshctl history`
 
 use clap::Args;
-use controller_api::defaults::HISTORY_LIMIT;
 use controller_api::v1;
 use serde::Serialize;
 
+use crate::connection::Range;
 use crate::output::{self, OutputArgs, Row};
 use crate::time::timestamp;
 use crate::{Failure, Session};
@@ -14,19 +14,18 @@ use crate::{Failure, Session};
 Examples:
   meshctl history
   meshctl history --limit 20 -o json
+  meshctl history --before 120   # the next page
   meshctl policy show --at 120   # what the policy was then")]
 pub(crate) struct Arguments {
-    /// At most this many revisions
-    #[arg(long, value_name = "N", default_value_t = HISTORY_LIMIT as u32, value_parser = clap::value_parser!(u32).range(1..))]
-    limit: u32,
+    #[command(flatten)]
+    range: Range,
     #[command(flatten)]
     output: OutputArgs,
 }
 
 impl Arguments {
     pub(crate) async fn run(self, session: &mut Session) -> Result<(), Failure> {
-        let v1::ListHistoryResponse { revisions, oldest: _ } = session.history(self.limit).await?;
-        output::list(&rows(revisions), self.output.format)
+        output::list(&rows(session.history(self.range).await?), self.output.format)
     }
 }
 

@@ -1,5 +1,8 @@
-//! Who may call what: the network's certificate authority, who a caller is, and the gate of each service.
+//! Who may call what, and how much: the network's certificate authority, who a caller is, the gate of each service, and the
+//! bound of what one caller may ask.
 
 pub mod authority;
+pub mod bucket;
 pub mod caller;
 pub mod gate;
+pub mod questions;

@@ -87,6 +87,8 @@ pub enum Refusal {
     /// Of a transaction that others had a part in.
     #[error(transparent)]
     NotWritten(Arc<StoreError>),
+    #[error("other controllers were faster at the same rows, {tries} times; nothing was changed: try again")]
+    Outrun { tries: u32 },
     #[error("controller is stopping; try again")]
     Stopping,
 }

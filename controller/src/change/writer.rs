@@ -5,9 +5,10 @@
 //! store's log ─► state ─► for everybody
 //! ```
 //!
-//! It has a thread of its own, because compiling and the disk both block.
+//! It has a thread of its own, because compiling and the disk both block. Where another controller was faster at the same
+//! rows, a request is drafted again on what that one made.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::audit::Actor;
 use super::draft::Draft;
 use super::request::{Outcome, Refusal, Request};
+use super::trial;
 use crate::metrics::{self, Metrics};
 use crate::state::{Followed, Followers, LoadError, Policy, Publisher, State};
 use crate::store::{Commit, Committed, Key, Precondition, RequestId, Store, StoreError, Watch, rows};
@@ -27,6 +29,11 @@ const QUEUE: usize = 1_024;
 /// Requests that share one transaction, each with a revision of its own.
 const BATCH: usize = 256;
 
+/// Times that a request is drafted, each on a newer state, while other controllers are faster.
+const TRIES: u32 = 8;
+/// How long the store's log may take to tell of the commit that was faster.
+const LAG: Duration = Duration::from_millis(200);
+
 /// A request with who asks, and under what conditions.
 #[derive(Clone, Debug)]
 pub struct Ask {
@@ -35,13 +42,11 @@ pub struct Ask {
     pub id: Option<RequestId>,
     /// Refuse unless the network is at this revision.
     pub expected: Option<Revision>,
-    /// Only say what would happen.
-    pub dry_run: bool,
 }
 
 impl Ask {
     pub fn new(actor: Actor, request: Request) -> Self {
-        Self { actor, request, id: None, expected: None, dry_run: false }
+        Self { actor, request, id: None, expected: None }
     }
 }
 
@@ -83,6 +88,20 @@ pub fn spawn(
     Ok((Writer(sender), thread.map_err(LoadError::Thread)?))
 }
 
+/// A request that is to be answered.
+struct Pending {
+    ask: Ask,
+    reply: Reply,
+    /// How often it was drafted and could not be written.
+    outrun: u32,
+}
+
+impl From<(Ask, Reply)> for Pending {
+    fn from((ask, reply): (Ask, Reply)) -> Self {
+        Self { ask, reply, outrun: 0 }
+    }
+}
+
 struct Work {
     store: Arc<dyn Store>,
     /// The store's log after what was published.
@@ -103,7 +122,7 @@ struct Batch {
     /// Rows that the commits write.
     written: BTreeSet<Key>,
     /// Who is answered when the commits are done.
-    waiting: Vec<(Drafted, Reply)>,
+    waiting: Vec<(Drafted, Pending)>,
 }
 
 /// What a request comes to, once the commits of its batch are done.
@@ -116,24 +135,26 @@ enum Drafted {
 
 impl Work {
     fn run(mut self, mut queue: mpsc::Receiver<(Ask, Reply)>) {
-        let mut next = None;
-        while let Some(first) = next.take().or_else(|| queue.blocking_recv()) {
+        // What comes before the queue.
+        let mut first = VecDeque::new();
+        while let Some(pending) = first.pop_front().or_else(|| queue.blocking_recv().map(Pending::from)) {
             let start = Instant::now();
             let mut batch = self.begin();
-            let mut asked = Some(first);
-            while let Some((ask, reply)) = asked.take() {
-                let is_alone = ask.expected.is_some() || ask.dry_run;
+            let mut next = Some(pending);
+            while let Some(pending) = next.take() {
+                let is_alone = pending.ask.expected.is_some();
                 if is_alone && !batch.commits.is_empty() {
-                    next = Some((ask, reply));
+                    first.push_front(pending);
                     break;
                 }
-                self.add(&mut batch, ask, reply);
+                self.add(&mut batch, pending);
                 if is_alone || batch.commits.len() >= BATCH {
                     break;
                 }
-                asked = queue.try_recv().ok();
+                next = first.pop_front().or_else(|| queue.try_recv().ok().map(Pending::from));
             }
-            self.commit(batch);
+            let outrun = self.commit(batch);
+            outrun.into_iter().rev().for_each(|pending| first.push_front(pending));
             metrics::since(&self.metrics.commit_seconds, start);
         }
     }
@@ -151,11 +172,11 @@ impl Work {
     }
 
     /// Makes a request part of the batch. What does not hang on its commits is answered at once.
-    fn add(&self, batch: &mut Batch, ask: Ask, reply: Reply) {
-        let drafted = self.draft(batch, &ask).unwrap_or_else(|refusal| Drafted::Known(Err(refusal)));
+    fn add(&self, batch: &mut Batch, pending: Pending) {
+        let drafted = self.draft(batch, &pending.ask).unwrap_or_else(|refusal| Drafted::Known(Err(refusal)));
         match drafted {
-            Drafted::Known(answer) if batch.commits.is_empty() => self.answer(reply, answer),
-            drafted => batch.waiting.push((drafted, reply)),
+            Drafted::Known(answer) if batch.commits.is_empty() => self.answer(pending.reply, answer),
+            drafted => batch.waiting.push((drafted, pending)),
         }
     }
 
@@ -169,11 +190,7 @@ impl Work {
                 return Ok(Drafted::Commit(first, Outcome::default()));
             }
         }
-        if let Some(expected) = ask.expected
-            && expected != known
-        {
-            return Err(Refusal::Revision { expected, found: known });
-        }
+        trial::check_expected(ask.expected, known)?;
         let before = batch.draft.clone();
         let outcome = batch.draft.apply(&ask.actor, &ask.request, (self.clock)())?;
         if !outcome.changed {
@@ -181,13 +198,12 @@ impl Work {
         }
         let (touched, ops) = batch.draft.take_ops();
         let revision = Revision(batch.head.0 + batch.commits.len() as u64 + 1);
-        let followed = self.follow(&batch.policy, &batch.draft, revision, &touched.policy);
-        let policy = followed.inspect_err(|_| batch.draft = before.clone())?;
-        if ask.dry_run {
-            batch.draft = before;
-            return Ok(Drafted::Known(Ok(Answer { revision: known, outcome })));
+        let start = Instant::now();
+        let followed = trial::follow(&batch.policy, &batch.draft, revision, &touched.policy);
+        if let Some(policy) = followed.inspect_err(|_| batch.draft = before.clone())? {
+            batch.policy = policy;
+            metrics::since(&self.metrics.compile_seconds, start);
         }
-        batch.policy = policy.map_or_else(|| Arc::clone(&batch.policy), Arc::new);
         // A row is the batch's own once it is written there; that this came to be is what the order says.
         let after = (!batch.commits.is_empty()).then_some(Precondition::AfterLast);
         let accounts = (&before.accounts, &touched.accounts);
@@ -203,69 +219,62 @@ impl Work {
         Ok(Drafted::Commit(batch.commits.len() - 1, outcome))
     }
 
-    /// The policy of the draft, if it is another one, held against the limits of whom it affects.
-    fn follow(
-        &self,
-        policy: &Policy,
-        draft: &Draft,
-        revision: Revision,
-        rows: &policy::Rows,
-    ) -> Result<Option<Policy>, Refusal> {
-        if rows.is_empty() {
-            return Ok(None);
-        }
-        let start = Instant::now();
-        let (policy, affected) = policy.follow(revision, &draft.network, rows).map_err(Refusal::Limit)?;
-        policy.matrix.check_affected(&affected)?;
-        metrics::since(&self.metrics.compile_seconds, start);
-        Ok(Some(policy))
-    }
-
-    /// Writes the batch, shows everybody, and answers.
-    fn commit(&mut self, batch: Batch) {
+    /// Writes the batch, shows everybody, and answers. Returns what is to be drafted again: where another controller was
+    /// faster than a part of the batch, nothing that was drafted after it counts.
+    fn commit(&mut self, batch: Batch) -> Vec<Pending> {
         let Batch { commits, waiting, .. } = batch;
         if commits.is_empty() {
-            return;
+            return Vec::new();
         }
-        match self.store.commit_all(&commits) {
-            Ok(done) => {
-                self.publish();
-                let done: Vec<_> = done.into_iter().map(|done| done.map_err(Arc::new)).collect();
-                for (drafted, reply) in waiting {
-                    self.answer(reply, self.answer_to(drafted, &commits, &done));
-                }
-            }
+        let done = match self.store.commit_all(&commits) {
+            Ok(done) => done,
             Err(error) => {
                 tracing::error!(%error, changes = commits.len(), "changes could not be written");
                 self.reload();
                 let error = Arc::new(error);
-                for (_, reply) in waiting {
-                    self.answer(reply, Err(Refusal::NotWritten(Arc::clone(&error))));
+                for (_, pending) in waiting {
+                    self.answer(pending.reply, Err(Refusal::NotWritten(Arc::clone(&error))));
                 }
+                return Vec::new();
+            }
+        };
+        self.publish(if done.iter().any(is_outrun) { LAG } else { Duration::ZERO });
+        let is_whole = done.iter().all(|done| matches!(done, Ok(Committed { replayed: false, .. })));
+        let done: Vec<_> = done.into_iter().map(|done| done.map_err(Arc::new)).collect();
+        let mut outrun = Vec::new();
+        for (drafted, pending) in waiting {
+            let answer = match drafted {
+                Drafted::Known(answer) => is_whole.then_some(answer),
+                Drafted::Commit(place, outcome) => self.answer_to(&commits[place], &done[place], outcome),
+            };
+            match answer {
+                Some(answer) => self.answer(pending.reply, answer),
+                None if pending.outrun + 1 >= TRIES => {
+                    self.answer(pending.reply, Err(Refusal::Outrun { tries: TRIES }))
+                }
+                None => outrun.push(Pending { outrun: pending.outrun + 1, ..pending }),
             }
         }
+        self.metrics.outrun.inc_by(outrun.len() as u64);
+        outrun
     }
 
-    /// Where somebody else was faster than a part of the batch, nothing that was drafted after it counts.
+    /// `None`: another controller was faster.
     fn answer_to(
         &self,
-        drafted: Drafted,
-        commits: &[Commit],
-        done: &[Result<Committed, Arc<StoreError>>],
-    ) -> Result<Answer, Refusal> {
-        let not_written = |error: &Arc<StoreError>| Refusal::NotWritten(Arc::clone(error));
-        match drafted {
-            Drafted::Known(answer) => match done.iter().find_map(|done| done.as_ref().err()) {
-                Some(error) => Err(not_written(error)),
-                None => answer,
-            },
-            Drafted::Commit(place, outcome) => {
-                let Committed { revision, replayed } = *done[place].as_ref().map_err(not_written)?;
+        commit: &Commit,
+        done: &Result<Committed, Arc<StoreError>>,
+        outcome: Outcome,
+    ) -> Option<Result<Answer, Refusal>> {
+        match done {
+            Ok(Committed { revision, replayed }) => {
                 // What does not touch the policy has no revision of its own there.
-                let is_policy = commits[place].ops.iter().any(|op| op.key().as_str() == rows::HEADER);
-                let revision = if is_policy || replayed { revision } else { self.policy_revision() };
-                Ok(Answer { revision, outcome })
+                let is_policy = commit.ops.iter().any(|op| op.key().as_str() == rows::HEADER);
+                let revision = if is_policy || *replayed { *revision } else { self.policy_revision() };
+                Some(Ok(Answer { revision, outcome }))
             }
+            Err(error) if is_faster(error) => None,
+            Err(error) => Some(Err(Refusal::NotWritten(Arc::clone(error)))),
         }
     }
 
@@ -283,12 +292,12 @@ impl Work {
         let _ = reply.send(answer);
     }
 
-    /// Follows the store's log to its end.
-    fn publish(&mut self) {
+    /// Follows the store's log to its end; the first entry may take so long.
+    fn publish(&mut self, mut wait: Duration) {
         let mut state = State::clone(&self.publisher.get());
         let mut all: Option<Affected> = None;
         loop {
-            let entry = match self.watch.next(Duration::ZERO) {
+            let entry = match self.watch.next(std::mem::take(&mut wait)) {
                 Ok(Some(entry)) => entry,
                 Ok(None) => break,
                 Err(error) => {
@@ -341,6 +350,15 @@ impl Work {
             Err(error) => tracing::error!(%error, "the store could not be read again"),
         }
     }
+}
+
+fn is_outrun(done: &Result<Committed, StoreError>) -> bool {
+    done.as_ref().is_err_and(is_faster)
+}
+
+/// Whether a commit was refused because of another one, and can be made on the state after that.
+fn is_faster(error: &StoreError) -> bool {
+    matches!(error, StoreError::Moved { .. } | StoreError::Conflict { .. } | StoreError::AfterRefused)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What `meshctl` asks for.
 
-use controller_api::defaults::{ADMIN_CERTIFICATE_LIFETIME, AUDIT_LIMIT, HISTORY_LIMIT, INVITATION_LIFETIME};
+use controller_api::defaults::{ADMIN_CERTIFICATE_LIFETIME, AUDIT_LIMIT, HISTORY_LIMIT, INVITATION_LIFETIME, LIST_MAX};
 use controller_api::endpoint::ControllerEndpoint;
 use controller_api::identity::{Identity, is_admin_name};
 use controller_api::invitation::{Invitation, Secret, Subject};
@@ -15,16 +15,16 @@ use super::archive::Archive;
 use super::{Context, refused, text};
 use crate::access::authority::CertificateRequest;
 use crate::access::caller::Caller;
+use crate::access::questions::Cost;
 use crate::change;
 use crate::change::audit::Actor;
+use crate::change::trial;
 use crate::change::writer::Ask;
 use crate::state::State;
 use crate::state::directory::Directory;
-use crate::store;
 use crate::store::account::SecretHash;
+use crate::store::{self, Range, Wanted};
 
-/// Most audit entries, or revisions, in one answer.
-const ENTRIES_MAX: usize = 10_000;
 /// Most endpoints in one invitation.
 const ENDPOINTS_MAX: usize = 16;
 
@@ -32,24 +32,44 @@ const ENDPOINTS_MAX: usize = 16;
 #[derive(Debug)]
 pub struct AdminService {
     context: Context,
-    archive: Archive,
 }
 
 impl AdminService {
     pub fn new(context: Context) -> Self {
-        let archive = Archive::new(std::sync::Arc::clone(&context.store), context.current.clone());
-        Self { context, archive }
+        Self { context }
     }
 
     async fn ask(&self, ask: Ask) -> Result<crate::change::writer::Answer, Status> {
         self.context.writer.ask(ask).await.map_err(|refusal| refused(&refusal))
     }
+
+    /// What would come of changes.
+    async fn attempt(
+        &self,
+        caller: &Caller,
+        changes: Vec<Change>,
+        expected: Option<Revision>,
+    ) -> Result<v1::ChangeResponse, Status> {
+        let (state, actor, now) = (self.context.current.get(), caller.actor(), self.context.now());
+        let attempt = move |_: &Wanted| {
+            let revision = state.policy.revision;
+            let outcome = trial::check_expected(expected, revision)
+                .and_then(|()| trial::attempt(&state, &actor, &change::Request::Change(changes), now))
+                .map_err(|refusal| refused(&refusal))?;
+            Ok(v1::ChangeResponse { revision: revision.0, warnings: outcome.warnings })
+        };
+        self.context.questions.ask(caller, Cost::High, attempt).await
+    }
 }
 
 /// Who calls; the gate has put it there.
-fn actor<T>(request: &Request<T>) -> Result<Actor, Status> {
-    let caller = request.extensions().get::<Caller>().map(Caller::actor);
+fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
+    let caller = request.extensions().get::<Caller>().cloned();
     caller.ok_or_else(|| Status::internal("call came past its gate; report this as a bug"))
+}
+
+fn actor<T>(request: &Request<T>) -> Result<Actor, Status> {
+    caller(request).map(|caller| caller.actor())
 }
 
 fn invalid(error: &dyn std::error::Error) -> Status {
@@ -62,12 +82,13 @@ impl Admin for AdminService {
         &self,
         request: Request<v1::GetNetworkRequest>,
     ) -> Result<Response<v1::GetNetworkResponse>, Status> {
+        let caller = caller(&request)?;
         let v1::GetNetworkRequest { revision } = request.into_inner();
-        self.archive.network(Revision(revision)).await.map(Response::new)
+        Archive(&self.context).network(&caller, Revision(revision)).await.map(Response::new)
     }
 
     async fn change(&self, request: Request<v1::ChangeRequest>) -> Result<Response<v1::ChangeResponse>, Status> {
-        let actor = actor(&request)?;
+        let caller = caller(&request)?;
         let mut request = request.into_inner();
         let request_id = std::mem::take(&mut request.request_id);
         let digest = Sha256::digest(request.encode_to_vec()).into();
@@ -77,12 +98,15 @@ impl Admin for AdminService {
             .map(Change::try_from)
             .collect::<Result<_, ConvertError>>()
             .map_err(|error| invalid(&error))?;
-        let id = (!request_id.is_empty() && !dry_run).then_some(request_id);
+        let expected = (expected_revision != 0).then_some(Revision(expected_revision));
+        if dry_run {
+            return self.attempt(&caller, changes, expected).await.map(Response::new);
+        }
+        let id = (!request_id.is_empty()).then_some(request_id);
         let ask = Ask {
             id: id.map(|id| store::RequestId { id: format!("change/{id}"), digest }),
-            expected: (expected_revision != 0).then_some(Revision(expected_revision)),
-            dry_run,
-            ..Ask::new(actor, change::Request::Change(changes))
+            expected,
+            ..Ask::new(caller.actor(), change::Request::Change(changes))
         };
         let answer = self.ask(ask).await?;
         let warnings = answer.outcome.warnings;
@@ -115,36 +139,48 @@ impl Admin for AdminService {
         Ok(Response::new(v1::InviteResponse { invitation: invitation.to_string(), expires_at }))
     }
 
-    async fn get_status(&self, _: Request<v1::GetStatusRequest>) -> Result<Response<v1::GetStatusResponse>, Status> {
-        let state = self.context.current.get();
-        let status = |node: &policy::NodeId| {
-            let report = self.context.dispatch.reports.of(*node);
-            v1::NodeStatus {
-                node: node.0,
-                connected: report.connected,
-                last_seen: report.last_seen,
-                sent: report.sent.0,
-                enforced: report.enforced.0,
-                generation: report.generation.0,
-                error: report.error,
-                version: report.version,
-                endpoint: endpoint(&state, &self.context.dispatch.directory, *node),
-                lacks: report.lacks,
-            }
+    async fn get_status(
+        &self,
+        request: Request<v1::GetStatusRequest>,
+    ) -> Result<Response<v1::GetStatusResponse>, Status> {
+        let (state, dispatch) = (self.context.current.get(), self.context.dispatch.clone());
+        let statuses = move |wanted: &Wanted| {
+            let status = |node: &policy::NodeId| {
+                let report = dispatch.reports.of(*node);
+                v1::NodeStatus {
+                    node: node.0,
+                    connected: report.connected,
+                    last_seen: report.last_seen,
+                    sent: report.sent.0,
+                    enforced: report.enforced.0,
+                    generation: report.generation.0,
+                    error: report.error,
+                    version: report.version,
+                    endpoint: endpoint(&state, &dispatch.directory, *node),
+                    lacks: report.lacks,
+                }
+            };
+            let nodes = state.network().nodes().keys().take_while(|_| !wanted.is_over()).map(status).collect();
+            let version = crate::VERSION.to_owned();
+            Ok(v1::GetStatusResponse { revision: state.policy.revision.0, version, nodes })
         };
-        let nodes = state.network().nodes().keys().map(status).collect();
-        let version = crate::VERSION.to_owned();
-        Ok(Response::new(v1::GetStatusResponse { revision: state.policy.revision.0, version, nodes }))
+        self.context.questions.ask(&caller(&request)?, Cost::Low, statuses).await.map(Response::new)
     }
 
-    async fn list_admins(&self, _: Request<v1::ListAdminsRequest>) -> Result<Response<v1::ListAdminsResponse>, Status> {
+    async fn list_admins(
+        &self,
+        request: Request<v1::ListAdminsRequest>,
+    ) -> Result<Response<v1::ListAdminsResponse>, Status> {
         let state = self.context.current.get();
-        let admins = state.accounts.admins().iter().map(|(name, admin)| v1::AdminAccount {
-            name: name.clone(),
-            certificate_expires_at: admin.certificate_expires_at,
-            revoked: admin.revoked,
-        });
-        Ok(Response::new(v1::ListAdminsResponse { admins: admins.collect() }))
+        let list = move |_: &Wanted| {
+            let admins = state.accounts.admins().iter().map(|(name, admin)| v1::AdminAccount {
+                name: name.clone(),
+                certificate_expires_at: admin.certificate_expires_at,
+                revoked: admin.revoked,
+            });
+            Ok(v1::ListAdminsResponse { admins: admins.collect() })
+        };
+        self.context.questions.ask(&caller(&request)?, Cost::Low, list).await.map(Response::new)
     }
 
     async fn revoke_admin(
@@ -185,21 +221,18 @@ impl Admin for AdminService {
         &self,
         request: Request<v1::ListAuditRequest>,
     ) -> Result<Response<v1::ListAuditResponse>, Status> {
-        let v1::ListAuditRequest { limit } = request.into_inner();
-        let entries = self.archive.audit(bounded(limit, AUDIT_LIMIT)).await?;
-        let entry = |entry: store::AuditEntry| {
-            let store::AuditEntry { revision, time, actor, change } = entry;
-            v1::AuditEntry { revision: revision.0, time, actor, change }
-        };
-        Ok(Response::new(v1::ListAuditResponse { entries: entries.into_iter().map(entry).collect() }))
+        let caller = caller(&request)?;
+        let v1::ListAuditRequest { limit, before } = request.into_inner();
+        Archive(&self.context).audit(&caller, range(before, limit, AUDIT_LIMIT)).await.map(Response::new)
     }
 
     async fn list_history(
         &self,
         request: Request<v1::ListHistoryRequest>,
     ) -> Result<Response<v1::ListHistoryResponse>, Status> {
-        let v1::ListHistoryRequest { limit } = request.into_inner();
-        self.archive.history(bounded(limit, HISTORY_LIMIT)).await.map(Response::new)
+        let caller = caller(&request)?;
+        let v1::ListHistoryRequest { limit, before } = request.into_inner();
+        Archive(&self.context).history(&caller, range(before, limit, HISTORY_LIMIT)).await.map(Response::new)
     }
 }
 
@@ -209,12 +242,13 @@ fn endpoint(state: &State, directory: &Directory, node: policy::NodeId) -> Strin
     configured.or_else(|| directory.get(node)).map(|endpoint| endpoint.to_string()).unwrap_or_default()
 }
 
-/// How many entries are listed; 0: as many as usual.
-fn bounded(limit: u32, usual: usize) -> usize {
-    match usize::try_from(limit).unwrap_or(ENTRIES_MAX) {
+/// What is listed; a limit of 0: as many as usual.
+fn range(before: u64, limit: u32, usual: usize) -> Range {
+    let limit = match usize::try_from(limit).unwrap_or(LIST_MAX) {
         0 => usual,
-        limit => limit.min(ENTRIES_MAX),
-    }
+        limit => limit.min(LIST_MAX),
+    };
+    Range { before: (before != 0).then_some(Revision(before)), limit }
 }
 
 fn subject_of(subject: Option<v1::invite_request::Subject>) -> Result<Subject, Status> {

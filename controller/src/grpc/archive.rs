@@ -1,44 +1,34 @@
-//! Questions about what was. Reading it takes long: not on the runtime's threads, and few at one time.
+//! Questions about what was, answered from the store.
 
 use std::sync::Arc;
 
 use controller_api::v1;
 use policy::Revision;
-use tokio::sync::Semaphore;
 use tonic::Status;
 
-use super::{refused, text};
+use super::{Context, refused, text};
+use crate::access::caller::Caller;
+use crate::access::questions::Cost;
 use crate::change::request::Refusal;
-use crate::state::Current;
-use crate::store::{AuditEntry, AuditLine, Key, Past, Store, StoreError, rows};
-
-/// Questions at one time: each can hold a whole network.
-const QUESTIONS: usize = 2;
+use crate::store::{AuditEntry, AuditLine, Key, Page, Past, Range, Store, StoreError, Wanted, rows};
 
 /// The store as those who ask see it.
 #[derive(Clone, Debug)]
-pub(super) struct Archive {
-    store: Arc<dyn Store>,
-    current: Current,
-    room: Arc<Semaphore>,
-}
+pub(super) struct Archive<'a>(pub(super) &'a Context);
 
-impl Archive {
-    pub(super) fn new(store: Arc<dyn Store>, current: Current) -> Self {
-        Self { store, current, room: Arc::new(Semaphore::new(QUESTIONS)) }
-    }
-
+impl Archive<'_> {
     /// All objects at a revision; at the newest for revision 0.
-    pub(super) async fn network(&self, revision: Revision) -> Result<v1::GetNetworkResponse, Status> {
-        let current = self.current.clone();
-        self.ask(move |store| {
+    pub(super) async fn network(&self, caller: &Caller, revision: Revision) -> Result<v1::GetNetworkResponse, Status> {
+        let current = self.0.current.clone();
+        self.ask(caller, move |store, wanted| {
             let state = current.get();
             if revision == Revision(0) || revision == state.policy.revision {
                 let network = Some(v1::Network::from(state.network()));
                 return Ok(v1::GetNetworkResponse { revision: state.policy.revision.0, network });
             }
-            let snapshot = store.at(revision).map_err(not_told)?;
+            let snapshot = store.at(revision, wanted).map_err(not_told)?;
             let (network, _) = rows::decode(&snapshot.rows).map_err(|error| Status::internal(text(&error)))?;
+            wanted.check().map_err(not_told)?;
             let revision = rows::policy_revision(&snapshot).0;
             Ok(v1::GetNetworkResponse { revision, network: Some(v1::Network::from(&network)) })
         })
@@ -46,32 +36,36 @@ impl Archive {
     }
 
     /// The policy's revisions, newest first.
-    pub(super) async fn history(&self, limit: usize) -> Result<v1::ListHistoryResponse, Status> {
-        self.ask(move |store| {
+    pub(super) async fn history(&self, caller: &Caller, range: Range) -> Result<v1::ListHistoryResponse, Status> {
+        self.ask(caller, move |store, wanted| {
             let (oldest, _) = store.kept().map_err(not_told)?;
-            let past = store.history(&Key::single(rows::HEADER), limit).map_err(not_told)?;
-            Ok(v1::ListHistoryResponse { revisions: past.into_iter().map(past_to_wire).collect(), oldest: oldest.0 })
+            let Page { entries, is_cut } =
+                store.history(&Key::single(rows::HEADER), range, wanted).map_err(not_told)?;
+            let revisions = entries.into_iter().map(past_to_wire).collect();
+            Ok(v1::ListHistoryResponse { revisions, oldest: oldest.0, cut: is_cut })
         })
         .await
     }
 
-    pub(super) async fn audit(&self, limit: usize) -> Result<Vec<AuditEntry>, Status> {
-        self.ask(move |store| store.audit(limit).map_err(not_told)).await
+    pub(super) async fn audit(&self, caller: &Caller, range: Range) -> Result<v1::ListAuditResponse, Status> {
+        self.ask(caller, move |store, wanted| {
+            let Page { entries, is_cut } = store.audit(range, wanted).map_err(not_told)?;
+            let entry = |entry: AuditEntry| {
+                let AuditEntry { revision, time, actor, change } = entry;
+                v1::AuditEntry { revision: revision.0, time, actor, change }
+            };
+            Ok(v1::ListAuditResponse { entries: entries.into_iter().map(entry).collect(), cut: is_cut })
+        })
+        .await
     }
 
     async fn ask<T: Send + 'static>(
         &self,
-        question: impl FnOnce(&dyn Store) -> Result<T, Status> + Send + 'static,
+        caller: &Caller,
+        question: impl FnOnce(&dyn Store, &Wanted) -> Result<T, Status> + Send + 'static,
     ) -> Result<T, Status> {
-        let failed = |error: &dyn std::fmt::Display| Status::internal(format!("store could not be read: {error}"));
-        let room = Arc::clone(&self.room).acquire_owned().await.map_err(|error| failed(&error))?;
-        let store = Arc::clone(&self.store);
-        let asked = tokio::task::spawn_blocking(move || {
-            // Whoever asked may be gone; the question takes room all the same.
-            let _room = room;
-            question(&*store)
-        });
-        asked.await.map_err(|error| failed(&error))?
+        let store = Arc::clone(&self.0.store);
+        self.0.questions.ask(caller, Cost::High, move |wanted| question(&*store, wanted)).await
     }
 }
 

@@ -17,6 +17,7 @@ use self::frames::Framed;
 use crate::access::authority::Authority;
 use crate::access::caller::identify;
 use crate::access::gate::{Door, Gate};
+use crate::access::questions::Questions;
 use crate::change::enrol::{InviteError, RedeemError};
 use crate::change::request::Refusal;
 use crate::change::writer::Writer;
@@ -51,6 +52,7 @@ pub struct Context {
     pub store: Arc<dyn Store>,
     pub authority: Arc<Authority>,
     pub metrics: Arc<Metrics>,
+    pub questions: Questions,
     /// Seconds since the epoch.
     pub clock: fn() -> u64,
     /// Becomes true when calls are to be ended.
@@ -157,7 +159,7 @@ pub(crate) fn refused(refusal: &Refusal) -> Status {
     let code = match refusal {
         Refusal::Change { .. } | Refusal::Limit(_) | Refusal::NodeLimit(_) => Code::FailedPrecondition,
         Refusal::Count { .. } => Code::InvalidArgument,
-        Refusal::Revision { .. } => Code::Aborted,
+        Refusal::Revision { .. } | Refusal::Outrun { .. } => Code::Aborted,
         Refusal::Invite(error) => match error {
             InviteError::UnknownNode { .. } => Code::NotFound,
             InviteError::NotInvitable { .. } => Code::FailedPrecondition,
@@ -187,6 +189,7 @@ fn store_code(error: &StoreError) -> Code {
         StoreError::RequestReused { .. } => Code::AlreadyExists,
         StoreError::TooLong { .. } => Code::InvalidArgument,
         StoreError::Full { .. } => Code::ResourceExhausted,
+        StoreError::Unwanted => Code::Cancelled,
         _ => Code::Internal,
     }
 }

@@ -19,6 +19,7 @@ use super::frames::Frames;
 use super::{Context, refused, text};
 use crate::access::authority::CertificateRequest;
 use crate::access::caller::{Caller, NodeCaller, identify};
+use crate::access::questions::Cost;
 use crate::change;
 use crate::change::audit::Actor;
 use crate::change::writer::Ask;
@@ -26,6 +27,7 @@ use crate::follow::dispatcher::{End, Follower, Queued};
 use crate::follow::report::{ERROR_MAX, Said, StreamId};
 use crate::socket::principal::Principal;
 use crate::socket::throttle::Throttle;
+use crate::state::State;
 
 /// How long a node may take to say hello on its stream.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -95,6 +97,7 @@ impl Sync for SyncService {
 
     async fn explain(&self, request: Request<v1::ExplainRequest>) -> Result<Response<v1::ExplainResponse>, Status> {
         let caller = node(&request)?;
+        let asks = Caller::Node(caller.clone());
         let v1::ExplainRequest { source, destination, protocol, port } = request.into_inner();
         let invalid = |field: &str, value: u32, max: u32| {
             Status::invalid_argument(format!("`{field}` is `{value}`; it must be 0 to {max}"))
@@ -114,16 +117,7 @@ impl Sync for SyncService {
                 caller.name, flow.source, flow.destination
             )));
         }
-        let verdict = policy::interpret(state.network(), &flow);
-        let cidr = |address| state.network().cidr_of(address).map(|cidr| cidr.name.to_string()).unwrap_or_default();
-        let rule = verdict.rule.and_then(|rule| state.network().rules().get(&rule));
-        Ok(Response::new(v1::ExplainResponse {
-            revision: state.policy.revision.0,
-            verdict: Some(v1::PolicyVerdict::from(&verdict)),
-            source_cidr: cidr(flow.source),
-            destination_cidr: cidr(flow.destination),
-            rule: rule.map(|rule| rule.name.to_string()).unwrap_or_default(),
-        }))
+        self.context.questions.ask(&asks, Cost::High, move |_| Ok(explain(&state, &flow))).await.map(Response::new)
     }
 
     async fn leave(&self, request: Request<v1::LeaveRequest>) -> Result<Response<v1::LeaveResponse>, Status> {
@@ -281,6 +275,21 @@ fn taken_over() -> Status {
     Status::aborted(
         "another connection of this node took over; if there is only one `noded`, its keys were copied: invite the node again",
     )
+}
+
+/// Costs as much as there are rules.
+fn explain(state: &State, flow: &Flow) -> v1::ExplainResponse {
+    let network = state.network();
+    let verdict = policy::interpret(network, flow);
+    let cidr = |address| network.cidr_of(address).map(|cidr| cidr.name.to_string()).unwrap_or_default();
+    let rule = verdict.rule.and_then(|rule| network.rules().get(&rule));
+    v1::ExplainResponse {
+        revision: state.policy.revision.0,
+        verdict: Some(v1::PolicyVerdict::from(&verdict)),
+        source_cidr: cidr(flow.source),
+        destination_cidr: cidr(flow.destination),
+        rule: rule.map(|rule| rule.name.to_string()).unwrap_or_default(),
+    }
 }
 
 /// Whether an address is the node's own, or of an external cidr that it is the gateway for.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use policy::Revision;
 
 use super::{LoadError, Policy, State};
-use crate::store::Store;
+use crate::store::{Store, Wanted};
 
 /// Policies that are kept in memory. A node that was away for longer gets a snapshot.
 pub const KEPT: usize = 1_024;
@@ -29,7 +29,7 @@ impl History {
         let first = oldest.max(Revision(newest.0.saturating_sub(KEPT as u64)));
         // An empty store is at revision 0, which has no policy.
         let first = first.max(Revision(1)).min(newest);
-        let mut state = State::of(&store.at(first)?)?;
+        let mut state = State::of(&store.at(first, &Wanted::always())?)?;
         let mut history = Self::new(Arc::clone(&state.policy));
         let mut watch = store.watch(first)?;
         while let Some(entry) = watch.next(Duration::ZERO)? {

@@ -13,7 +13,7 @@ pub enum StoreError {
     Moved { expected: Revision, found: Revision },
     #[error("row `{key}` {reason}; read it again and repeat the change")]
     Conflict { key: Key, reason: &'static str },
-    #[error("a change that this one builds on was refused; read the store again and repeat the change")]
+    #[error("a change that this one builds on was not made; read the store again and repeat the change")]
     AfterRefused,
     #[error("request id `{id}` was used for another request at revision `{revision}`; use a new id for each request")]
     RequestReused { id: String, revision: Revision },
@@ -29,6 +29,8 @@ pub enum StoreError {
     NotYet { revision: Revision, oldest: Revision, newest: Revision },
     #[error("the watch fell behind after revision `{after}`; watch again from there")]
     Lagged { after: Revision },
+    #[error("nobody waits for the answer any more")]
+    Unwanted,
     #[error("there is no database `{}`; make the network with `controllerd init`", path.display())]
     Missing { path: PathBuf },
     #[error("not allowed to use database `{}`; run as the owner of the state directory (usually root)", path.display())]

@@ -6,8 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use policy::Revision;
 
 use super::{
-    AuditEntry, AuditLine, Commit, Committed, Entry, Keep, Key, Past, Precondition, RequestId, Snapshot, Store,
-    StoreError, Watch, Watchers, check_kept, check_lengths, fold_until,
+    AuditEntry, AuditLine, Commit, Committed, Entry, Keep, Key, Page, Past, Precondition, Range, RequestId, Room,
+    Snapshot, Store, StoreError, Wanted, Watch, Watchers, check_kept, check_lengths, fold_until, is_new,
 };
 
 /// Rows, log and audit in memory.
@@ -94,11 +94,12 @@ impl Store for MemoryStore {
         Ok(self.inner().newest.clone())
     }
 
-    fn at(&self, revision: Revision) -> Result<Snapshot, StoreError> {
+    fn at(&self, revision: Revision, wanted: &Wanted) -> Result<Snapshot, StoreError> {
         let inner = self.inner();
         check_kept(revision, inner.base.revision, inner.newest.revision)?;
         let mut snapshot = inner.base.clone();
         for entry in inner.log.range(..=revision).map(|(_, entry)| entry) {
+            wanted.check()?;
             snapshot.apply(entry.revision, &entry.ops);
         }
         Ok(snapshot)
@@ -113,7 +114,7 @@ impl Store for MemoryStore {
         let mut inner = self.inner();
         let mut done: Vec<Result<Committed, StoreError>> = Vec::new();
         for commit in commits {
-            let is_after_refused = done.last().is_some_and(Result::is_err);
+            let is_after_refused = done.last().is_some_and(|last| !is_new(last));
             done.push(inner.commit(commit, is_after_refused));
         }
         Ok(done)
@@ -149,17 +150,41 @@ impl Store for MemoryStore {
         Ok(until(&inner) > last.0)
     }
 
-    fn history(&self, key: &Key, limit: usize) -> Result<Vec<Past>, StoreError> {
+    fn history(&self, key: &Key, range: Range, wanted: &Wanted) -> Result<Page<Past>, StoreError> {
         let inner = self.inner();
-        let wrote = |entry: &&Entry| entry.ops.iter().any(|op| op.key() == key);
-        let past =
-            |entry: &Entry| Past { revision: entry.revision, time: entry.time, audit: inner.audit_of(entry.revision) };
-        Ok(inner.log.values().rev().filter(wrote).take(limit).map(past).collect())
+        let (mut entries, mut room) = (Vec::new(), Room::default());
+        let wrote = |entry: &&Entry| is_before(range, entry.revision) && entry.ops.iter().any(|op| op.key() == key);
+        for Entry { revision, time, ops: _ } in inner.log.values().rev().filter(wrote).take(range.limit) {
+            wanted.check()?;
+            let audit = inner.audit_of(*revision);
+            if !room.takes(*revision, "", "") {
+                return Ok(Page { entries, is_cut: true });
+            }
+            for AuditLine { actor, change } in &audit {
+                room.takes(*revision, actor, change);
+            }
+            entries.push(Past { revision: *revision, time: *time, audit });
+        }
+        Ok(Page { entries, is_cut: false })
     }
 
-    fn audit(&self, limit: usize) -> Result<Vec<AuditEntry>, StoreError> {
-        Ok(self.inner().audit.iter().rev().take(limit).cloned().collect())
+    fn audit(&self, range: Range, wanted: &Wanted) -> Result<Page<AuditEntry>, StoreError> {
+        let (mut entries, mut room) = (Vec::new(), Room::default());
+        let inner = self.inner();
+        let asked = inner.audit.iter().rev().filter(|entry| is_before(range, entry.revision));
+        for entry in asked.take(range.limit) {
+            wanted.check()?;
+            if !room.takes(entry.revision, &entry.actor, &entry.change) {
+                return Ok(Page { entries, is_cut: true });
+            }
+            entries.push(entry.clone());
+        }
+        Ok(Page { entries, is_cut: false })
     }
+}
+
+fn is_before(range: Range, revision: Revision) -> bool {
+    range.before.is_none_or(|before| revision < before)
 }
 
 #[cfg(test)]

@@ -16,9 +16,11 @@ mod error;
 pub mod memory;
 pub mod rows;
 pub mod sqlite;
+mod wanted;
 mod watch;
 
 pub use error::StoreError;
+pub use wanted::{Asked, Wanted};
 pub use watch::Watch;
 pub(crate) use watch::Watchers;
 
@@ -110,7 +112,7 @@ pub enum Precondition {
     Absent(Key),
     /// There is such a row, and it was last written at or before this revision.
     Unchanged(Key, Revision),
-    /// The commit before this one in its transaction was done, or done before.
+    /// The commit before this one in its transaction was made there: not refused, and not one that had been made before.
     AfterLast,
 }
 
@@ -176,6 +178,45 @@ pub struct Past {
     pub audit: Vec<AuditLine>,
 }
 
+/// What of a long list is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// Only revisions before this one.
+    pub before: Option<Revision>,
+    /// At most so many entries.
+    pub limit: usize,
+}
+
+/// A part of a list, newest first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Page<T> {
+    pub entries: Vec<T>,
+    /// It ends before its range, because it is [`PAGE_BYTES`] long.
+    pub is_cut: bool,
+}
+
+/// Bytes after which a [`Page`] ends, with the revision that it has come to: as much as one revision can have.
+const PAGE_BYTES: usize = 8 << 20;
+
+/// How long a page has become.
+#[derive(Debug, Default)]
+struct Room {
+    bytes: usize,
+    last: Option<Revision>,
+}
+
+impl Room {
+    /// Whether the next line of the list, of this revision, is part of the page too.
+    fn takes(&mut self, revision: Revision, actor: &str, change: &str) -> bool {
+        let is_next = self.last.replace(revision) != Some(revision);
+        if is_next && self.bytes >= PAGE_BYTES {
+            return false;
+        }
+        self.bytes += actor.len() + change.len();
+        true
+    }
+}
+
 /// How much history is kept: a revision that is among the newest `revisions` and not older than `age`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Keep {
@@ -188,7 +229,7 @@ pub struct Keep {
 pub trait Store: Send + Sync + fmt::Debug {
     fn snapshot(&self) -> Result<Snapshot, StoreError>;
     /// The rows as they were at a revision that is kept. Holds up no commit.
-    fn at(&self, revision: Revision) -> Result<Snapshot, StoreError>;
+    fn at(&self, revision: Revision, wanted: &Wanted) -> Result<Snapshot, StoreError>;
     /// The oldest and the newest revision that [`Store::at`] gives.
     fn kept(&self) -> Result<(Revision, Revision), StoreError>;
     /// Several commits in one transaction, in order, each with a revision, a request id and preconditions of its own. One
@@ -206,9 +247,9 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// step, so that commits wait for no more. `true`: there is more to do. `now`: seconds since the epoch.
     fn compact(&self, keep: Keep, now: u64) -> Result<bool, StoreError>;
     /// The revisions that wrote this row, of those in the log, newest first. Holds up no commit.
-    fn history(&self, key: &Key, limit: usize) -> Result<Vec<Past>, StoreError>;
+    fn history(&self, key: &Key, range: Range, wanted: &Wanted) -> Result<Page<Past>, StoreError>;
     /// Newest first. Holds up no commit.
-    fn audit(&self, limit: usize) -> Result<Vec<AuditEntry>, StoreError>;
+    fn audit(&self, range: Range, wanted: &Wanted) -> Result<Page<AuditEntry>, StoreError>;
 }
 
 /// Revisions that one step of a compaction folds, at most.
@@ -230,6 +271,11 @@ fn check_kept(revision: Revision, oldest: Revision, newest: Revision) -> Result<
         return Err(StoreError::NotKept { revision, oldest, newest });
     }
     Ok(())
+}
+
+/// See [`Precondition::AfterLast`].
+fn is_new(done: &Result<Committed, StoreError>) -> bool {
+    matches!(done, Ok(Committed { replayed: false, .. }))
 }
 
 /// What every store refuses alike, before it looks at its rows.

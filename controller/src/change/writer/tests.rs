@@ -11,7 +11,7 @@ use crate::state;
 use crate::state::history::History;
 use crate::store::account::Settings;
 use crate::store::memory::MemoryStore;
-use crate::store::{AuditEntry, Keep, Past, Snapshot};
+use crate::store::{AuditEntry, Keep, Page, Past, Range, Snapshot, Wanted};
 
 /// A store whose transactions wait until the test says how each ends, and are counted.
 #[derive(Debug)]
@@ -27,8 +27,8 @@ impl Store for Held {
         self.store.snapshot()
     }
 
-    fn at(&self, revision: Revision) -> Result<Snapshot, StoreError> {
-        self.store.at(revision)
+    fn at(&self, revision: Revision, wanted: &Wanted) -> Result<Snapshot, StoreError> {
+        self.store.at(revision, wanted)
     }
 
     fn kept(&self) -> Result<(Revision, Revision), StoreError> {
@@ -55,12 +55,12 @@ impl Store for Held {
         self.store.compact(keep, now)
     }
 
-    fn history(&self, key: &Key, limit: usize) -> Result<Vec<Past>, StoreError> {
-        self.store.history(key, limit)
+    fn history(&self, key: &Key, range: Range, wanted: &Wanted) -> Result<Page<Past>, StoreError> {
+        self.store.history(key, range, wanted)
     }
 
-    fn audit(&self, limit: usize) -> Result<Vec<AuditEntry>, StoreError> {
-        self.store.audit(limit)
+    fn audit(&self, range: Range, wanted: &Wanted) -> Result<Page<AuditEntry>, StoreError> {
+        self.store.audit(range, wanted)
     }
 }
 
@@ -195,23 +195,83 @@ async fn a_transaction_that_fails_changes_nothing_and_the_next_one_goes_on() {
     assert_eq!(revision(again).await, 2);
 }
 
-/// As another controller would.
+impl Fixture {
+    /// Commits as another controller would, behind the writer's back.
+    fn commit_elsewhere(&self, request: Option<RequestId>, changes: Vec<Change>) -> Revision {
+        let mut theirs = Draft::of(&State::load(&self.store.store).expect("a state"));
+        theirs.apply(&Actor::Root, &Request::Change(changes), NOW).expect("a change");
+        let commit = Commit { request, ops: theirs.take_ops().1, time: NOW, ..Commit::default() };
+        self.store.store.commit(&commit).expect("the other one's").revision
+    }
+}
+
+fn named(id: &str, ask: Ask) -> Ask {
+    Ask { id: Some(RequestId { id: id.to_owned(), digest: [1; 32] }), ..ask }
+}
+
 #[tokio::test]
-async fn who_was_faster_at_the_same_rows_is_not_overwritten() {
+async fn who_was_faster_at_the_same_rows_is_not_overwritten_but_built_upon() {
     let fixture = start();
-    let mut theirs = Draft::of(&fixture.current.get());
-    let change = Request::Change(vec![Change::DeleteRule { name: parse("web-to-app") }]);
-    theirs.apply(&Actor::Root, &change, NOW).expect("a change");
-    let commit = Commit { ops: theirs.take_ops().1, time: NOW, ..Commit::default() };
     let first = fixture.ask(add("one", "10.42.101.0/24"));
     fixture.until_held(1).await;
-    fixture.store.store.commit(&commit).expect("the other one's");
+    let second = fixture.ask(named("r", add("two", "10.42.102.0/24")));
+    let expecting = Ask { expected: Some(Revision(1)), ..add("three", "10.42.103.0/24") };
+    let third = fixture.ask(expecting);
+    fixture.commit_elsewhere(None, vec![Change::DeleteRule { name: parse("web-to-app") }]);
     fixture.end.send(true).expect("the writer");
-    let refused = first.await.expect("an answer").expect_err("somebody was faster").to_string();
-    assert!(refused.contains("`network` was changed meanwhile"), "{refused}");
-    // What the other one did is followed, and the next change builds on it.
-    assert!(fixture.current.get().network().rules().is_empty());
+    // What was outrun comes first, with what waits.
+    fixture.until_held(2).await;
+    assert!(fixture.current.get().network().rules().is_empty(), "what the other one did is followed");
+    fixture.end.send(true).expect("the writer");
+    assert_eq!((revision(first).await, revision(second).await), (3, 4));
+    let refused = third.await.expect("an answer");
+    assert!(matches!(refused, Err(Refusal::Revision { expected: Revision(1), found: Revision(4) })), "{refused:?}");
+    assert_eq!(*fixture.store.sizes.lock().expect("numbers"), [1, 2]);
+    let state = fixture.current.get();
+    let known = ["one", "two"].map(|name| state.network().cidr_named(&parse(name)).is_some());
+    assert_eq!((known, state.network().rules().len()), ([true, true], 0));
+    let stored = State::load(&*fixture.store).expect("a state");
+    assert_eq!(stored.network().to_parts(), state.network().to_parts());
+}
+
+/// A request that was repeated at another controller.
+#[tokio::test]
+async fn a_request_that_another_controller_did_meanwhile_is_done_once() {
+    let fixture = start();
+    let first = fixture.ask(add("zero", "10.42.100.0/24"));
+    fixture.until_held(1).await;
+    let request = named("r", add("one", "10.42.101.0/24"));
+    let (same, after) = (fixture.ask(request.clone()), fixture.ask(add("two", "10.42.102.0/24")));
+    fixture.end.send(true).expect("the writer");
+    fixture.until_held(2).await;
+    // Both are drafted; the other controller is faster with the first of them.
+    let theirs = fixture.commit_elsewhere(request.id.clone(), vec![add_cidr("one", "10.42.101.0/24")]);
+    fixture.end.send(true).expect("the writer");
+    assert_eq!((revision(first).await, revision(same).await), (2, theirs.0));
+    fixture.until_held(3).await;
+    fixture.end.send(true).expect("the writer");
+    assert_eq!(revision(after).await, 4);
+    assert_eq!(*fixture.store.sizes.lock().expect("numbers"), [1, 2, 1]);
+    let again = fixture.ask(request);
+    assert_eq!(revision(again).await, theirs.0);
+    let stored = State::load(&*fixture.store).expect("a state");
+    assert_eq!(stored.network().to_parts(), fixture.current.get().network().to_parts());
+}
+
+#[tokio::test]
+async fn who_is_outrun_again_and_again_is_told_so() {
+    let fixture = start();
+    let asked = fixture.ask(add("one", "10.42.101.0/24"));
+    for time in 1..=TRIES {
+        fixture.until_held(time as usize).await;
+        let prefix = format!("10.42.{}.0/24", 110 + time);
+        fixture.commit_elsewhere(None, vec![add_cidr(&format!("theirs{time}"), &prefix)]);
+        fixture.end.send(true).expect("the writer");
+    }
+    let refused = asked.await.expect("an answer").expect_err("outrun").to_string();
+    assert!(refused.contains("faster at the same rows, 8 times") && refused.contains("try again"), "{refused}");
+    assert!(fixture.current.get().network().cidr_named(&parse("one")).is_none());
     let again = fixture.ask(add("one", "10.42.101.0/24"));
     fixture.end.send(true).expect("the writer");
-    assert_eq!(revision(again).await, 3);
+    assert_eq!(revision(again).await, u64::from(TRIES) + 2);
 }

@@ -8,11 +8,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::fcntl::Flock;
 use policy::Revision;
-use rusqlite::{Connection, OptionalExtension as _, Row as Found, Transaction, TransactionBehavior, params};
+use rusqlite::{Connection, ErrorCode, OptionalExtension as _, Row as Found, Transaction, TransactionBehavior, params};
 
 use super::{
-    AuditEntry, AuditLine, Commit, Committed, Entry, Keep, Key, Op, Past, Precondition, RequestId, Row, Snapshot,
-    Store, StoreError, Watch, Watchers, check_kept, check_lengths, fold_until,
+    AuditEntry, AuditLine, Commit, Committed, Entry, Keep, Key, Op, Page, Past, Precondition, Range, RequestId, Room,
+    Row, Snapshot, Store, StoreError, Wanted, Watch, Watchers, check_kept, check_lengths, fold_until, is_new,
 };
 
 mod file;
@@ -21,6 +21,9 @@ mod schema;
 mod tests;
 
 use file::{connect, connect_reader, failure, io, lock};
+
+/// Steps of SQLite's machine after which a question asks whether it is still wanted: some 10 us.
+const STEPS: i32 = 1_000;
 
 /// A database that this process alone writes. See [`SqliteStore::open`].
 #[derive(Debug)]
@@ -76,17 +79,25 @@ impl SqliteStore {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A question of one transaction, on a connection of its own.
+    /// A question of one transaction, on a connection of its own, which ends when nobody waits for the answer.
     fn read<T>(
         &self,
+        wanted: &Wanted,
         ask: impl FnOnce(&Connection) -> rusqlite::Result<Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
         let read = || {
             let mut connection = connect_reader(&self.path)?;
+            let over = wanted.clone();
+            connection.progress_handler(STEPS, Some(move || over.is_over()))?;
             let transaction = connection.transaction()?;
             ask(&transaction)
         };
-        read().map_err(self.failed("be read"))?
+        match read() {
+            Err(error) if error.sqlite_error_code() == Some(ErrorCode::OperationInterrupted) => {
+                Err(StoreError::Unwanted)
+            }
+            read => read.map_err(self.failed("be read"))?,
+        }
     }
 
     fn failed(&self, what: &'static str) -> impl Fn(rusqlite::Error) -> StoreError + '_ {
@@ -265,44 +276,61 @@ fn fold(transaction: &Transaction<'_>, last: u64) -> rusqlite::Result<()> {
 }
 
 /// See [`Store::history`].
-fn history(connection: &Connection, key: &Key, limit: usize) -> rusqlite::Result<Vec<Past>> {
-    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+fn history(connection: &Connection, key: &Key, range: Range) -> rusqlite::Result<Page<Past>> {
+    let (before, limit) = bounds(range);
     let mut statement = connection.prepare_cached(
-        "WITH wrote AS (SELECT DISTINCT revision FROM log WHERE key = ?1 ORDER BY revision DESC LIMIT ?2)
+        "WITH wrote AS (
+            SELECT DISTINCT revision FROM log WHERE key = ?1 AND revision < ?2 ORDER BY revision DESC LIMIT ?3)
         SELECT wrote.revision, history.time, audit.actor, audit.change
         FROM wrote JOIN history USING (revision) LEFT JOIN audit USING (revision)
         ORDER BY wrote.revision DESC, audit.position",
     )?;
-    let mut found = statement.query(params![key.as_str(), limit])?;
-    let mut pasts: Vec<Past> = Vec::new();
+    let mut found = statement.query(params![key.as_str(), before, limit])?;
+    let (mut entries, mut room): (Vec<Past>, Room) = Default::default();
     while let Some(row) = found.next()? {
         let (revision, time) = (Revision(row.get(0)?), row.get(1)?);
-        if pasts.last().is_none_or(|past| past.revision != revision) {
-            pasts.push(Past { revision, time, audit: Vec::new() });
+        let (actor, change): (Option<String>, Option<String>) = (row.get(2)?, row.get(3)?);
+        if !room.takes(revision, actor.as_deref().unwrap_or_default(), change.as_deref().unwrap_or_default()) {
+            return Ok(Page { entries, is_cut: true });
         }
-        if let (Some(past), Some(actor), Some(change)) = (pasts.last_mut(), row.get(2)?, row.get(3)?) {
+        if entries.last().is_none_or(|past| past.revision != revision) {
+            entries.push(Past { revision, time, audit: Vec::new() });
+        }
+        if let (Some(past), Some(actor), Some(change)) = (entries.last_mut(), actor, change) {
             past.audit.push(AuditLine { actor, change });
         }
     }
-    Ok(pasts)
+    Ok(Page { entries, is_cut: false })
 }
 
-fn audit(connection: &Connection, limit: usize) -> rusqlite::Result<Vec<AuditEntry>> {
-    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-    let entry = |row: &Found<'_>| {
-        Ok(AuditEntry { revision: Revision(row.get(0)?), time: row.get(1)?, actor: row.get(2)?, change: row.get(3)? })
-    };
-    connection
-        .prepare_cached(
-            "SELECT revision, time, actor, change FROM audit ORDER BY revision DESC, position DESC LIMIT ?1",
-        )?
-        .query_map([limit], entry)?
-        .collect()
+fn audit(connection: &Connection, range: Range) -> rusqlite::Result<Page<AuditEntry>> {
+    let (before, limit) = bounds(range);
+    let mut statement = connection.prepare_cached(
+        "SELECT revision, time, actor, change FROM audit WHERE revision < ?1
+        ORDER BY revision DESC, position DESC LIMIT ?2",
+    )?;
+    let mut found = statement.query(params![before, limit])?;
+    let (mut entries, mut room) = (Vec::new(), Room::default());
+    while let Some(row) = found.next()? {
+        let entry =
+            AuditEntry { revision: Revision(row.get(0)?), time: row.get(1)?, actor: row.get(2)?, change: row.get(3)? };
+        if !room.takes(entry.revision, &entry.actor, &entry.change) {
+            return Ok(Page { entries, is_cut: true });
+        }
+        entries.push(entry);
+    }
+    Ok(Page { entries, is_cut: false })
+}
+
+/// As SQLite has them, whose integers are signed.
+fn bounds(Range { before, limit }: Range) -> (i64, i64) {
+    let before = before.map_or(i64::MAX, |before| i64::try_from(before.0).unwrap_or(i64::MAX));
+    (before, i64::try_from(limit).unwrap_or(i64::MAX))
 }
 
 impl Store for SqliteStore {
     fn snapshot(&self) -> Result<Snapshot, StoreError> {
-        self.read(|connection| {
+        self.read(&Wanted::always(), |connection| {
             let (revision, _) = head(connection)?;
             Ok(Ok(Snapshot {
                 revision: Revision(revision),
@@ -311,8 +339,8 @@ impl Store for SqliteStore {
         })
     }
 
-    fn at(&self, revision: Revision) -> Result<Snapshot, StoreError> {
-        self.read(|connection| {
+    fn at(&self, revision: Revision, wanted: &Wanted) -> Result<Snapshot, StoreError> {
+        self.read(wanted, |connection| {
             let (newest, compacted) = head(connection)?;
             if let Err(error) = check_kept(revision, Revision(compacted), Revision(newest)) {
                 return Ok(Err(error));
@@ -327,7 +355,7 @@ impl Store for SqliteStore {
     }
 
     fn kept(&self) -> Result<(Revision, Revision), StoreError> {
-        let (newest, compacted) = self.read(|connection| Ok(Ok(head(connection)?)))?;
+        let (newest, compacted) = self.read(&Wanted::always(), |connection| Ok(Ok(head(connection)?)))?;
         Ok((Revision(compacted), Revision(newest)))
     }
 
@@ -337,7 +365,7 @@ impl Store for SqliteStore {
             let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             let mut written: Vec<Result<Committed, StoreError>> = Vec::new();
             for commit in commits {
-                let is_after_refused = written.last().is_some_and(Result::is_err);
+                let is_after_refused = written.last().is_some_and(|last| !is_new(last));
                 written.push(write_next(&transaction, commit, is_after_refused)?);
             }
             transaction.commit()?;
@@ -385,11 +413,11 @@ impl Store for SqliteStore {
         compact(&mut inner.connection).map_err(self.failed("be compacted"))
     }
 
-    fn history(&self, key: &Key, limit: usize) -> Result<Vec<Past>, StoreError> {
-        self.read(|connection| Ok(Ok(history(connection, key, limit)?)))
+    fn history(&self, key: &Key, range: Range, wanted: &Wanted) -> Result<Page<Past>, StoreError> {
+        self.read(wanted, |connection| Ok(Ok(history(connection, key, range)?)))
     }
 
-    fn audit(&self, limit: usize) -> Result<Vec<AuditEntry>, StoreError> {
-        self.read(|connection| Ok(Ok(audit(connection, limit)?)))
+    fn audit(&self, range: Range, wanted: &Wanted) -> Result<Page<AuditEntry>, StoreError> {
+        self.read(wanted, |connection| Ok(Ok(audit(connection, range)?)))
     }
 }

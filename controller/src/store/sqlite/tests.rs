@@ -135,11 +135,14 @@ fn a_database_of_version_1_is_brought_up_to_date_with_its_history() {
         let store = SqliteStore::open(&path).expect("the store");
         let newest = expected(&[("admin/alice", "key", 3), ("cidr/1", "web", 4), ("network", "corp", 4)]);
         assert_eq!(texts(store.snapshot().expect("a snapshot")), newest);
-        assert_eq!(texts(store.at(Revision(5)).expect("kept")), newest);
+        assert_eq!(texts(store.at(Revision(5), &Wanted::always()).expect("kept")), newest);
         let second = expected(&[("cidr/1", "old", 2), ("cidr/2", "gone", 2), ("network", "corp", 2)]);
-        assert_eq!(texts(store.at(Revision(2)).expect("kept")), second);
+        assert_eq!(texts(store.at(Revision(2), &Wanted::always()).expect("kept")), second);
         // The row `network` is written with each change of the policy, and with no other.
-        let history = store.history(&Key::single("network"), 10).expect("history");
+        let history = store
+            .history(&Key::single("network"), Range { before: None, limit: 10 }, &Wanted::always())
+            .expect("history")
+            .entries;
         let times: Vec<_> = history.iter().map(|past| (past.revision.0, past.time, past.audit.len())).collect();
         assert_eq!(times, [(4, 400, 1), (2, 200, 1), (1, 100, 1)]);
         let request = RequestId { id: "change/r".to_owned(), digest: [0; 32] };
@@ -157,11 +160,14 @@ fn a_compacted_database_of_version_1_begins_its_history_anew() {
     let store = SqliteStore::open(&path).expect("the store");
     let newest = expected(&[("admin/alice", "key", 3), ("cidr/1", "web", 4), ("network", "corp", 5)]);
     assert_eq!(texts(store.snapshot().expect("a snapshot")), newest);
-    assert_eq!(texts(store.at(Revision(5)).expect("kept")), newest);
+    assert_eq!(texts(store.at(Revision(5), &Wanted::always()).expect("kept")), newest);
     assert_eq!(store.kept().expect("kept"), (Revision(5), Revision(5)));
-    assert_eq!(store.audit(10).expect("audit").len(), 3);
+    assert_eq!(store.audit(Range { before: None, limit: 10 }, &Wanted::always()).expect("audit").entries.len(), 3);
     store.commit(&put("network", b"corp2")).expect("a commit");
-    assert_eq!(texts(store.at(Revision(6)).expect("kept"))[2], ("network".to_owned(), "corp2".to_owned(), 6));
+    assert_eq!(
+        texts(store.at(Revision(6), &Wanted::always()).expect("kept"))[2],
+        ("network".to_owned(), "corp2".to_owned(), 6)
+    );
 }
 
 #[test]
