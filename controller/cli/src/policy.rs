@@ -28,6 +28,7 @@ Examples:
 Examples:
   meshctl policy explain 10.42.1.2 10.42.2.2 tcp/8080
   meshctl policy explain node:web1 node:app1 icmp
+  meshctl policy explain node:web1 node:app1 tcp/8080 --at 120   # by the policy of then
 
 The interpreter and the compiled matrix are both asked; exit status 3 if they ever differ.")]
     Explain(Explain),
@@ -50,11 +51,24 @@ pub(crate) struct Show {
     /// Only to these cidrs
     #[arg(long, value_name = "CIDR", num_args = 1..)]
     to: Vec<CidrName>,
-    /// As it was at this revision
-    #[arg(long, value_name = "REVISION", value_parser = clap::value_parser!(u64).range(1..))]
-    at: Option<u64>,
+    #[command(flatten)]
+    past: Past,
     #[command(flatten)]
     output: OutputArgs,
+}
+
+/// Of which policy it is asked.
+#[derive(Clone, Copy, Debug, Args)]
+struct Past {
+    /// As it was at this revision; `meshctl history` lists them
+    #[arg(long, value_name = "REVISION", value_parser = clap::value_parser!(u64).range(1..))]
+    at: Option<u64>,
+}
+
+impl Past {
+    async fn network(self, session: &mut Session) -> Result<(Revision, Network), Failure> {
+        session.network_at(self.at.map(Revision)).await
+    }
 }
 
 #[derive(Debug, Args)]
@@ -67,14 +81,16 @@ pub(crate) struct Explain {
     #[arg(value_parser = FlowService::from_str)]
     service: FlowService,
     #[command(flatten)]
+    past: Past,
+    #[command(flatten)]
     output: OutputArgs,
 }
 
 impl Command {
     pub(crate) async fn run(self, session: &mut Session) -> Result<(), Failure> {
         match self {
-            Self::Show(Show { from, to, at, output: OutputArgs { format } }) => {
-                let (revision, network) = session.network_at(at.map(Revision)).await?;
+            Self::Show(Show { from, to, past, output: OutputArgs { format } }) => {
+                let (revision, network) = past.network(session).await?;
                 for name in from.iter().chain(&to) {
                     if network.cidr_named(name).is_none() {
                         return Err(unknown("cidr", name, network.cidrs().values().map(|cidr| &cidr.name)));
@@ -85,7 +101,7 @@ impl Command {
                 output::print(&table, format, || table.text())
             }
             Self::Explain(explain) => {
-                let (revision, network) = session.network().await?;
+                let (revision, network) = explain.past.network(session).await?;
                 explain.run(&network, revision)
             }
             Self::Default { default } => {
@@ -119,7 +135,7 @@ impl Explain {
 
     /// One flow, or one for each family that two nodes share.
     fn flows(&self, network: &Network) -> Result<Vec<Flow>, Failure> {
-        let Self { source, destination, service, output: _ } = self;
+        let Self { source, destination, service, past: _, output: _ } = self;
         let (sources, destinations) = (source.addresses(network)?, destination.addresses(network)?);
         let flows: Vec<Flow> = sources
             .iter()
