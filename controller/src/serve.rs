@@ -22,8 +22,9 @@ use crate::follow::dispatcher;
 use crate::grpc::{self, Context};
 use crate::init::DATABASE;
 use crate::metrics::{self, Metrics};
+use crate::socket::admission;
 use crate::socket::tls::{self as tls_socket, Tls};
-use crate::socket::{admission, unix};
+use crate::socket::unix::{self, PrivateSocket};
 use crate::state::history::History;
 use crate::state::{self, State};
 use crate::store::sqlite::SqliteStore;
@@ -121,7 +122,7 @@ async fn run(config: &Config) -> Result<Ended> {
     let scraped = metrics::bind(config.metrics).await.with_context(|| {
         format!("failed to serve metrics at `{}`; choose another address with `--metrics`", config.metrics)
     })?;
-    let socket = unix::bind(&config.socket)?;
+    let PrivateSocket { listener: socket, file: _socket_file } = unix::bind(&config.socket)?;
     let Controller { context, writer } = Controller::start(store, authority, clock::now, stop.clone()).await?;
     let tls = Tls::new(server_config(&context.authority)?);
     let incoming = vec![
@@ -152,7 +153,6 @@ async fn run(config: &Config) -> Result<Ended> {
     housekeeping.abort();
     compaction.abort();
     metrics.abort();
-    let _ = std::fs::remove_file(&config.socket);
     Ok((ended, writer))
 }
 

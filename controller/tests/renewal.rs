@@ -3,34 +3,17 @@
 mod common;
 
 use common::{Keys, TestController};
-use controller::access::authority::CertificateRequest;
 use controller::clock;
 use controller_api::defaults::ADMIN_CERTIFICATE_LIFETIME;
-use controller_api::identity::{Identity, validity};
+use controller_api::identity::validity;
 use controller_api::v1;
 use controller_api::v1::admin_client::AdminClient;
-use controller_api::v1::invite_request::Subject;
 use tonic::Code;
-
-const DAY: u64 = 86_400;
-
-/// Admin `alice`, whose certificate is this many days old.
-async fn alice(controller: &TestController, days: u64) -> (Keys, Vec<u8>) {
-    let keys = Keys::admin();
-    let invitation = controller.invite(Subject::Admin("alice".to_owned())).await;
-    controller.redeem(&invitation, &keys).await.expect("let in");
-    let request = CertificateRequest::parse(&keys.request()).expect("a request");
-    let identity = Identity::Admin("alice".to_owned());
-    let authority = &controller.context.authority;
-    let begin = clock::now() - days * DAY;
-    let certificate = authority.sign(&request, &identity, begin, ADMIN_CERTIFICATE_LIFETIME).expect("signed");
-    (keys, certificate)
-}
 
 #[tokio::test]
 async fn an_admin_renews_with_the_own_key_and_only_while_let_in() {
     let controller = TestController::start().await;
-    let (keys, certificate) = alice(&controller, 25).await;
+    let (keys, certificate) = controller.join_alice(25).await;
     let mut admin = AdminClient::new(controller.connect(Some(&keys.identity(certificate))).await);
     let request = |keys: &Keys| v1::RenewRequest { certificate_request: keys.request() };
     let new = admin.renew(request(&keys)).await.expect("renewed").into_inner().certificate;

@@ -8,29 +8,11 @@ use std::path::Path;
 use std::process::{Output, Stdio};
 
 use base64::Engine as _;
-use common::{Keys, TestController};
-use controller::access::authority::CertificateRequest;
+use common::{DAY, Keys, TestController};
 use controller::clock;
-use controller_api::defaults::ADMIN_CERTIFICATE_LIFETIME;
-use controller_api::identity::{Identity, validity};
+use controller_api::identity::validity;
 use controller_api::tls::certificates_from_pem;
 use controller_api::v1;
-use controller_api::v1::invite_request::Subject;
-
-const DAY: u64 = 86_400;
-
-/// Admin `alice`, whose certificate is this many days old.
-async fn alice(controller: &TestController, days: u64) -> (Keys, Vec<u8>) {
-    let keys = Keys::admin();
-    let invitation = controller.invite(Subject::Admin("alice".to_owned())).await;
-    controller.redeem(&invitation, &keys).await.expect("let in");
-    let request = CertificateRequest::parse(&keys.request()).expect("a request");
-    let identity = Identity::Admin("alice".to_owned());
-    let authority = &controller.context.authority;
-    let begin = clock::now() - days * DAY;
-    let certificate = authority.sign(&request, &identity, begin, ADMIN_CERTIFICATE_LIFETIME).expect("signed");
-    (keys, certificate)
-}
 
 fn pem(der: &[u8]) -> String {
     let text = base64::engine::general_purpose::STANDARD.encode(der);
@@ -75,7 +57,7 @@ async fn meshctl(dir: &Path, words: &[&str]) -> (Output, String) {
 async fn meshctl_renews_a_certificate_that_has_used_most_of_its_time_and_says_nothing() {
     let controller = TestController::start().await;
     for (days, expected) in [(10, false), (25, true)] {
-        let (keys, certificate) = alice(&controller, days).await;
+        let (keys, certificate) = controller.join_alice(days).await;
         let dir = identity(&controller, &keys, &certificate);
         let dir = dir.path();
         // A dry run changes nothing at all.
@@ -100,7 +82,7 @@ async fn meshctl_renews_a_certificate_that_has_used_most_of_its_time_and_says_no
 #[tokio::test]
 async fn a_revoked_admin_hears_so_once_and_keeps_the_old_certificate() {
     let controller = TestController::start().await;
-    let (keys, certificate) = alice(&controller, 25).await;
+    let (keys, certificate) = controller.join_alice(25).await;
     let dir = identity(&controller, &keys, &certificate);
     let revoke = v1::RevokeAdminRequest { name: "alice".to_owned() };
     controller.root().await.revoke_admin(revoke).await.expect("revoked");

@@ -13,13 +13,15 @@ use controller::clock;
 use controller::grpc::{self, Context};
 use controller::init;
 use controller::serve::Controller;
+use controller::socket::tls as tls_socket;
 use controller::socket::tls::Tls;
-use controller::socket::{tls as tls_socket, unix};
+use controller::socket::unix::{self, PrivateSocket, SocketFile};
 use controller::store::Store;
 use controller::store::account::Settings;
 use controller::store::memory::MemoryStore;
 use controller_api::client;
 use controller_api::convert::{Followed, digest_to_wire};
+use controller_api::defaults::ADMIN_CERTIFICATE_LIFETIME;
 use controller_api::identity::Identity;
 use controller_api::invitation::Invitation;
 use controller_api::tls::{self, ClientIdentity, Trust};
@@ -37,6 +39,8 @@ use tonic::transport::Channel;
 
 /// Nothing in these tests takes this long, unless it fails.
 pub(crate) const LIMIT: Duration = Duration::from_secs(20);
+/// Seconds.
+pub(crate) const DAY: u64 = 86_400;
 
 pub(crate) fn parse<T: std::str::FromStr<Err: std::fmt::Debug>>(text: &str) -> T {
     text.parse().expect(text)
@@ -47,6 +51,7 @@ pub(crate) struct TestController {
     pub(crate) address: SocketAddr,
     pub(crate) socket: PathBuf,
     _stop: watch::Sender<bool>,
+    _socket: SocketFile,
     _directory: tempfile::TempDir,
 }
 
@@ -94,13 +99,14 @@ impl TestController {
         let server = context.authority.server_identity(clock::now()).expect("an identity");
         let config = tls::server_config(&server, context.authority.certificate()).expect("a configuration");
         let socket = directory.path().join("controller.sock");
+        let PrivateSocket { listener: root, file } = unix::bind(&socket).expect("a socket");
         let incoming = vec![
             tls_socket::accept(listener, Tls::new(config), context.accepts(), &context.metrics),
-            unix::accept(unix::bind(&socket).expect("a socket"), Arc::clone(&context.metrics)),
+            unix::accept(root, Arc::clone(&context.metrics)),
         ];
         let routes = grpc::routes(&context).await.expect("routes");
         tokio::spawn(grpc::serve(routes, incoming, stop));
-        let this = Self { context, address, socket, _stop: stopper, _directory: directory };
+        let this = Self { context, address, socket, _stop: stopper, _socket: file, _directory: directory };
         let cidr = |name: &str, v4: &str, v6: &str| Change::AddCidr {
             name: parse(name),
             prefixes: Prefixes::from_nets([parse(v4), parse(v6)]).expect("prefixes"),
@@ -177,6 +183,19 @@ impl TestController {
         let keys = Keys::admin();
         let response = self.redeem(&invitation, &keys).await.expect("let in");
         keys.identity(response.certificate)
+    }
+
+    /// Admin `alice`, with a certificate that was signed so many days ago.
+    pub(crate) async fn join_alice(&self, days: u64) -> (Keys, Vec<u8>) {
+        let keys = Keys::admin();
+        let invitation = self.invite(v1::invite_request::Subject::Admin("alice".to_owned())).await;
+        self.redeem(&invitation, &keys).await.expect("let in");
+        let request = CertificateRequest::parse(&keys.request()).expect("a request");
+        let identity = Identity::Admin("alice".to_owned());
+        let begin = clock::now() - days * DAY;
+        let authority = &self.context.authority;
+        let certificate = authority.sign(&request, &identity, begin, ADMIN_CERTIFICATE_LIFETIME).expect("signed");
+        (keys, certificate)
     }
 
     /// A certificate that the network's authority signs without asking anybody.
