@@ -7,12 +7,11 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use policy::parse_flow_service;
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 
 use super::table::{ago, bytes, loud, table};
 use super::{DENIED, DIFFERS, FAILED, UNREACHABLE, colour, fail};
 use crate::config::{self, Flags, Interface};
-use crate::serve::local::{AskError, Request, ask};
+use crate::serve::local::client::{self, AskError};
 use crate::view::{Answer, Entry, Explanation, Guard, Peer, PeerState, Policy, Program, Question, Status, Verified};
 use host::clock::now;
 
@@ -124,7 +123,9 @@ pub fn main() -> ExitCode {
         Err(error) => {
             let unreachable = matches!(
                 error.downcast_ref::<AskError>(),
-                Some(AskError::Unreachable { .. } | AskError::Denied { .. } | AskError::Silent)
+                Some(
+                    AskError::Unreachable { .. } | AskError::Denied { .. } | AskError::Broken { .. } | AskError::Silent
+                )
             );
             fail("nodectl", &error, if unreachable { UNREACHABLE } else { FAILED })
         }
@@ -137,27 +138,33 @@ fn run(cli: &Cli) -> anyhow::Result<u8> {
         Flags { config: config.clone(), interface: interface.clone(), socket: socket.clone(), ..Flags::default() };
     let client = Client { socket: config::load(&flags)?.socket, output: cli.output };
     match &cli.noun {
-        Noun::Status => client.show(Request::Status, status, |_| 0),
+        Noun::Status => client.show(async |noded| noded.status().await, status, |_| 0),
         Noun::Peers => client.show(
-            Request::Peers,
+            async |noded| noded.peers().await,
             |peers: &Vec<Peer>| peers_table(peers),
             |peers| differ(peers.iter().any(|peer| peer.state != PeerState::Ok)),
         ),
         Noun::Drops(arguments) => traffic::drops(&client, arguments),
         Noun::Flows(arguments) => traffic::flows(&client, arguments),
-        Noun::Policy(PolicyVerb::Show) => {
-            client.show(Request::PolicyShow, policy, |policy| differ(!policy.differences.is_empty()))
-        }
+        Noun::Policy(PolicyVerb::Show) => client.show(
+            async |noded| noded.show_policy().await,
+            policy,
+            |policy| differ(!policy.differences.is_empty()),
+        ),
         Noun::Policy(PolicyVerb::Verify) => {
-            client.show(Request::PolicyVerify, verified, |verified| differ(!verified.equal))
+            client.show(async |noded| noded.verify_policy().await, verified, |verified| differ(!verified.equal))
         }
         Noun::Policy(PolicyVerb::Explain { source, destination, service: (protocol, port) }) => {
             let flow = Question { source: *source, destination: *destination, protocol: *protocol, port: *port };
-            client.show(Request::PolicyExplain { flow }, explanation, |explanation| match explanation {
-                Explanation { agree: false, .. } => DIFFERS,
-                Explanation { allowed: false, .. } => DENIED,
-                _ => 0,
-            })
+            client.show(
+                async |noded| noded.explain(flow).await,
+                explanation,
+                |explanation| match explanation {
+                    Explanation { agree: false, .. } => DIFFERS,
+                    Explanation { allowed: false, .. } => DENIED,
+                    _ => 0,
+                },
+            )
         }
     }
 }
@@ -172,14 +179,14 @@ struct Client {
 }
 
 impl Client {
-    fn show<T: Serialize + DeserializeOwned>(
+    fn show<T: Serialize>(
         &self,
-        request: Request,
+        question: impl AsyncFnOnce(&mut client::Client) -> Result<T, AskError>,
         print: impl Fn(&T) -> String,
         code: impl Fn(&T) -> u8,
     ) -> anyhow::Result<u8> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let answer: T = runtime.block_on(ask(&self.socket, request))?;
+        let answer = runtime.block_on(async { question(&mut client::Client::connect(&self.socket).await?).await })?;
         let text = match self.output {
             Output::Table => print(&answer),
             Output::Json => serde_json::to_string_pretty(&answer)?,

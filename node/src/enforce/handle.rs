@@ -8,6 +8,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::{Enforcer, Names};
 use crate::uplink::follow::Enforced;
+use crate::view::Unanswered;
 
 /// How others reach the thread. It ends when the last of these is gone; what it enforces stays.
 #[derive(Clone, Debug)]
@@ -21,6 +22,12 @@ pub struct Handle {
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("the thread that owns the kernel's interface has ended: restart `noded`")]
 pub struct Gone;
+
+impl From<Gone> for Unanswered {
+    fn from(_: Gone) -> Self {
+        Self::Gone
+    }
+}
 
 /// What the thread is told or asked.
 pub(super) enum Command {
@@ -48,9 +55,29 @@ impl Handle {
         &self,
         question: impl FnOnce(&mut Enforcer) -> T + Send + 'static,
     ) -> Result<T, Gone> {
+        self.put(|enforcer, answer| drop(answer.send(question(enforcer)))).await
+    }
+
+    /// As [`Self::ask`], for what changes nothing: passed over where nobody waits for the answer any more.
+    pub async fn look<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&mut Enforcer) -> T + Send + 'static,
+    ) -> Result<T, Gone> {
+        let unless_gone = |enforcer: &mut Enforcer, answer: oneshot::Sender<T>| {
+            if !answer.is_closed() {
+                drop(answer.send(question(enforcer)));
+            }
+        };
+        self.put(unless_gone).await
+    }
+
+    async fn put<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&mut Enforcer, oneshot::Sender<T>) + Send + 'static,
+    ) -> Result<T, Gone> {
         let (answer, answered) = oneshot::channel();
-        let question = move |enforcer: &mut Enforcer| drop(answer.send(question(enforcer)));
-        self.commands.send(Command::Ask(Box::new(question))).map_err(|_| Gone)?;
+        let question = Box::new(move |enforcer: &mut Enforcer| question(enforcer, answer));
+        self.commands.send(Command::Ask(question)).map_err(|_| Gone)?;
         answered.await.map_err(|_| Gone)
     }
 }

@@ -30,6 +30,7 @@ use crate::lower::{Lowering, RuleSlots, Tables};
 use crate::uplink::follow::{Enforced, FEATURES};
 use crate::uplink::journal::Journal;
 use crate::verify::finding::{self, Expected, Finding};
+use crate::view::Unanswered;
 
 pub use self::handle::{Gone, Handle};
 pub use self::intent::{Intent, desired};
@@ -339,15 +340,12 @@ impl Enforcer {
     }
 
     /// What the tables should say; an error: they need not say anything yet.
-    pub fn expected(&self) -> Result<Expected, String> {
+    pub fn expected(&self) -> Result<Expected, Unanswered> {
         if let Some(held) = self.outdated {
-            return Err(format!(
-                "revision {held}, which is on disk, is older than the kernel's: wait for the controller"
-            ));
+            return Err(Unanswered::Outdated { held });
         }
         let intent = self.intent.as_ref().and_then(|intent| Some((intent, intent.generation?)));
-        let (intent, generation) =
-            intent.ok_or("no policy is in force yet: everything is denied, or as it was before")?;
+        let (intent, generation) = intent.ok_or(Unanswered::NotInForce)?;
         Ok(Expected { slice: Arc::clone(&intent.slice), slots: self.slots.pairs(), generation })
     }
 

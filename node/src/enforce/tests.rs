@@ -371,7 +371,7 @@ fn verify(node: &mut Node) -> Finding {
 #[test]
 fn tables_that_somebody_changed_are_named_counted_and_written_anew() {
     let mut node = Node::new();
-    assert!(node.enforcer.expected().unwrap_err().contains("no policy"));
+    assert!(node.enforcer.expected().unwrap_err().to_string().contains("no policy"));
     node.enforcer.enforce(fixture::slice(&fixture::network(), "web1", 5));
     assert!(verify(&mut node).verified.equal);
     assert!(node.enforcer.repairs.is_empty());
@@ -382,7 +382,7 @@ fn tables_that_somebody_changed_are_named_counted_and_written_anew() {
     }
     let found = verify(&mut node).verified;
     assert!(!found.equal);
-    let named = |found: &crate::view::Differing| found.text.contains("`web`") && found.text.contains("`app`");
+    let named = |found: &crate::view::verified::Differing| found.text.contains("`web`") && found.text.contains("`app`");
     assert!(found.differences.iter().any(named), "{:?}", found.differences);
     assert_eq!(node.enforcer.repairs, [("tables", 1)].into());
     assert!(verify(&mut node).verified.equal, "they were written anew");

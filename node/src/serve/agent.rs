@@ -1,7 +1,6 @@
 //! The daemon: joins the enforcer, the controller and those who ask, and ends in good order.
 
 use std::path::Path;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +10,7 @@ use policy::{Slice, Verdict};
 use sd_notify::NotifyState;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_stream::StreamExt;
+use tokio::sync::Semaphore;
 
 use crate::config::{Metrics, Settings, WIREGUARD_LOG};
 use crate::enforce::guard::Watch;
@@ -23,7 +22,7 @@ use crate::kernel::wireguard::{self, Options};
 use crate::kernel::{Link, WireGuard};
 use crate::serve::drops::Hub;
 use crate::serve::events;
-use crate::serve::local::{self, Answerer, Reply, Request};
+use crate::serve::local::server::{self, Answerer, Records};
 use crate::serve::lock::Lock;
 use crate::serve::scrape;
 use crate::serve::startup;
@@ -33,7 +32,9 @@ use crate::uplink::journal::{Journal, Opened};
 use crate::uplink::state::State;
 use crate::view::explanation;
 use crate::view::status::Context;
-use crate::view::{self, Explanation, Interpreted, Question, Verified};
+use crate::view::{
+    self, DropFilter, Drops, Explanation, FlowFilter, Flows, Interpreted, Question, Unanswered, Verified,
+};
 use host::error::chain;
 use host::limit;
 use host::socket::{PrivateSocket, bind_private};
@@ -46,6 +47,8 @@ const ON_ITS_WAY: Duration = Duration::from_millis(500);
 const VERIFY_AGAIN: u32 = 5;
 /// So often is a difference looked at again.
 const EXPLAIN_AGAIN: u32 = 2;
+/// Tables and flows that are read or compared at a time, beside the enforcer's thread.
+const BESIDE: usize = 2;
 /// How long the last commands may take when the daemon ends.
 const FAREWELL: Duration = Duration::from_secs(5);
 /// Between two attempts to open what only an attached datapath has.
@@ -143,7 +146,14 @@ async fn serve(
         bail!(error);
     }
     let controller = follow::start(&settings, held, enforcer.enforced.clone());
-    let agent = Arc::new(Agent { settings, identity, enforcer, controller, drops: Hub::default() });
+    let agent = Arc::new(Agent {
+        settings,
+        identity,
+        enforcer,
+        controller,
+        drops: Hub::default(),
+        beside: Arc::new(Semaphore::new(BESIDE)),
+    });
     agent.start(socket, scrapes);
     let _ = sd_notify::notify(&[NotifyState::Ready]);
     tracing::info!(interface = %agent.settings.interface, node = %agent.identity.name, "running");
@@ -205,11 +215,13 @@ struct Agent {
     enforcer: enforce::Handle,
     controller: follow::Handle,
     drops: Hub,
+    /// For work beside the enforcer's thread.
+    beside: Arc<Semaphore>,
 }
 
 impl Agent {
     fn start(self: &Arc<Self>, socket: UnixListener, scrapes: Option<TcpListener>) {
-        tokio::spawn(local::serve(socket, Arc::clone(self) as Arc<dyn Answerer>));
+        tokio::spawn(server::serve(socket, Arc::clone(self)));
         tokio::spawn(Arc::clone(self).pass_on());
         tokio::spawn(Arc::clone(self).report_events());
         tokio::spawn(Arc::clone(self).report_events_of_guard());
@@ -219,7 +231,7 @@ impl Agent {
             let source: host::scrape::Source = Arc::new(move || {
                 let agent = Arc::clone(&agent);
                 Box::pin(async move {
-                    let families = agent.ask(scrape::collect).await?;
+                    let families = agent.ask(scrape::collect).await.map_err(|error| error.to_string())?;
                     scrape::open_metrics(families).map_err(|error| error.to_string())
                 })
             });
@@ -274,31 +286,28 @@ impl Agent {
         loop {
             tokio::time::sleep(self.settings.verify_interval).await;
             if let Err(error) = self.verify().await {
-                tracing::debug!(error, "the tables cannot be verified now");
+                tracing::debug!(%error, "the tables cannot be verified now");
             }
         }
     }
 
     /// Holds the kernel's tables against the policy. Tables that differ are written anew.
-    async fn verify(&self) -> Result<Verified, String> {
+    async fn verify(&self) -> Result<Verified, Unanswered> {
         for _ in 0..VERIFY_AGAIN {
             let expected = self.ask(|enforcer, _| enforcer.expected()).await?;
             let (interface, bpffs) = (self.settings.interface.to_string(), self.settings.bpffs.clone());
-            let check = tokio::task::spawn_blocking(move || {
-                let reader = TableReader::open(&interface, &bpffs).map_err(|error| chain(&error))?;
+            let check = self.beside(move || {
+                let reader = TableReader::open(&interface, &bpffs);
+                let reader = reader.map_err(|error| Unanswered::Kernel(chain(&error)))?;
                 expected.check(|| reader.read())
             });
-            if let Some(finding) = check.await.map_err(|error| error.to_string())?? {
+            if let Some(finding) = check.await?? {
                 let verified = finding.verified.clone();
-                self.ask(move |enforcer, _| {
-                    enforcer.verified(finding);
-                    Ok(())
-                })
-                .await?;
+                self.enforcer.ask(move |enforcer| enforcer.verified(finding)).await?;
                 return Ok(verified);
             }
         }
-        Err("the policy changes too fast to be read: try again".to_owned())
+        Err(Unanswered::Changing)
     }
 
     fn context(&self) -> Context {
@@ -321,26 +330,24 @@ impl Agent {
 
     async fn ask<T: Send + 'static>(
         &self,
-        question: impl FnOnce(&mut enforce::Enforcer, &Context) -> Result<T, String> + Send + 'static,
-    ) -> Result<T, String> {
+        question: impl FnOnce(&mut enforce::Enforcer, &Context) -> Result<T, Unanswered> + Send + 'static,
+    ) -> Result<T, Unanswered> {
         let context = self.context();
-        let answer = self.enforcer.ask(move |enforcer| question(enforcer, &context)).await;
-        answer.map_err(|gone| gone.to_string())?
+        self.enforcer.look(move |enforcer| question(enforcer, &context)).await?
     }
 
-    /// Asks everybody. Where they differ a change may be on its way to this node: then once more.
-    async fn explain(&self, flow: Question) -> Result<Explanation, String> {
-        for _ in 0..EXPLAIN_AGAIN {
-            let explanation = self.explain_once(flow).await?;
-            if explanation.agree {
-                return Ok(explanation);
-            }
-            tokio::time::sleep(ON_ITS_WAY).await;
-        }
-        self.explain_once(flow).await
+    /// Runs long work beside the enforcer's thread: so much at a time, also where whoever asked for it has gone.
+    async fn beside<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Unanswered> {
+        let broken_off = |error: &dyn std::error::Error| Unanswered::BrokenOff(error.to_string());
+        let permit = Arc::clone(&self.beside).acquire_owned().await.map_err(|error| broken_off(&error))?;
+        let work = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            work()
+        });
+        work.await.map_err(|error| broken_off(&error))
     }
 
-    async fn explain_once(&self, flow: Question) -> Result<Explanation, String> {
+    async fn explain_once(&self, flow: Question) -> Result<Explanation, Unanswered> {
         let (mut explanation, slice) = self
             .ask(move |enforcer, _| {
                 let explanation = explanation::explain(enforcer, flow)?;
@@ -384,30 +391,44 @@ impl Agent {
 }
 
 impl Answerer for Agent {
-    fn answer(&self, request: Request) -> Pin<Box<dyn Future<Output = Result<Reply, String>> + Send + '_>> {
-        Box::pin(async move {
-            match request {
-                Request::Status => whole(self.ask(view::status::status).await?),
-                Request::Peers => whole(self.ask(|enforcer, _| view::status::peers(enforcer)).await?),
-                Request::PolicyShow => whole(self.ask(view::policy::policy).await?),
-                Request::PolicyExplain { flow } => whole(self.explain(flow).await?),
-                Request::PolicyVerify => whole(self.verify().await?),
-                Request::Flows { filter } => {
-                    let snapshot = self.ask(|enforcer, _| view::flows::snapshot(enforcer)).await?;
-                    let flows = tokio::task::spawn_blocking(move || view::flows::flows(snapshot, filter));
-                    whole(flows.await.map_err(|error| error.to_string())?)
-                }
-                Request::Drops { filter } => whole(self.drops.recent(&filter)),
-                Request::FollowDrops { filter } => {
-                    // What cannot be written as JSON cannot be: the records are plain data.
-                    let records = self.drops.follow(filter).filter_map(|record| serde_json::to_value(record).ok());
-                    Ok(Reply::Records(Box::pin(records)))
-                }
-            }
-        })
+    async fn status(&self) -> Result<view::Status, Unanswered> {
+        self.ask(view::status::status).await
     }
-}
 
-fn whole(answer: impl serde::Serialize) -> Result<Reply, String> {
-    serde_json::to_value(answer).map(Reply::Whole).map_err(|error| error.to_string())
+    async fn peers(&self) -> Result<Vec<view::Peer>, Unanswered> {
+        self.ask(|enforcer, _| view::status::peers(enforcer)).await
+    }
+
+    async fn show_policy(&self) -> Result<view::Policy, Unanswered> {
+        self.ask(view::policy::policy).await
+    }
+
+    async fn verify_policy(&self) -> Result<Verified, Unanswered> {
+        self.verify().await
+    }
+
+    /// Asks everybody. Where they differ a change may be on its way to this node: then once more.
+    async fn explain(&self, flow: Question) -> Result<Explanation, Unanswered> {
+        for _ in 0..EXPLAIN_AGAIN {
+            let explanation = self.explain_once(flow).await?;
+            if explanation.agree {
+                return Ok(explanation);
+            }
+            tokio::time::sleep(ON_ITS_WAY).await;
+        }
+        self.explain_once(flow).await
+    }
+
+    async fn list_flows(&self, filter: FlowFilter) -> Result<Flows, Unanswered> {
+        let snapshot = self.ask(|enforcer, _| view::flows::snapshot(enforcer)).await?;
+        self.beside(move || view::flows::flows(snapshot, filter)).await
+    }
+
+    fn list_drops(&self, filter: &DropFilter) -> Drops {
+        self.drops.recent(filter)
+    }
+
+    fn follow_drops(&self, filter: DropFilter) -> Records {
+        self.drops.follow(filter)
+    }
 }

@@ -18,6 +18,7 @@ use crate::enforce::reconcile::Step;
 use crate::kernel::inspect::Counters;
 use crate::kernel::{Attachment, Backend, Device, Program};
 use crate::verify::finding::{Finding, Record};
+use crate::view::Unanswered;
 use crate::view::status::Context;
 use host::clock::seconds;
 use host::error::chain;
@@ -42,8 +43,8 @@ pub enum Kind {
 }
 
 /// Reads everything. Runs on the enforcer's thread.
-pub fn collect(enforcer: &mut Enforcer, context: &Context) -> Result<Vec<Family>, String> {
-    let observed = enforcer.observe().map_err(|error| chain(&error))?;
+pub fn collect(enforcer: &mut Enforcer, context: &Context) -> Result<Vec<Family>, Unanswered> {
+    let observed = enforcer.observe().map_err(|error| Unanswered::Kernel(chain(&error)))?;
     let slots: Vec<u32> = enforcer.slots.pairs().into_values().collect();
     let mut families = node(enforcer, context, observed.datapath.as_ref());
     let device = observed.device.unwrap_or_default();

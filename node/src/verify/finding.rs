@@ -9,8 +9,9 @@ use policy::{Generation, RuleId, Slice};
 
 use crate::kernel::KernelError;
 use crate::lower::Tables;
-use crate::verify::verify;
-use crate::view::{Differing, Verified};
+use crate::verify::{Difference, Direction, End, Ownership, Said, Word, verify};
+use crate::view::verified::{self, ClassEnd, Detail, Differing};
+use crate::view::{self, Unanswered, Verified};
 use host::clock::seconds;
 use host::error::chain;
 
@@ -47,10 +48,10 @@ impl Expected {
     pub fn check(
         &self,
         mut read: impl FnMut() -> Result<Option<(Generation, Tables)>, KernelError>,
-    ) -> Result<Option<Finding>, String> {
+    ) -> Result<Option<Finding>, Unanswered> {
         let (at, began) = (SystemTime::now(), Instant::now());
         for _ in 0..READ_AGAIN {
-            match read().map_err(|error| chain(&error))? {
+            match read().map_err(|error| Unanswered::Kernel(chain(&error)))? {
                 Some((generation, tables)) if generation == self.generation => {
                     let verified = self.compare(&tables);
                     return Ok(Some(Finding { verified, at, took: began.elapsed() }));
@@ -64,10 +65,8 @@ impl Expected {
 
     fn compare(&self, tables: &Tables) -> Verified {
         let verification = verify(&self.slice, tables, &self.slots);
-        let differing = |difference: &crate::verify::Difference| Differing {
-            text: difference.to_string(),
-            detail: serde_json::to_value(difference).unwrap_or_default(),
-        };
+        let differing =
+            |difference: &Difference| Differing { text: difference.to_string(), detail: detail(difference) };
         Verified {
             equal: verification.is_equal(),
             revision: self.slice.revision.0,
@@ -77,6 +76,63 @@ impl Expected {
             differences: verification.differences.iter().map(differing).collect(),
             more: verification.more,
         }
+    }
+}
+
+/// For programs that read it.
+fn detail(difference: &Difference) -> Detail {
+    match difference {
+        Difference::Revision { intended, found } => Detail::Revision { intended: *intended, found: *found },
+        Difference::Malformed { table, index, what } => {
+            Detail::Malformed { table: (*table).to_owned(), index: *index, what: what.clone() }
+        }
+        Difference::Prefix { addresses, intended, found } => {
+            Detail::Prefix { addresses: addresses.to_string(), intended: ownership(intended), found: ownership(found) }
+        }
+        Difference::Cell { direction, source, destination, service, intended, found } => Detail::Cell {
+            direction: at(*direction),
+            source: end(source),
+            destination: end(destination),
+            service: service.to_string(),
+            intended: said(intended),
+            found: said(found),
+        },
+        Difference::Record { direction, source, destination, intended, found } => Detail::Record {
+            direction: at(*direction),
+            source: end(source),
+            destination: end(destination),
+            intended: *intended,
+            found: *found,
+        },
+    }
+}
+
+fn at(direction: Direction) -> view::Direction {
+    match direction {
+        Direction::Egress => view::Direction::Egress,
+        Direction::Ingress => view::Direction::Ingress,
+    }
+}
+
+fn end(End { addresses, cidr }: &End) -> ClassEnd {
+    ClassEnd { addresses: addresses.to_string(), cidr: cidr.clone() }
+}
+
+fn ownership(Ownership { cidr, local, external, gateway }: &Ownership) -> verified::Ownership {
+    verified::Ownership { cidr: cidr.clone(), local: *local, external: *external, gateway: gateway.clone() }
+}
+
+fn said(Said { verdict, reason, rule, slot, log }: &Said) -> verified::Said {
+    let verdict = match verdict {
+        Word::Allow => "allow",
+        Word::Deny => "deny",
+    };
+    verified::Said {
+        verdict: verdict.to_owned(),
+        reason: (*reason).to_owned(),
+        rule: rule.clone(),
+        slot: *slot,
+        log: *log,
     }
 }
 

@@ -18,13 +18,11 @@ use std::net::IpAddr;
 use ebpf_common::{EGRESS, INGRESS};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use policy::{NodeName, RuleId, RuleName, ServiceRange, Slice, SliceCidr};
-use serde::Serialize;
 
 use crate::lower::Tables;
 
 /// What was compared, and where the tables in force are not what the slice says.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verification {
     /// Prefixes of the slice whose addresses were looked up in the tables, with everything between them.
     pub prefixes: usize,
@@ -53,8 +51,7 @@ impl Verification {
 }
 
 /// One place at which the tables differ from the slice.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case", tag = "kind")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Difference {
     /// The tables are of another revision. They may say the same all the same.
     Revision { intended: u64, found: u64 },
@@ -69,8 +66,7 @@ pub enum Difference {
 }
 
 /// The hook that judges.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     Egress,
     Ingress,
@@ -84,8 +80,7 @@ pub struct Range {
 }
 
 /// What an address is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ownership {
     /// The deepest cidr; none: in no cidr.
     pub cidr: Option<String>,
@@ -98,8 +93,7 @@ pub struct Ownership {
 }
 
 /// One end of a cell: addresses of its class, and the cidr that they lie in.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct End {
     /// The first of the class.
     pub addresses: Range,
@@ -114,8 +108,7 @@ pub enum Services {
 }
 
 /// What is said of a service.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Said {
     pub verdict: Word,
     /// As counters and events name it.
@@ -129,8 +122,7 @@ pub struct Said {
 }
 
 /// A verdict in a word.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Word {
     Allow,
     Deny,
@@ -197,18 +189,6 @@ impl fmt::Display for Services {
             Self::Any => f.write_str("any"),
             Self::Range(range) => write!(f, "{range}"),
         }
-    }
-}
-
-impl Serialize for Range {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl Serialize for Services {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
     }
 }
 

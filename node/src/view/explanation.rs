@@ -3,17 +3,17 @@
 use ebpf_common::{EGRESS, INGRESS, reason};
 use policy::{Action, Flow, Slice, Verdict};
 
-use super::status::text;
-use super::{Answer, Direction, Explanation, Interpreted, KernelAnswer, Question};
+use super::status::unanswered;
+use super::{Answer, Direction, Explanation, Interpreted, KernelAnswer, Question, Unanswered};
 use crate::enforce::Enforcer;
 use crate::kernel::inspect::Probed;
 
 /// `nodectl policy explain`, without the interpreter's part.
-pub fn explain(enforcer: &mut Enforcer, question: Question) -> Result<Explanation, String> {
+pub fn explain(enforcer: &mut Enforcer, question: Question) -> Result<Explanation, Unanswered> {
     let Question { source, destination, protocol, port } = question;
     let flow = Flow { source, destination, protocol, port };
     let Some(intent) = &enforcer.intent else {
-        return Err("this node has no policy yet and denies everything: wait for the controller".to_owned());
+        return Err(Unanswered::NoPolicy);
     };
     let slice = intent.slice.clone();
     let directions: Vec<u32> = [(EGRESS, source), (INGRESS, destination)]
@@ -22,11 +22,11 @@ pub fn explain(enforcer: &mut Enforcer, question: Question) -> Result<Explanatio
         .map(|(direction, _)| direction)
         .collect();
     if directions.is_empty() {
-        return Err(format!("this node stands for neither `{source}` nor `{destination}`: ask a node that does"));
+        return Err(Unanswered::Elsewhere { opener: source, answerer: destination });
     }
     let mut kernel = Vec::new();
     for direction in directions {
-        let probed = enforcer.datapath.probe(&flow, direction).map_err(text)?;
+        let probed = enforcer.datapath.probe(&flow, direction).map_err(unanswered)?;
         kernel.push(KernelAnswer {
             direction: Direction::of(direction),
             answer: kernel_answer(enforcer, &slice, probed),

@@ -12,7 +12,7 @@ use policy::Slice;
 use crate::enforce::Enforcer;
 use crate::kernel::datapath::monotonic_ns;
 use crate::lower::{RuleSlots, Tables};
-use crate::view::{Direction, FlowFilter, FlowState, Flows, LiveFlow};
+use crate::view::{Direction, FlowFilter, FlowState, Flows, LiveFlow, Unanswered};
 
 /// Everything that the answer is made from, read at one moment; the rest need not hold up the enforcer.
 pub struct Snapshot {
@@ -32,8 +32,8 @@ impl std::fmt::Debug for Snapshot {
 }
 
 /// Reads the records.
-pub fn snapshot(enforcer: &mut Enforcer) -> Result<Snapshot, String> {
-    let records = enforcer.datapath.list_flows().map_err(super::status::text)?;
+pub fn snapshot(enforcer: &mut Enforcer) -> Result<Snapshot, Unanswered> {
+    let records = enforcer.datapath.list_flows().map_err(super::status::unanswered)?;
     let slice = enforcer.intent.as_ref().map(|intent| Arc::clone(&intent.slice));
     let tables = if slice.is_none() { enforcer.datapath.read_tables().ok() } else { None };
     Ok(Snapshot { records, now: monotonic_ns(), slice, tables, slots: enforcer.slots.clone() })

@@ -8,6 +8,8 @@ use ebpf_common::EGRESS;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+#[cfg(test)]
+pub(crate) mod example;
 pub mod explanation;
 pub mod flows;
 pub mod policy;
@@ -15,8 +17,12 @@ pub mod status;
 #[cfg(test)]
 mod tests;
 mod traffic;
+mod unanswered;
+pub mod verified;
 
 pub use traffic::{DropFilter, DropRecord, Drops, Event, FlowFilter, FlowState, Flows, LiveFlow, Suppressed};
+pub use unanswered::Unanswered;
+pub use verified::Verified;
 
 /// The node as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -150,32 +156,6 @@ pub struct Policy {
     /// Empty: the kernel's tables are what the slice lowers to.
     pub differences: Vec<String>,
     pub entries: Vec<Entry>,
-}
-
-/// The kernel's tables, rebuilt and held against the policy.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Verified {
-    pub equal: bool,
-    pub revision: u64,
-    pub generation: u64,
-    /// That were looked up, with everything between them.
-    pub prefixes: usize,
-    /// Pairs of classes, in a direction, of which every service was compared.
-    pub cells: usize,
-    pub differences: Vec<Differing>,
-    /// Differences that are only counted.
-    pub more: usize,
-}
-
-/// One place at which the kernel's tables are not the policy.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Differing {
-    /// For people.
-    pub text: String,
-    /// The same in its parts.
-    pub detail: serde_json::Value,
 }
 
 /// What one pair of cidrs gets for some services, as the kernel has it.

@@ -9,8 +9,8 @@ use ebpf_common::{EGRESS, INGRESS, reason};
 use ipnet::IpNet;
 use policy::{CidrId, Slice};
 
-use super::status::{Context, status, text};
-use super::{Direction, End, Entry, Policy};
+use super::status::{Context, status, unanswered};
+use super::{Direction, End, Entry, Policy, Unanswered};
 use crate::enforce::Enforcer;
 use crate::enforce::Intent;
 use crate::enforce::reconcile::Observed;
@@ -18,7 +18,7 @@ use crate::kernel::LinkState;
 use crate::lower::{TableCell, Tables};
 
 /// `nodectl policy show`.
-pub fn policy(enforcer: &mut Enforcer, context: &Context) -> Result<Policy, String> {
+pub fn policy(enforcer: &mut Enforcer, context: &Context) -> Result<Policy, Unanswered> {
     let status = status(enforcer, context)?;
     if status.generation == 0 {
         let differences = enforcer.intent.as_ref().map(|intent| {
@@ -29,9 +29,9 @@ pub fn policy(enforcer: &mut Enforcer, context: &Context) -> Result<Policy, Stri
         });
         return Ok(Policy { status, differences: differences.into_iter().collect(), entries: Vec::new() });
     }
-    let seen = enforcer.datapath.read_tables().map_err(text)?;
-    let counters = enforcer.datapath.counters(&[]).map_err(text)?;
-    let observed = enforcer.observe().map_err(text)?;
+    let seen = enforcer.datapath.read_tables().map_err(unanswered)?;
+    let counters = enforcer.datapath.counters(&[]).map_err(unanswered)?;
+    let observed = enforcer.observe().map_err(unanswered)?;
     let intent = enforcer.intent.as_ref();
     let differences = match intent {
         Some(intent) => differences(intent, &seen, &observed),

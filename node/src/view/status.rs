@@ -6,7 +6,7 @@ use ebpf_common::underlay;
 use host::clock::seconds;
 use host::error::chain;
 
-use super::{Guard, GuardAttachment, Peer, PeerState, Status};
+use super::{Guard, GuardAttachment, Peer, PeerState, Status, Unanswered};
 use crate::enforce::Enforcer;
 use crate::enforce::guard::Watch;
 use crate::kernel::guard;
@@ -24,13 +24,13 @@ pub struct Context {
     pub certificate_expires_at: u64,
 }
 
-pub(super) fn text(error: KernelError) -> String {
-    chain(&error)
+pub(super) fn unanswered(error: KernelError) -> Unanswered {
+    Unanswered::Kernel(chain(&error))
 }
 
 /// `nodectl status`.
-pub fn status(enforcer: &mut Enforcer, context: &Context) -> Result<Status, String> {
-    let observed = enforcer.observe().map_err(text)?;
+pub fn status(enforcer: &mut Enforcer, context: &Context) -> Result<Status, Unanswered> {
+    let observed = enforcer.observe().map_err(unanswered)?;
     let flow_records = enforcer.datapath.flow_records().unwrap_or(0);
     let attached = observed.datapath.as_ref().filter(|datapath| datapath.egress && datapath.ingress);
     let guard = guard(&mut enforcer.guard);
@@ -57,7 +57,7 @@ pub fn status(enforcer: &mut Enforcer, context: &Context) -> Result<Status, Stri
             Some(EarlyDrop::On) => "on".to_owned(),
             Some(EarlyDrop::Failed(error)) => error.clone(),
         },
-        programs: programs(enforcer).map_err(text)?,
+        programs: programs(enforcer).map_err(unanswered)?,
         revision: observed.datapath.as_ref().map_or(0, |datapath| datapath.revision.0),
         generation: observed.datapath.as_ref().map_or(0, |datapath| datapath.generation.0),
         received_revision: context.received_revision,
@@ -113,8 +113,8 @@ fn programs(enforcer: &mut Enforcer) -> Result<Vec<crate::view::Program>, Kernel
 }
 
 /// `nodectl peers`.
-pub fn peers(enforcer: &mut Enforcer) -> Result<Vec<Peer>, String> {
-    let device = enforcer.observe().map_err(text)?.device.unwrap_or_default();
+pub fn peers(enforcer: &mut Enforcer) -> Result<Vec<Peer>, Unanswered> {
+    let device = enforcer.observe().map_err(unanswered)?.device.unwrap_or_default();
     let wanted = enforcer.peers();
     let names: BTreeMap<_, _> = enforcer
         .intent

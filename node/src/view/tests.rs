@@ -112,7 +112,7 @@ fn without_a_policy_everything_is_said_to_be_denied() {
     assert_eq!((shown.status.generation, shown.entries.len(), shown.differences.len()), (0, 0, 0));
     let question =
         Question { source: [10, 42, 1, 1].into(), destination: [10, 42, 2, 1].into(), protocol: 6, port: 80 };
-    assert!(explain(&mut node.enforcer, question).unwrap_err().contains("no policy"));
+    assert!(explain(&mut node.enforcer, question).unwrap_err().to_string().contains("no policy"));
 }
 
 #[test]
@@ -136,7 +136,7 @@ fn kernel_and_policy_explain_alike_until_somebody_touches_the_tables() {
         assert_eq!((explanation.allowed, explanation.kernel[0].answer.reason.as_str()), (allowed, reason));
     }
     let foreign = Question { source: [10, 42, 3, 1].into(), ..question([10, 42, 2, 1], 80) };
-    assert!(explain(&mut node.enforcer, foreign).unwrap_err().contains("`10.42.3.1`"));
+    assert!(explain(&mut node.enforcer, foreign).unwrap_err().to_string().contains("`10.42.3.1`"));
     for decision in node.kernel.world().tables.as_mut().unwrap().decisions.iter_mut() {
         decision.verdict = ALLOW;
     }

@@ -13,7 +13,7 @@ use tokio::time::interval;
 use super::super::table::{bytes, loud, short_time, table};
 use super::super::{UNREACHABLE, colour};
 use super::{Client, Output};
-use crate::serve::local::{Following, Request};
+use crate::serve::local::client;
 use crate::view::{DropFilter, DropRecord, Drops, Event, FlowFilter, Flows, LiveFlow, Suppressed};
 
 /// Flows shown where no number is given: more than anybody reads, less than slows a terminal.
@@ -69,7 +69,7 @@ pub(super) fn drops(client: &Client, arguments: &DropsArguments) -> anyhow::Resu
     if *follow {
         return follow_drops(&client.socket, client.output, filter);
     }
-    client.show(Request::Drops { filter }, drops_table, |_| 0)
+    client.show(async |noded| noded.list_drops(filter).await, drops_table, |_| 0)
 }
 
 fn drops_table(drops: &Drops) -> String {
@@ -141,24 +141,21 @@ fn line(record: &DropRecord) -> String {
 fn follow_drops(socket: &Path, output: Output, filter: DropFilter) -> anyhow::Result<u8> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let mut following = Following::begin(socket, Request::FollowDrops { filter }).await?;
+        let mut following = client::Client::connect(socket).await?.follow_drops(filter).await?;
         let mut interrupted = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
         let mut look = interval(LOOK);
         let mut totals = Totals::default();
-        let mut next = Box::pin(following.next());
         if output == Output::Table {
             write_line(&padded(&HEAD.map(str::to_owned)))?;
         }
         loop {
             tokio::select! {
-                record = &mut next => {
+                record = following.next() => {
                     let Some(record) = record? else {
                         totals.say();
                         eprintln!("nodectl: `noded` has ended");
                         return Ok(UNREACHABLE);
                     };
-                    drop(next);
-                    next = Box::pin(following.next());
                     totals.add(&record);
                     if !write_record(output, &record)? {
                         return Ok(0);
@@ -244,7 +241,7 @@ impl Totals {
 pub(super) fn flows(client: &Client, arguments: &FlowsArguments) -> anyhow::Result<u8> {
     let limit = usize::try_from(arguments.limit).unwrap_or(usize::MAX);
     let filter = FlowFilter { address: arguments.address, limit };
-    client.show(Request::Flows { filter }, flows_table, |_| 0)
+    client.show(async |noded| noded.list_flows(filter).await, flows_table, |_| 0)
 }
 
 fn flows_table(flows: &Flows) -> String {
