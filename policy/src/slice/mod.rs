@@ -21,7 +21,6 @@ mod bound;
 mod build;
 mod delta;
 mod digest;
-
 mod places;
 mod requires;
 mod room;
