@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use controller_api::convert::{address_from_wire, digest_from_wire};
 use controller_api::defaults::{NODE_CERTIFICATE_LIFETIME, UPDATE_QUEUE};
 use controller_api::identity::Identity;
+use controller_api::refusal::Refusal;
 use controller_api::v1;
 use controller_api::v1::follow_request::Kind;
 use controller_api::v1::sync_server::Sync;
@@ -155,14 +156,22 @@ impl Session {
         let mut stop = self.context.stop.clone();
         let lifetime = self.node.certificate.expires_at.saturating_sub(self.context.now());
         let stream = following.stream;
+        let mut is_dismissed = false;
         let status = tokio::select! {
             end = &mut following.end => Some(self.told(end)),
-            status = self.doubted(&following.doubt) => Some(status),
+            status = self.doubted(&following.doubt) => {
+                is_dismissed = Refusal::of(&status).is_some();
+                Some(status)
+            }
             status = self.listen(requests, stream) => status,
             () = self.queue.closed() => None,
             () = tokio::time::sleep(Duration::from_secs(lifetime)) => Some(has_expired()),
             _ = stop.wait_for(|stop| *stop) => Some(Status::unavailable("controller is stopping; connect again")),
         };
+        if is_dismissed {
+            // The policy says so too, and the dispatcher has a last update for the node.
+            let _ = timeout(LAST_WORD, &mut following.end).await;
+        }
         match status {
             Some(status) => {
                 tracing::info!(reason = status.message(), "a node was sent away");
