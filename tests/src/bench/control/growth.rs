@@ -38,7 +38,7 @@ impl Growth {
 }
 
 /// The slope of the straight line through the logarithms that has the least squares.
-fn exponent(points: &[(f64, f64)]) -> Option<f64> {
+pub(super) fn exponent(points: &[(f64, f64)]) -> Option<f64> {
     let logs: Vec<(f64, f64)> =
         points.iter().filter(|(n, cost)| *n > 0.0 && *cost > 0.0).map(|(n, cost)| (n.ln(), cost.ln())).collect();
     let count = logs.len() as f64;

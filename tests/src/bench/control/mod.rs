@@ -14,6 +14,7 @@ mod follower;
 mod growth;
 mod lab;
 mod loopback;
+mod node;
 mod running;
 mod seed;
 mod server;
@@ -43,6 +44,8 @@ pub enum Part {
     Mesh,
     /// Many cidrs and rules, few followers.
     Compile,
+    /// One node, without a controller.
+    Node,
 }
 
 /// Which parts to run.
@@ -83,6 +86,7 @@ pub fn run(selection: &Selection, effort: Effort) -> Result<Report> {
                 networks(Kind::Mesh, &effort.choose(vec![100, 1_000, 2_000], vec![20, 40]), effort, &mut report)?
             }
             Part::Compile => compile::measure(effort, &mut report)?,
+            Part::Node => node::measure(effort, &mut report)?,
         }
     }
     Ok(report)
