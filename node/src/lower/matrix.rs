@@ -303,13 +303,19 @@ fn allows_every_service(cell: &Cell) -> bool {
 
 /// The runs that a page refers to, each once.
 fn runs_of(page: &Page) -> BTreeSet<u32> {
-    let runs = page.tcp.iter().chain(&page.udp).chain([&page.icmp, &page.icmpv6, &page.protocol]);
-    runs.map(|run| u32::from(*run)).collect()
+    distinct(page.tcp.iter().chain(&page.udp).chain([&page.icmp, &page.icmpv6, &page.protocol]))
 }
 
 /// The decisions that a run refers to, each once.
 fn decisions_of(ports: &Ports) -> BTreeSet<u32> {
-    ports.decisions.iter().map(|decision| u32::from(*decision)).collect()
+    distinct(&ports.decisions)
+}
+
+/// Most are like the one before.
+fn distinct<'a>(indices: impl IntoIterator<Item = &'a u16>) -> BTreeSet<u32> {
+    let mut last = None;
+    let parted = indices.into_iter().filter(|index| last.replace(**index) != Some(**index));
+    parted.map(|index| u32::from(*index)).collect()
 }
 
 /// The decisions of one cell, spread out; only runs that differ from `otherwise` are stored.

@@ -84,6 +84,9 @@ struct Last {
     strides: Strides,
     cells: Cells,
     tables: Tables,
+    /// Not made anew.
+    #[cfg(test)]
+    is_followed: bool,
 }
 
 impl Lowering {
@@ -102,6 +105,14 @@ impl Lowering {
     }
 }
 
+#[cfg(test)]
+impl Lowering {
+    /// Whether the last slice was lowered at the cost of what it changes.
+    fn is_followed(&self) -> bool {
+        self.0.as_ref().is_some_and(|last| last.is_followed)
+    }
+}
+
 impl Last {
     fn new(slice: &Slice, slots: &RuleSlots) -> Result<(Self, RuleSlots), LowerError> {
         let assigned = slots.assigned(slice.rules.keys().copied())?;
@@ -110,7 +121,17 @@ impl Last {
         let cells = Cells::lower(&Terms { slice, classes: &classes, slots: &assigned })?;
         let strides = Strides::lower(&slice.local.roots, &classes, &entries)?;
         let tables = tables(slice, &classes, &strides, &cells, &assigned);
-        Ok((Self { slice: slice.clone(), entries, classes, strides, cells, tables }, assigned))
+        let last = Self {
+            slice: slice.clone(),
+            entries,
+            classes,
+            strides,
+            cells,
+            tables,
+            #[cfg(test)]
+            is_followed: false,
+        };
+        Ok((last, assigned))
     }
 
     /// `None`: the tables are to be made anew.
@@ -129,6 +150,10 @@ impl Last {
         self.cells.follow(&terms, &self.slice, &self.tables.rule_slots, &touched, &renumbered).ok()?;
         self.tables = tables(slice, &self.classes, &self.strides, &self.cells, &assigned);
         self.slice = slice.clone();
+        #[cfg(test)]
+        {
+            self.is_followed = true;
+        }
         Some((self, assigned))
     }
 }

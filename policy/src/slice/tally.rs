@@ -249,42 +249,57 @@ mod tests {
 
     use super::*;
     use crate::matrix::Matrix;
-    use crate::{NodeId, Revision, arbitrary};
+    use crate::{Change, Network, NodeId, Revision, arbitrary};
 
     fn counts(tally: &Tally) -> impl PartialEq + fmt::Debug + use<> {
         let Tally { of: _, addresses, keys, allowed, cells, verdicts, runs, pages } = tally.clone();
         (addresses, keys, allowed, cells, verdicts, runs, pages)
     }
 
+    /// Every node's slice is followed by deltas, and counted.
+    fn check(mut network: Network, changes: &[Change]) -> Result<(), TestCaseError> {
+        let mut held: std::collections::BTreeMap<NodeId, Slice> = Default::default();
+        for (number, change) in changes.iter().enumerate() {
+            let _refused = network.apply(change);
+            let matrix = Matrix::compile(&network).unwrap();
+            for &node in network.nodes().keys() {
+                let old = held.remove(&node);
+                let Some(new) = matrix.slice(node, Revision(number as u64 + 1)) else { continue };
+                let mut followed = match &old {
+                    Some(old) => old.clone(),
+                    None => Slice::from_snapshot(new.to_delta()).unwrap(),
+                };
+                if let Some(old) = &old {
+                    followed.apply(old.diff(&new)).unwrap();
+                }
+                let tally = followed.kept.of(&followed).expect("every slice that came as a delta was counted");
+                prop_assert_eq!(counts(tally), counts(&Tally::of(&new)));
+                prop_assert_eq!(tally.size(&followed), new.size());
+                let mut by_hand = followed.clone();
+                let cidr = by_hand.cidrs.values().next().cloned().expect("the node is in one");
+                by_hand.cidrs.insert(CidrId(9_999), cidr);
+                prop_assert!(by_hand.kept.of(&by_hand).is_none(), "what was counted is of another slice");
+                held.insert(node, followed);
+            }
+        }
+        Ok(())
+    }
+
     proptest! {
         /// Breaks if a count drifts from what is there, so that a limit would be missed or met too early.
         #[test]
         fn a_followed_tally_is_that_of_the_slice((network, changes) in arbitrary::history(24)) {
-            let mut network = network;
-            let mut held: std::collections::BTreeMap<NodeId, Slice> = Default::default();
-            for (number, change) in changes.iter().enumerate() {
-                let _refused = network.apply(change);
-                let matrix = Matrix::compile(&network).unwrap();
-                for &node in network.nodes().keys() {
-                    let old = held.remove(&node);
-                    let Some(new) = matrix.slice(node, Revision(number as u64 + 1)) else { continue };
-                    let mut followed = match &old {
-                        Some(old) => old.clone(),
-                        None => Slice::from_snapshot(new.to_delta()).unwrap(),
-                    };
-                    if let Some(old) = &old {
-                        followed.apply(old.diff(&new)).unwrap();
-                    }
-                    let tally = followed.kept.of(&followed).expect("every slice that came as a delta was counted");
-                    prop_assert_eq!(counts(tally), counts(&Tally::of(&new)));
-                    prop_assert_eq!(tally.size(&followed), new.size());
-                    let mut by_hand = followed.clone();
-                    let cidr = by_hand.cidrs.values().next().cloned().expect("the node is in one");
-                    by_hand.cidrs.insert(CidrId(9_999), cidr);
-                    prop_assert!(by_hand.kept.of(&by_hand).is_none(), "what was counted is of another slice");
-                    held.insert(node, followed);
-                }
-            }
+            check(network, &changes)?;
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(8))]
+
+        /// Likewise, after hundreds of steps.
+        #[test]
+        fn a_tally_that_is_followed_for_long_is_that_of_the_slice((network, changes) in arbitrary::history(400)) {
+            check(network, &changes)?;
         }
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use ebpf_common::limit;
 use ebpf_common::table::CELL_INDEX;
+use proptest::test_runner::TestRunner;
 
 use super::*;
 use crate::lower::{Lowering, tree};
@@ -112,6 +113,114 @@ proptest! {
             }
         }
     }
+}
+
+/// A step of a policy of many addresses.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    /// A rule to or from one node, of this service.
+    Rule { node: u8, port: u16, to: bool },
+    /// Some rule goes.
+    Unrule(prop::sample::Index),
+    /// A cidr within the one of this number, or it goes.
+    Cidr(u8),
+    /// A node of this number is on or off.
+    Node(u8),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        6 => (0..120_u8, 0..4_u16, any::<bool>()).prop_map(|(node, port, to)| Step::Rule { node, port, to }),
+        4 => any::<prop::sample::Index>().prop_map(Step::Unrule),
+        1 => (0..24_u8).prop_map(Step::Cidr),
+        1 => (0..120_u8).prop_map(Step::Node),
+    ]
+}
+
+/// `small` with many nodes and a network behind a gateway.
+fn crowded() -> Network {
+    let mut network = small();
+    let prefixes = policy::Prefixes::from_nets(["192.168.0.0/16".parse().expect("a prefix")]).expect("one");
+    let name = "site".parse().expect("a name");
+    apply(&mut network, Change::AddCidr { name, prefixes, isolated: false, external: true });
+    join(&mut network, "gate", "db", Some("site"), 6);
+    for number in 0..120 {
+        join(&mut network, &format!("m{number}"), if number % 3 == 0 { "web" } else { "db" }, None, 100 + number);
+    }
+    network
+}
+
+fn take(network: &mut Network, turn: usize, step: Step) {
+    let is_off = |name: &str| {
+        let name = name.parse().expect("a name");
+        network.node_named(&name).is_some_and(|node| node.state != policy::NodeState::Active)
+    };
+    let change = match step {
+        Step::Rule { node, port, to } => {
+            let (one, other) = (format!("node:m{node}"), "cidr:web".to_owned());
+            let (from, to) = if to { (&other, &one) } else { (&one, &other) };
+            allow(&format!("r{turn}"), from, to, &format!("tcp/{}", 1 + port))
+        }
+        Step::Unrule(which) if !network.rules().is_empty() => {
+            let rules: Vec<_> = network.rules().values().collect();
+            Change::DeleteRule { name: which.get(&rules).name.clone() }
+        }
+        Step::Unrule(_) => return,
+        Step::Cidr(number) => {
+            let name: policy::CidrName = format!("part{number}").parse().expect("a name");
+            if network.cidrs().values().any(|cidr| cidr.name == name) {
+                Change::DeleteCidr { name }
+            } else {
+                let net = match number {
+                    0..12 => format!("10.42.2.{}/28", 16 * (number + 3)),
+                    12..20 => format!("10.42.{}.0/24", 100 + number),
+                    _ => format!("192.168.{}.0/24", number),
+                };
+                let prefixes = policy::Prefixes::from_nets([net.parse().expect("a prefix")]).expect("one");
+                Change::AddCidr { name, prefixes, isolated: number % 2 == 0, external: number >= 20 }
+            }
+        }
+        Step::Node(number) => {
+            let name = format!("m{number}");
+            let off = is_off(&name);
+            let name = name.parse().expect("a name");
+            if off { Change::EnableNode { name } } else { Change::DisableNode { name } }
+        }
+    };
+    // A cidr that a rule or a node is in stays.
+    let _refused = network.apply(&change);
+}
+
+/// Breaks if tables that are followed for long drift from the slice, or are seldom followed at all.
+#[test]
+fn hundreds_of_steps_in_crowded_prefixes_are_followed() {
+    let mut runner = TestRunner::new(ProptestConfig { cases: 3, ..ProptestConfig::default() });
+    let steps = prop::collection::vec(step(), 250..300);
+    let outcome = runner.run(&steps, |steps| {
+        let mut network = crowded();
+        let subjects = [node(&network), network.node_named(&"gate".parse().expect("a name")).expect("it is there").id];
+        let slices = |network: &Network| {
+            let matrix = Matrix::compile(network).expect("within limits");
+            subjects.map(|node| matrix.slice(node, Revision(7)).expect("an active node"))
+        };
+        let mut followers = slices(&network).map(|slice| Follower::new(&slice));
+        let (mut followed, mut all) = (0, 0);
+        for (turn, step) in steps.into_iter().enumerate() {
+            take(&mut network, turn, step);
+            for (follower, slice) in followers.iter_mut().zip(slices(&network)) {
+                let before = follower.follow(&slice);
+                follower.tables.check_after(&before).expect("whole");
+                follower.check()?;
+                follower.slots.release(&follower.slots.retired());
+                all += 1;
+                followed += usize::from(follower.lowering.is_followed());
+            }
+        }
+        // Made anew where cidrs become a gateway's, classes the node's own, or the tree would need another top.
+        prop_assert!(followed * 10 >= all * 8, "only {} of {} were followed", followed, all);
+        Ok(())
+    });
+    outcome.unwrap_or_else(|error| panic!("{error}"));
 }
 
 /// Breaks if a rule between two known ends costs more than its cells.
