@@ -148,6 +148,7 @@ impl Journal {
     pub fn open(state_dir: &Path, node: NodeId) -> Opened {
         let mut journal = Self::new(state_dir.to_owned());
         let (state, error) = match state::load(state_dir, node) {
+            Ok(Some(whole)) if !whole.is_current => (Some(whole.state), None),
             Ok(Some(whole)) => {
                 let (kept, error) = read(state_dir, whole);
                 let state = kept.state.clone();
@@ -389,7 +390,7 @@ fn short(digest: &[u8]) -> Checksum {
 
 /// Continues a whole state by its journal.
 fn read(state_dir: &Path, whole: Whole) -> (Kept, Option<StateError>) {
-    let Whole { state, digest, length: whole } = whole;
+    let Whole { state, digest, length: whole, is_current: _ } = whole;
     let mut replayed = Replayed { state, length: BEGIN as u64, checksum: first_checksum(&digest) };
     let (path, bytes) = match find(state_dir, &digest) {
         Ok(Some(found)) => found,

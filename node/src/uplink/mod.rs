@@ -8,3 +8,4 @@ pub mod journal;
 pub mod leave;
 mod renewal;
 pub mod state;
+mod version1;

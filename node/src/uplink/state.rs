@@ -2,7 +2,7 @@
 //!
 //! One file, replaced whole, and a journal of what changed since ([`super::journal`]). The file has a line with its version,
 //! the SHA-256 of the rest, and a protobuf message whose heart is the slice as the controller would send it in a snapshot. A
-//! file that is not exactly that is set aside, never used.
+//! file that is not exactly that is set aside, never used; one of version 1 is read ([`version1`]) and written anew.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,10 +10,11 @@ use std::sync::Arc;
 use controller_api::convert::{endpoints_from_wire, endpoints_to_wire};
 use controller_api::v1;
 use ipnet::IpNet;
-use policy::{NodeId, PublicKey, Revision, RuleId, Slice, SliceDelta};
+use policy::{DeltaError, NodeId, PublicKey, Revision, RuleId, Slice, SliceDelta};
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 
+use super::version1;
 use crate::enforce::reconcile::Holders;
 use crate::lower::RuleSlots;
 use host::file::{self, FileError};
@@ -23,6 +24,8 @@ pub const FILE: &str = "state";
 
 /// Raised with every change of what follows it.
 const MAGIC: &[u8] = b"rampart node state 2\n";
+/// See [`version1`].
+const MAGIC_1: &[u8] = b"rampart node state 1\n";
 pub(super) const DIGEST: usize = 32;
 /// Larger than any slice within the policy's limits.
 const FILE_MAX: u64 = 256 * 1024 * 1024;
@@ -41,9 +44,9 @@ pub struct State {
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-struct Stored {
+pub(super) struct Stored {
     #[prost(message, optional, tag = "1")]
-    slice: Option<v1::Update>,
+    pub(super) slice: Option<v1::Update>,
     #[prost(btree_map = "uint32, uint32", tag = "2")]
     slots: std::collections::BTreeMap<u32, u32>,
     #[prost(message, repeated, tag = "3")]
@@ -114,6 +117,8 @@ pub(super) struct Whole {
     pub(super) digest: [u8; DIGEST],
     /// Bytes.
     pub(super) length: u64,
+    /// Of this version: a journal continues no other.
+    pub(super) is_current: bool,
 }
 
 /// The state of this directory, or `None` where there is none. A file that cannot be used is set aside and reported.
@@ -126,7 +131,8 @@ pub(super) fn load(state_dir: &Path, node: NodeId) -> Result<Option<Whole>, Stat
     };
     let refused = match decode(&bytes) {
         Ok(state) if state.slice.local.node == node => {
-            return Ok(Some(Whole { state, digest: digest(&bytes), length: bytes.len() as u64 }));
+            let (digest, is_current) = (digest(&bytes), bytes.starts_with(MAGIC));
+            return Ok(Some(Whole { state, digest, length: bytes.len() as u64, is_current }));
         }
         Ok(state) => Refused::Corrupt(format!("it is that of node `{}`", state.slice.local.name)),
         Err(refused) => refused,
@@ -172,7 +178,8 @@ fn encode(state: &State) -> Vec<u8> {
 
 fn decode(bytes: &[u8]) -> Result<State, Refused> {
     let corrupt = |reason: &str| Refused::Corrupt(reason.to_owned());
-    let Some(rest) = bytes.strip_prefix(MAGIC) else {
+    let is_first = bytes.starts_with(MAGIC_1);
+    let Some(rest) = bytes.strip_prefix(if is_first { MAGIC_1 } else { MAGIC }) else {
         let family = &MAGIC[..MAGIC.len() - 2];
         return Err(if bytes.starts_with(family) { Refused::Version } else { corrupt("it does not begin like one") });
     };
@@ -180,22 +187,28 @@ fn decode(bytes: &[u8]) -> Result<State, Refused> {
     if Sha256::digest(message).as_slice() != digest {
         return Err(corrupt("its checksum is wrong"));
     }
+    if is_first {
+        return version1::decode(message).map_err(Refused::Corrupt);
+    }
     let stored = Stored::decode(message).map_err(|error| Refused::Corrupt(error.to_string()))?;
-    from_stored(stored).map_err(Refused::Corrupt)
+    stored.read(Slice::from_snapshot).map_err(Refused::Corrupt)
 }
 
-fn from_stored(stored: Stored) -> Result<State, String> {
-    let Stored { slice, slots, holders, time, seen } = stored;
-    let update = slice.ok_or("it has no slice")?;
-    let delta = SliceDelta::try_from(update).map_err(|error| error.to_string())?;
-    let mut slice = Slice::from_snapshot(delta).map_err(|error| error.to_string())?;
-    slice.see(endpoints_from_wire(seen.unwrap_or_default()).map_err(|error| error.to_string())?);
-    Ok(State {
-        slice: Arc::new(slice),
-        slots: RuleSlots::from_pairs(slots.into_iter().map(|(rule, slot)| (RuleId(rule), slot))),
-        holders: holders.into_iter().map(StoredHolder::read).collect::<Result<_, _>>()?,
-        time,
-    })
+impl Stored {
+    /// `whole`: makes a slice of its rows.
+    pub(super) fn read(self, whole: impl Fn(SliceDelta) -> Result<Slice, DeltaError>) -> Result<State, String> {
+        let Self { slice, slots, holders, time, seen } = self;
+        let update = slice.ok_or("it has no slice")?;
+        let delta = SliceDelta::try_from(update).map_err(|error| error.to_string())?;
+        let mut slice = whole(delta).map_err(|error| error.to_string())?;
+        slice.see(endpoints_from_wire(seen.unwrap_or_default()).map_err(|error| error.to_string())?);
+        Ok(State {
+            slice: Arc::new(slice),
+            slots: RuleSlots::from_pairs(slots.into_iter().map(|(rule, slot)| (RuleId(rule), slot))),
+            holders: holders.into_iter().map(StoredHolder::read).collect::<Result<_, _>>()?,
+            time,
+        })
+    }
 }
 
 #[cfg(test)]

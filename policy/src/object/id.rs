@@ -68,6 +68,11 @@ impl ClassId {
         self.0 & Self::MARKED != 0
     }
 
+    /// The id of a class that is told apart, from a number that somebody else gave it.
+    pub const fn marked(number: u64) -> Self {
+        Self(number | Self::MARKED)
+    }
+
     /// The class of the addresses of a cidr that nothing tells apart.
     pub const fn of_cidr(cidr: CidrId) -> Self {
         Self(cidr.0 as u64)

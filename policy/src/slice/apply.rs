@@ -54,6 +54,14 @@ impl Slice {
         Ok(slice)
     }
 
+    /// As [`Slice::from_snapshot`], of rows that came without a digest: they get the one that they have.
+    pub fn from_rows(mut delta: SliceDelta) -> Result<Slice, DeltaError> {
+        if let Err(DeltaError::Digest { found, .. }) = Self::assembled(delta.clone()) {
+            delta.digest = found;
+        }
+        Self::from_snapshot(delta)
+    }
+
     /// Takes note of where peers were seen; returns whether that is news. Of others nothing is kept.
     pub fn see(&mut self, endpoints: impl IntoIterator<Item = (NodeId, SocketAddr)>) -> bool {
         let mut is_news = false;
