@@ -34,8 +34,7 @@ impl Target {
     /// The host behind an interface of the sender's, by its own `eth0`.
     pub fn of(host: &Namespace, interface: String, address: Ipv4Addr, port: u16) -> Result<Self> {
         let text = host.enter(|| Ok(std::fs::read_to_string("/sys/class/net/eth0/address")?))?;
-        let bytes: Vec<u8> =
-            text.trim().split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<_, _>>()?;
+        let bytes = hex::decode(text.trim().replace(':', ""))?;
         let mac = bytes.try_into().ok().context("`eth0` has no MAC of 6 bytes")?;
         Ok(Self { interface, mac, address, port })
     }

@@ -182,7 +182,7 @@ pub(crate) fn timed<T>(message: T) -> Request<T> {
 
 /// Unique, so that the controller can tell a repeated request from a new one.
 fn request_id() -> Result<String, Failure> {
-    let mut bytes = [0; 16];
+    let mut bytes = [0_u8; 16];
     getrandom::fill(&mut bytes).map_err(|error| Failure::failed(format!("no random numbers: {error}")))?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex::encode(bytes))
 }

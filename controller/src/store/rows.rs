@@ -129,13 +129,7 @@ fn key_hash(key: &Key, bytes: &[u8]) -> Result<KeyHash, RowError> {
 
 fn from_hex(key: &Key, text: &str) -> Result<[u8; 32], RowError> {
     let mut bytes = [0; 32];
-    let valid = text.len() == 64 && text.is_ascii();
-    for (index, byte) in bytes.iter_mut().enumerate() {
-        let digits = valid.then(|| &text[index * 2..index * 2 + 2]);
-        *byte = digits
-            .and_then(|digits| u8::from_str_radix(digits, 16).ok())
-            .ok_or_else(|| bad(key, "has a hash that is not 64 hexadecimal digits"))?;
-    }
+    hex::decode_to_slice(text, &mut bytes).map_err(|_| bad(key, "has a hash that is not 64 hexadecimal digits"))?;
     Ok(bytes)
 }
 

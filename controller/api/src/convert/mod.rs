@@ -127,8 +127,12 @@ pub fn address_to_wire(address: IpAddr) -> Vec<u8> {
 }
 
 fn length_error(field: &'static str, bytes: &[u8], want: &str) -> ConvertError {
-    let hex: String = bytes.iter().take(32).map(|byte| format!("{byte:02x}")).collect();
-    ConvertError::invalid(field, hex, format!("it has {} bytes, not {want}", bytes.len()))
+    ConvertError::invalid(field, beginning(bytes), format!("it has {} bytes, not {want}", bytes.len()))
+}
+
+/// Of bytes that are refused, as much as anybody reads.
+fn beginning(bytes: &[u8]) -> String {
+    hex::encode(&bytes[..bytes.len().min(32)])
 }
 
 fn public_key(field: &'static str, bytes: &[u8]) -> Result<PublicKey, ConvertError> {
@@ -136,8 +140,7 @@ fn public_key(field: &'static str, bytes: &[u8]) -> Result<PublicKey, ConvertErr
 }
 
 fn length_or_zero(field: &'static str, bytes: &[u8], error: &dyn Display) -> ConvertError {
-    let hex: String = bytes.iter().take(32).map(|byte| format!("{byte:02x}")).collect();
-    ConvertError::invalid(field, hex, error)
+    ConvertError::invalid(field, beginning(bytes), error)
 }
 
 impl From<&IpNet> for v1::Prefix {

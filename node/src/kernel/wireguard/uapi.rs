@@ -368,9 +368,9 @@ impl Printer {
         reserve(&mut self.0);
         self.0.push_str(key);
         self.0.push('=');
-        for byte in bytes {
-            write!(self.0, "{byte:02x}").expect("a string takes all text");
-        }
+        let mut digits = Zeroizing::new([0; 2 * KEY_LENGTH]);
+        hex::encode_to_slice(bytes, digits.as_mut_slice()).expect("two digits a byte");
+        self.0.push_str(std::str::from_utf8(digits.as_slice()).expect("hexadecimal digits are ASCII"));
         self.0.push('\n');
     }
 
@@ -404,29 +404,23 @@ fn time((seconds, nanoseconds): (u64, u32)) -> Option<SystemTime> {
 }
 
 fn parse_public(value: &str) -> Result<PublicKey, ParseError> {
-    let bytes = hex(value).ok_or(ParseError::Value("public_key"))?;
+    let bytes = key(value, "public_key")?;
     PublicKey::try_from(bytes.as_slice()).map_err(|_| ParseError::Value("public_key"))
 }
 
 fn parse_private(value: &str) -> Result<PrivateKey, ParseError> {
-    let bytes = hex(value).ok_or(ParseError::Value("private_key"))?;
+    let bytes = key(value, "private_key")?;
     PrivateKey::from_bytes(bytes.as_slice()).map_err(|_| ParseError::Value("private_key"))
 }
 
 fn parse_shared(value: &str) -> Result<SharedKey, ParseError> {
-    hex(value).map(SharedKey).ok_or(ParseError::Value("preshared_key"))
+    key(value, "preshared_key").map(SharedKey)
 }
 
-fn hex(text: &str) -> Option<Zeroizing<[u8; KEY_LENGTH]>> {
+fn key(text: &str, name: &'static str) -> Result<Zeroizing<[u8; KEY_LENGTH]>, ParseError> {
     let mut bytes = Zeroizing::new([0; KEY_LENGTH]);
-    if text.len() != 2 * KEY_LENGTH || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        return None;
-    }
-    for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-        let digits = std::str::from_utf8(digits).expect("hexadecimal digits are ASCII");
-        *byte = u8::from_str_radix(digits, 16).expect("both are hexadecimal digits");
-    }
-    Some(bytes)
+    hex::decode_to_slice(text, bytes.as_mut_slice()).map_err(|_| ParseError::Value(name))?;
+    Ok(bytes)
 }
 
 #[cfg(test)]
