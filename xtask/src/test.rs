@@ -76,6 +76,8 @@ const EMULATED_SECONDS: u64 = 15;
 const RANDOM_SECONDS: &str = "RAMPART_RANDOM_SECONDS";
 /// And how many times less often they do what takes thousands of repetitions.
 const SHARE: &str = "RAMPART_SHARE=8";
+/// Output that differs from its committed snapshot fails, and nothing is written.
+const SNAPSHOTS: (&str, &str) = ("INSTA_UPDATE", "no");
 /// Run by another stage.
 const NOT_NETNS: [&str; 1] = [CONFORMANCE];
 
@@ -191,6 +193,7 @@ fn cargo(arguments: &[&str], limit: Duration) -> Result<()> {
 
 fn cargo_with(arguments: &[&str], environment: Option<(&str, String)>, limit: Duration) -> Result<()> {
     println!("cargo {}", arguments.join(" "));
+    let environment = environment.iter().map(|(name, value)| (*name, value.as_str())).chain([SNAPSHOTS]);
     let ended = process::run(Command::new("cargo").args(arguments).envs(environment), limit)?;
     if !ended.success() {
         bail!("{ended}");

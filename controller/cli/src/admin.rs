@@ -195,3 +195,28 @@ impl Row for AdminRow {
         vec![self.name.clone(), state.to_owned(), self.certificate_expires_at.clone().unwrap_or_default()]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use insta::assert_snapshot;
+
+    use super::*;
+
+    #[test]
+    fn an_account_is_invited_active_or_revoked() {
+        let account = |name: &str, certificate_expires_at, revoked| v1::AdminAccount {
+            name: name.to_owned(),
+            certificate_expires_at,
+            revoked,
+        };
+        let accounts = [account("alice", 1_800_000_000, false), account("bob", 0, false), account("carol", 0, true)];
+        let rows: Vec<AdminRow> = accounts.into_iter().map(AdminRow::from).collect();
+        assert_snapshot!(output::table(AdminRow::HEADINGS, rows.iter().map(Row::cells)), @r"
+        NAME   STATE    CERTIFICATE EXPIRES
+        alice  active   2027-01-15T08:00:00Z
+        bob    invited  -
+        carol  revoked  -
+        ");
+        assert_snapshot!("admin-json", output::json(&rows));
+    }
+}

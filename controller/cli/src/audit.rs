@@ -51,3 +51,28 @@ impl Row for AuditRow {
         vec![self.revision.to_string(), self.time.clone(), self.actor.clone(), self.change.clone()]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use insta::assert_snapshot;
+
+    use super::*;
+
+    #[test]
+    fn an_entry_says_who_changed_what_and_when() {
+        let entry = |revision, actor: &str, change: &str| v1::AuditEntry {
+            revision,
+            time: 1_800_000_000,
+            actor: actor.to_owned(),
+            change: change.to_owned(),
+        };
+        let entries = [entry(8, "root", "rule delete old"), entry(7, "admin:alice", "node invite web1")];
+        let rows: Vec<AuditRow> = entries.into_iter().map(AuditRow::from).collect();
+        assert_snapshot!(output::table(AuditRow::HEADINGS, rows.iter().map(Row::cells)), @r"
+        REVISION  TIME                  ACTOR        CHANGE
+        8         2027-01-15T08:00:00Z  root         rule delete old
+        7         2027-01-15T08:00:00Z  admin:alice  node invite web1
+        ");
+        assert_snapshot!("audit-json", output::json(&rows));
+    }
+}

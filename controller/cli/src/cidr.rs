@@ -239,40 +239,40 @@ fn branch_lines(branches: &[Branch], indent: &str, lines: &mut Vec<String>) {
 
 #[cfg(test)]
 mod tests {
+    use insta::assert_snapshot;
+
     use super::*;
     use crate::fixture;
 
     #[test]
     fn a_list_is_in_the_order_of_addresses() {
         let text = output::table(CidrRow::HEADINGS, rows(&fixture::network()).iter().map(Row::cells));
-        assert_eq!(
-            text,
-            "\
-NAME    PREFIXES                      PARENT  NODES  FLAGS
-corp    10.42.0.0/16 fd42::/48        -       0      -
-web     10.42.1.0/24 fd42:0:0:1::/64  corp    2      -
-app     10.42.2.0/24 fd42:0:0:2::/64  corp    1      -
-db      10.42.3.0/24 fd42:0:0:3::/64  corp    1      isolated
-office  192.168.7.0/24                -       0      external"
-        );
+        assert_snapshot!(text, @r"
+        NAME    PREFIXES                      PARENT  NODES  FLAGS
+        corp    10.42.0.0/16 fd42::/48        -       0      -
+        web     10.42.1.0/24 fd42:0:0:1::/64  corp    2      -
+        app     10.42.2.0/24 fd42:0:0:2::/64  corp    1      -
+        db      10.42.3.0/24 fd42:0:0:3::/64  corp    1      isolated
+        office  192.168.7.0/24                -       0      external
+        ");
     }
 
     #[test]
     fn a_tree_shows_who_contains_whom() {
-        assert_eq!(
-            Tree::of(&fixture::network()).text(),
-            "\
-corp  10.42.0.0/16 fd42::/48  default deny
-├─ corp  10.42.0.0/16 fd42::/48
-│  ├─ web  10.42.1.0/24 fd42:0:0:1::/64  2 nodes
-│  ├─ app  10.42.2.0/24 fd42:0:0:2::/64  1 node
-│  └─ db  10.42.3.0/24 fd42:0:0:3::/64  1 node  isolated
-└─ office  192.168.7.0/24  external"
-        );
+        assert_snapshot!(Tree::of(&fixture::network()).text(), @r"
+        corp  10.42.0.0/16 fd42::/48  default deny
+        ├─ corp  10.42.0.0/16 fd42::/48
+        │  ├─ web  10.42.1.0/24 fd42:0:0:1::/64  2 nodes
+        │  ├─ app  10.42.2.0/24 fd42:0:0:2::/64  1 node
+        │  └─ db  10.42.3.0/24 fd42:0:0:3::/64  1 node  isolated
+        └─ office  192.168.7.0/24  external
+        ");
     }
 
     #[test]
     fn programs_get_the_same_with_types() {
+        assert_snapshot!("cidr-list-json", output::json(&rows(&fixture::network())));
+        assert_snapshot!("cidr-tree-json", output::json(&Tree::of(&fixture::network())));
         let json = serde_json::to_value(Tree::of(&fixture::network())).expect("JSON");
         assert_eq!(json["cidrs"][0]["children"][0]["name"], "web");
         assert_eq!(json["cidrs"][0]["children"][0]["nodes"], 2);

@@ -145,12 +145,17 @@ impl Row for GroupRow {
 
 #[cfg(test)]
 mod tests {
+    use insta::assert_snapshot;
+
     use super::*;
     use crate::fixture;
 
     #[test]
     fn a_group_shows_its_members_and_who_names_it() {
         let text = output::table(GroupRow::HEADINGS, rows(&fixture::network()).iter().map(Row::cells));
-        assert_eq!(text, "NAME   MEMBERS             RULES\nfront  node:web1 cidr:web  web-to-app");
+        assert_snapshot!(text, @r"
+        NAME   MEMBERS             RULES
+        front  node:web1 cidr:web  web-to-app
+        ");
     }
 }

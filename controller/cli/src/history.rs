@@ -65,6 +65,8 @@ impl Row for HistoryRow {
 
 #[cfg(test)]
 mod tests {
+    use insta::assert_snapshot;
+
     use super::*;
 
     #[test]
@@ -75,13 +77,13 @@ mod tests {
             v1::PastRevision { revision: 7, time: 1_800_000_000, changes: two },
             v1::PastRevision { revision: 3, time: 1_800_000_000, changes: Vec::new() },
         ];
-        assert_eq!(
-            output::table(HistoryRow::HEADINGS, rows(revisions).iter().map(Row::cells)),
-            "\
-REVISION  TIME                  ACTOR        CHANGE
-7         2027-01-15T08:00:00Z  admin:alice  cidr add web 10.42.1.0/24
-7         2027-01-15T08:00:00Z  admin:alice  rule delete old
-3         2027-01-15T08:00:00Z  -            -"
-        );
+        let rows = rows(revisions);
+        assert_snapshot!(output::table(HistoryRow::HEADINGS, rows.iter().map(Row::cells)), @r"
+        REVISION  TIME                  ACTOR        CHANGE
+        7         2027-01-15T08:00:00Z  admin:alice  cidr add web 10.42.1.0/24
+        7         2027-01-15T08:00:00Z  admin:alice  rule delete old
+        3         2027-01-15T08:00:00Z  -            -
+        ");
+        assert_snapshot!("history-json", output::json(&rows));
     }
 }

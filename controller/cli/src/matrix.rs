@@ -279,6 +279,8 @@ fn compact(mut ranges: Vec<ServiceRange>) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use insta::assert_snapshot;
+
     use policy::{CellEntry, RuleId};
 
     use super::*;
@@ -294,29 +296,28 @@ mod tests {
     #[test]
     fn a_matrix_shows_who_may_open_what() {
         let of = ["web", "app", "db"];
-        assert_eq!(
-            table(&of, &of).text(),
-            "\
-corp  revision 18  default deny
+        assert_snapshot!(table(&of, &of).text(), @r"
+        corp  revision 18  default deny
 
-┌───────────┬─────┬────────────┬──────────┐
-│ from \\ to ┆ web ┆ app        ┆ db       │
-╞═══════════╪═════╪════════════╪══════════╡
-│ web       ┆ .   ┆ icmp/8     ┆ .        │
-│           ┆     ┆ tcp/8080   ┆          │
-│           ┆     ┆ icmpv6/128 ┆          │
-│           ┆     ┆ *          ┆          │
-│ app       ┆ .   ┆ .          ┆ tcp/5432 │
-│ db        ┆ .   ┆ .          ┆ .        │
-└───────────┴─────┴────────────┴──────────┘
+        ┌───────────┬─────┬────────────┬──────────┐
+        │ from \ to ┆ web ┆ app        ┆ db       │
+        ╞═══════════╪═════╪════════════╪══════════╡
+        │ web       ┆ .   ┆ icmp/8     ┆ .        │
+        │           ┆     ┆ tcp/8080   ┆          │
+        │           ┆     ┆ icmpv6/128 ┆          │
+        │           ┆     ┆ *          ┆          │
+        │ app       ┆ .   ┆ .          ┆ tcp/5432 │
+        │ db        ┆ .   ┆ .          ┆ .        │
+        └───────────┴─────┴────────────┴──────────┘
 
-.        nothing may be opened
-*        for some addresses only: `meshctl policy explain` tells for two of them"
-        );
+        .        nothing may be opened
+        *        for some addresses only: `meshctl policy explain` tells for two of them
+        ");
     }
 
     #[test]
     fn programs_get_every_verdict_with_its_rule() {
+        assert_snapshot!("policy-show-json", output::json(&table(&["web", "app"], &["app", "db"])));
         let json = serde_json::to_value(table(&[], &["db"])).expect("JSON");
         assert_eq!(json["pairs"].as_array().map(Vec::len), Some(1));
         let pair = &json["pairs"][0];

@@ -331,21 +331,32 @@ impl Row for NodeDetails {
 
 #[cfg(test)]
 mod tests {
+    use insta::assert_snapshot;
+
     use super::*;
     use crate::fixture::{self, name};
 
     #[test]
     fn a_list_is_in_the_order_of_names() {
         let text = output::table(NodeRow::HEADINGS, rows(&fixture::network()).iter().map(Row::cells));
-        assert_eq!(
-            text,
-            "\
-NAME  STATE    CIDR  ADDRESSES                GROUPS  ENDPOINT
-app1  active   app   10.42.2.1 fd42:0:0:2::1  -       -
-db1   invited  db    10.42.3.1 fd42:0:0:3::1  -       -
-web1  active   web   10.42.1.1 fd42:0:0:1::1  front   192.0.2.1:51820
-web2  invited  web   10.42.1.2 fd42:0:0:1::2  -       -"
-        );
+        assert_snapshot!(text, @r"
+        NAME  STATE    CIDR  ADDRESSES                GROUPS  ENDPOINT
+        app1  active   app   10.42.2.1 fd42:0:0:2::1  -       -
+        db1   invited  db    10.42.3.1 fd42:0:0:3::1  -       -
+        web1  active   web   10.42.1.1 fd42:0:0:1::1  front   192.0.2.1:51820
+        web2  invited  web   10.42.1.2 fd42:0:0:1::2  -       -
+        ");
+    }
+
+    #[test]
+    fn all_there_is_to_know_of_one_node() {
+        let network = fixture::network();
+        let show = |node: &str| NodeDetails(NodeRow::of(&network, find(&network, &name(node)).expect("a node")));
+        let mut app1 = show("app1");
+        app1.0.see(&[(app1.0.id, "198.51.100.7:51820".to_owned())].into());
+        assert_snapshot!("node-show", output::lines(&app1));
+        assert_snapshot!("node-show-fixed", output::lines(&show("web1")));
+        assert_snapshot!("node-show-json", output::json(&app1));
     }
 
     #[test]

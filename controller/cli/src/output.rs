@@ -43,10 +43,12 @@ pub(crate) fn list<R: Row>(rows: &[R], format: Format) -> Result<(), Failure> {
 
 /// Prints one row, a line for each heading.
 pub(crate) fn show<R: Row>(row: &R, format: Format) -> Result<(), Failure> {
-    print(row, format, || {
-        let lines = R::HEADINGS.iter().zip(row.cells()).map(|(heading, cell)| vec![heading.to_lowercase(), cell]);
-        plain_table(lines)
-    })
+    print(row, format, || lines(row))
+}
+
+/// A line for each heading.
+pub(crate) fn lines<R: Row>(row: &R) -> String {
+    plain_table(R::HEADINGS.iter().zip(row.cells()).map(|(heading, cell)| vec![heading.to_lowercase(), cell]))
 }
 
 /// Prints `value`, which has a form of its own for people.
@@ -64,6 +66,12 @@ fn render<T: Serialize>(value: &T, format: Format, text: impl FnOnce() -> String
         Format::Json => serde_json::to_string_pretty(value).map_err(Failure::failed),
         Format::Yaml => serde_yaml_ng::to_string(value).map_err(Failure::failed),
     }
+}
+
+/// As `-o json` prints it.
+#[cfg(test)]
+pub(crate) fn json<T: Serialize>(value: &T) -> String {
+    render(value, Format::Json, String::new).expect("JSON")
 }
 
 /// Columns without rules, two spaces apart.

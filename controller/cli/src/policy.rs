@@ -271,6 +271,8 @@ impl Answer {
 
 #[cfg(test)]
 mod tests {
+    use insta::assert_snapshot;
+
     use super::*;
     use crate::fixture;
 
@@ -293,6 +295,7 @@ mod tests {
 
     #[test]
     fn a_flow_is_explained_by_both() {
+        let mut said = Vec::new();
         for (words, verdict) in [
             (["10.42.1.1", "10.42.2.1", "tcp/8080"], "allow (rule web-to-app)"),
             (["10.42.1.2", "10.42.2.1", "tcp/8080"], "deny (rule no-web2)"),
@@ -303,7 +306,9 @@ mod tests {
             let [answer] = &answers(&words)[..] else { panic!("one flow") };
             assert_eq!((answer.verdict.to_string(), answer.agree), (verdict.to_owned(), true), "{words:?}");
             assert!(answer.text().contains("agrees"), "{}", answer.text());
+            said.push(format!("==> {}\n{}", words.join(" "), answer.text()));
         }
+        assert_snapshot!("policy-explain", said.join("\n\n"));
     }
 
     #[test]
@@ -311,6 +316,7 @@ mod tests {
         let answers = answers(&["node:web1", "node:app1", "tcp/8080"]);
         let flows: Vec<_> = answers.iter().map(|answer| answer.flow.as_str()).collect();
         assert_eq!(flows, ["10.42.1.1 -> 10.42.2.1 tcp/8080", "fd42:0:0:1::1 -> fd42:0:0:2::1 tcp/8080"]);
+        assert_snapshot!("policy-explain-json", output::json(&answers));
         assert_eq!(serde_json::to_value(&answers[0]).expect("JSON")["rule"], "web-to-app");
         let pings = super::tests::answers(&["node:web1", "node:app1", "icmp"]);
         assert!(pings[0].flow.ends_with("icmp/8") && pings[1].flow.ends_with("icmpv6/128"), "{pings:?}");

@@ -205,24 +205,25 @@ impl Row for RuleDetails {
 
 #[cfg(test)]
 mod tests {
+    use insta::assert_snapshot;
+
     use super::*;
     use crate::fixture;
 
     #[test]
     fn a_list_is_in_the_order_in_which_rules_decide() {
         let text = output::table(RuleRow::HEADINGS, rows(&fixture::network()).iter().map(Row::cells));
-        assert_eq!(
-            text,
-            "\
-PRIORITY  NAME        ACTION  FROM         TO        SERVICES               FLAGS
-10        no-web2     deny    node:web2    cidr:app  tcp/8080               log
-0         app-to-db   allow   cidr:app     cidr:db   tcp/5432               -
-0         web-to-app  allow   group:front  cidr:app  tcp/8080 service:ping  -"
-        );
+        assert_snapshot!(text, @r"
+        PRIORITY  NAME        ACTION  FROM         TO        SERVICES               FLAGS
+        10        no-web2     deny    node:web2    cidr:app  tcp/8080               log
+        0         app-to-db   allow   cidr:app     cidr:db   tcp/5432               -
+        0         web-to-app  allow   group:front  cidr:app  tcp/8080 service:ping  -
+        ");
     }
 
     #[test]
     fn programs_get_lists_and_booleans() {
+        assert_snapshot!("rule-list-json", output::json(&rows(&fixture::network())));
         let json = serde_json::to_value(rows(&fixture::network())).expect("JSON");
         assert_eq!(json[0]["log"], true);
         assert_eq!(json[2]["services"], serde_json::json!(["tcp/8080", "service:ping"]));

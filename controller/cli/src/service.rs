@@ -90,12 +90,17 @@ impl Row for ServiceRow {
 
 #[cfg(test)]
 mod tests {
+    use insta::assert_snapshot;
+
     use super::*;
     use crate::fixture;
 
     #[test]
     fn a_service_shows_what_it_stands_for_and_who_names_it() {
         let text = output::table(ServiceRow::HEADINGS, rows(&fixture::network()).iter().map(Row::cells));
-        assert_eq!(text, "NAME  SERVICES           RULES\nping  icmp/8 icmpv6/128  web-to-app");
+        assert_snapshot!(text, @r"
+        NAME  SERVICES           RULES
+        ping  icmp/8 icmpv6/128  web-to-app
+        ");
     }
 }

@@ -148,6 +148,8 @@ impl Row for StatusRow {
 
 #[cfg(test)]
 mod tests {
+    use insta::assert_snapshot;
+
     use super::*;
     use crate::fixture::{self, name};
 
@@ -169,17 +171,16 @@ mod tests {
         let nodes = vec![status("web1", true, 17, 17, ""), status("app1", false, 18, 17, "no room")];
         let answer = v1::GetStatusResponse { revision: 18, version: "0.1.0".to_owned(), nodes };
         let report = Report::of(&network, answer, 1_000_005);
-        assert_eq!(
-            report.text(),
-            "\
-network corp  revision 18  controller 0.1.0  1 of 4 nodes connected, 1 behind
+        assert_snapshot!(report.text(), @r"
+        network corp  revision 18  controller 0.1.0  1 of 4 nodes connected, 1 behind
 
-NODE  STATE    CONNECTED  LAST SEEN  SENT  ENFORCED  BEHIND  VERSION  ERROR
-app1  active   no         5s ago     18    17        yes     0.1.0    no room
-db1   invited  no         never      -     -         no      -        -
-web1  active   yes        5s ago     17    17        no      0.1.0    -
-web2  invited  no         never      -     -         no      -        -"
-        );
+        NODE  STATE    CONNECTED  LAST SEEN  SENT  ENFORCED  BEHIND  VERSION  ERROR
+        app1  active   no         5s ago     18    17        yes     0.1.0    no room
+        db1   invited  no         never      -     -         no      -        -
+        web1  active   yes        5s ago     17    17        no      0.1.0    -
+        web2  invited  no         never      -     -         no      -        -
+        ");
+        assert_snapshot!("status-json", output::json(&report));
         let json = serde_json::to_value(&report).expect("JSON");
         assert_eq!(json["nodes"][0]["behind"], true);
         assert_eq!(json["nodes"][0]["last_seen"], "1970-01-12T13:46:40Z");

@@ -19,7 +19,7 @@ fn fail(program: &str, error: &anyhow::Error, code: u8) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Whether to colour what goes to stdout.
+/// Whether to colour what goes to stdout. Tests read it, whatever they run on.
 fn colour() -> bool {
-    std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) && std::io::stdout().is_terminal()
+    !cfg!(test) && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) && std::io::stdout().is_terminal()
 }

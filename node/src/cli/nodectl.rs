@@ -15,6 +15,8 @@ use crate::serve::local::client::{self, AskError};
 use crate::view::{Answer, Entry, Explanation, Guard, Peer, PeerState, Policy, Program, Question, Status, Verified};
 use host::clock::now;
 
+#[cfg(test)]
+mod tests;
 mod traffic;
 
 /// Shows what this node does and what its kernel enforces
@@ -120,15 +122,16 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(&cli) {
         Ok(code) => ExitCode::from(code),
-        Err(error) => {
-            let unreachable = matches!(
-                error.downcast_ref::<AskError>(),
-                Some(
-                    AskError::Unreachable { .. } | AskError::Denied { .. } | AskError::Broken { .. } | AskError::Silent
-                )
-            );
-            fail("nodectl", &error, if unreachable { UNREACHABLE } else { FAILED })
+        Err(error) => fail("nodectl", &error, code(&error)),
+    }
+}
+
+fn code(error: &anyhow::Error) -> u8 {
+    match error.downcast_ref::<AskError>() {
+        Some(AskError::Unreachable { .. } | AskError::Denied { .. } | AskError::Broken { .. } | AskError::Silent) => {
+            UNREACHABLE
         }
+        _ => FAILED,
     }
 }
 
@@ -141,7 +144,7 @@ fn run(cli: &Cli) -> anyhow::Result<u8> {
         Noun::Status => client.show(async |noded| noded.status().await, status, |_| 0),
         Noun::Peers => client.show(
             async |noded| noded.peers().await,
-            |peers: &Vec<Peer>| peers_table(peers),
+            |peers: &Vec<Peer>| peers_table(peers, now()),
             |peers| differ(peers.iter().any(|peer| peer.state != PeerState::Ok)),
         ),
         Noun::Drops(arguments) => traffic::drops(&client, arguments),
@@ -314,7 +317,7 @@ fn list<T: ToString>(items: &[T]) -> String {
     if items.is_empty() { "-".to_owned() } else { items.iter().map(T::to_string).collect::<Vec<_>>().join(" ") }
 }
 
-fn peers_table(peers: &[Peer]) -> String {
+fn peers_table(peers: &[Peer], now: u64) -> String {
     let rows = peers.iter().map(|peer| {
         let state = match peer.state {
             PeerState::Ok => "ok".to_owned(),
@@ -326,7 +329,7 @@ fn peers_table(peers: &[Peer]) -> String {
             peer.name.clone().unwrap_or_else(|| "-".to_owned()),
             peer.endpoint.map_or_else(|| "-".to_owned(), |endpoint| endpoint.to_string()),
             list(&peer.allowed_ips),
-            peer.latest_handshake.map_or_else(|| "never".to_owned(), |then| ago(then, now())),
+            peer.latest_handshake.map_or_else(|| "never".to_owned(), |then| ago(then, now)),
             bytes(peer.received_bytes),
             bytes(peer.sent_bytes),
             peer.public_key.clone(),
@@ -425,85 +428,5 @@ fn answer(answer: &Answer) -> String {
     match &answer.rule {
         Some(rule) => format!("{verdict} ({} {rule})", answer.reason),
         None => format!("{verdict} ({})", answer.reason),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use clap::CommandFactory;
-
-    use crate::view::{Direction, Interpreted, KernelAnswer};
-
-    #[test]
-    fn the_command_line_is_sound_and_each_verb_has_an_example() {
-        fn check(command: &clap::Command) {
-            for verb in command.get_subcommands().filter(|verb| verb.get_name() != "help") {
-                assert!(
-                    verb.get_after_help().is_some_and(|help| help.to_string().contains("Example")),
-                    "{}",
-                    verb.get_name()
-                );
-                check(verb);
-            }
-        }
-        let mut command = Cli::command();
-        command.build();
-        command.clone().debug_assert();
-        check(&command);
-    }
-
-    #[test]
-    fn bad_words_are_usage_errors_that_name_them() {
-        for (words, part) in [
-            (&["policy", "explain", "10.0.0.1", "10.0.0.2", "tcp/70000"][..], "70000"),
-            (&["policy", "explain", "10.0.0.300", "10.0.0.2", "tcp/1"], "10.0.0.300"),
-            (&["peers", "-o", "xml"], "xml"),
-            (&["drops", "--reason", "whim"], "no-rule"),
-            (&["drops", "--reason", "rule"], "no-rule"),
-            (&["drops", "--source", "10.42.1.0/33"], "10.42.1.0/33"),
-            (&["flows", "--limit", "0"], "0"),
-            (&["flows", "--limit", "-1"], "-1"),
-            (&["flows", "--address", "web"], "web"),
-        ] {
-            let error = Cli::try_parse_from([&["nodectl"], words].concat()).unwrap_err();
-            assert_eq!(error.exit_code(), 2);
-            assert!(error.to_string().contains(part), "{error}");
-        }
-    }
-
-    #[test]
-    fn an_explanation_says_who_says_what() {
-        let said = |allowed, reason: &str, rule: Option<&str>| Answer {
-            allowed,
-            reason: reason.into(),
-            rule: rule.map(Into::into),
-        };
-        let example = Explanation {
-            source: [10, 42, 1, 2].into(),
-            destination: [10, 42, 2, 2].into(),
-            service: "tcp/8080".into(),
-            source_cidr: Some("web".into()),
-            destination_cidr: None,
-            kernel: vec![KernelAnswer { direction: Direction::Egress, answer: said(true, "rule", Some("web-to-app")) }],
-            compiled: Some(said(true, "rule", Some("web-to-app"))),
-            interpreted: Interpreted {
-                unavailable: Some("the controller is not connected".into()),
-                ..Interpreted::default()
-            },
-            revision: 7,
-            agree: true,
-            allowed: true,
-        };
-        assert_eq!(
-            explanation(&example),
-            "10.42.1.2 (cidr web) -> 10.42.2.2 (no cidr) tcp/8080\n\
-             kernel, egress            allow (rule web-to-app)\n\
-             compiled, revision 7      allow (rule web-to-app)\n\
-             interpreter               not asked: the controller is not connected\n\
-             all agree"
-        );
-        let text = serde_yaml_ng::to_string(&example).unwrap();
-        assert_eq!(serde_yaml_ng::from_str::<Explanation>(&text).unwrap(), example);
     }
 }

@@ -3,6 +3,9 @@
 use super::verified::{ClassEnd, Detail, Differing, Ownership, Said};
 use super::*;
 
+/// When somebody asks, in seconds since the epoch.
+pub(crate) const NOW: u64 = 1_767_229_200;
+
 pub(crate) fn status() -> Status {
     Status {
         network: "corp".to_owned(),
@@ -96,13 +99,17 @@ pub(crate) fn peers() -> Vec<Peer> {
         public_key: "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=".to_owned(),
         endpoint: Some("198.51.100.7:51820".parse().unwrap()),
         allowed_ips: vec!["10.42.2.1/32".parse().unwrap(), "fd42:0:0:2::1/128".parse().unwrap()],
-        // No handshake: what is printed of one depends on the clock.
-        latest_handshake: None,
+        latest_handshake: Some(NOW - 190),
         received_bytes: 1_536,
         sent_bytes: 12,
         state,
     };
-    let missing = Peer { endpoint: None, allowed_ips: Vec::new(), ..peer(Some("db1"), PeerState::Missing) };
+    let missing = Peer {
+        endpoint: None,
+        allowed_ips: Vec::new(),
+        latest_handshake: None,
+        ..peer(Some("db1"), PeerState::Missing)
+    };
     vec![
         peer(Some("app1"), PeerState::Ok),
         missing,
