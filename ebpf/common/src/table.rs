@@ -38,7 +38,7 @@ pub struct Header {
     pub generation: u32,
     /// Classes 1..=own belong to addresses that this node stands for (and possibly to others, see [`LOCAL`]).
     pub own: u32,
-    /// Number of classes, the unknown class 0 included: the length of a row of the matrix.
+    /// The length of a row of the matrix: more than any class is. Numbers that no class has are closed.
     pub classes: u32,
     /// Where the walk of an address begins, as in [`Block::entries`].
     pub root_v4: u32,

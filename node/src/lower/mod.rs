@@ -29,6 +29,7 @@ use self::classes::Classes;
 use self::matrix::{Cells, Terms};
 use self::own::Entries;
 use self::stride::Strides;
+use self::tree::MANY;
 
 pub use check::TableError;
 pub use rows::Rows;
@@ -137,7 +138,8 @@ impl Last {
     /// `None`: the tables are to be made anew.
     fn follow(mut self, slice: &Slice, slots: &RuleSlots) -> Option<(Self, RuleSlots)> {
         let touched = Touched::between(&self.slice, slice);
-        if touched.local || touched.gateways || !self.tables.rule_slots.ptr_eq(slots.active()) {
+        let is_other = touched.local || touched.gateways || touched.prefixes.len() > MANY;
+        if is_other || !self.tables.rule_slots.ptr_eq(slots.active()) {
             return None;
         }
         let (come, gone): (Vec<RuleId>, Vec<RuleId>) =

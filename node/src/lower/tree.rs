@@ -14,8 +14,8 @@ use super::holed::Holed;
 
 /// A part of the tree that has no more prefixes is built anew.
 pub(super) const FEW: usize = 16;
-/// A prefix that has more others inside it is not painted.
-const MANY: usize = 1_024;
+/// A prefix that has more others inside it is not painted, nor are more prefixes one by one.
+pub(super) const MANY: usize = 1_024;
 
 /// What the addresses of one prefix are, by prefixes inside it.
 #[derive(Debug)]

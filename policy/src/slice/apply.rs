@@ -64,13 +64,16 @@ impl Slice {
 
     /// Takes note of where peers were seen; returns whether that is news. Of others nothing is kept.
     pub fn see(&mut self, endpoints: impl IntoIterator<Item = (NodeId, SocketAddr)>) -> bool {
-        let mut is_news = false;
+        let (mut is_news, tally) = (false, self.kept.of(self).cloned());
         for (id, endpoint) in endpoints {
             if let Some(peer) = self.peers.get(&id).filter(|peer| peer.seen != Some(endpoint)) {
                 let peer = Peer { seen: Some(endpoint), ..peer.clone() };
                 self.peers.insert(id, peer);
                 is_news = true;
             }
+        }
+        if let Some(tally) = tally.filter(|_| is_news) {
+            self.kept = Kept::new(tally.of_seen(self));
         }
         is_news
     }

@@ -123,6 +123,11 @@ impl Tally {
         tally
     }
 
+    /// That of the slice once peers were seen elsewhere, of which nothing is counted.
+    pub(super) fn of_seen(self, slice: &Slice) -> Self {
+        Self { of: Parts::of(slice), ..self }
+    }
+
     /// Whether `new`, of which this is the tally, is sound for certain, as the slice was from which it differs where it is
     /// touched. What this says no to is for [`Slice::validate`] to judge.
     pub(super) fn proves(&self, before: &Self, old: &Slice, new: &Slice, touched: &Touched) -> bool {
@@ -275,6 +280,10 @@ mod tests {
                 let tally = followed.kept.of(&followed).expect("every slice that came as a delta was counted");
                 prop_assert_eq!(counts(tally), counts(&Tally::of(&new)));
                 prop_assert_eq!(tally.size(&followed), new.size());
+                if let Some(peer) = followed.peers.keys().next().copied() {
+                    followed.see([(peer, ([192, 0, 2, 1], 1 + number as u16).into())]);
+                    prop_assert!(followed.kept.of(&followed).is_some(), "where a peer is seen changes no count");
+                }
                 let mut by_hand = followed.clone();
                 let cidr = by_hand.cidrs.values().next().cloned().expect("the node is in one");
                 by_hand.cidrs.insert(CidrId(9_999), cidr);

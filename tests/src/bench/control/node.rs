@@ -1,6 +1,7 @@
 //! What one node pays for what it hears: from the message that came to the acknowledgement, that is applied, lowered, put in
 //! force in a kernel that only remembers, and kept on the disk.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -54,8 +55,16 @@ const KINDS: [Kind; 6] = [
     }),
 ];
 
+/// Not a change of the policy.
+const SEEN: &str = "a peer is seen elsewhere";
+
+/// The names of [`KINDS`], and of what is none of them.
+fn names() -> impl Iterator<Item = &'static str> {
+    KINDS.iter().map(|(name, _)| *name).chain([SEEN])
+}
+
 pub(super) fn measure(effort: Effort, report: &mut Report) -> Result<()> {
-    let mut points: Vec<Vec<(f64, f64)>> = vec![Vec::new(); KINDS.len()];
+    let mut points: Vec<Vec<(f64, f64)>> = vec![Vec::new(); names().count()];
     for peers in effort.choose([1_000, 10_000], [20, 40]) {
         let (mut node, snapshot) = {
             let (network, subject) = mesh(peers)?;
@@ -70,14 +79,14 @@ pub(super) fn measure(effort: Effort, report: &mut Report) -> Result<()> {
             node.receive_all(&messages)?;
         }
         let times = changes(&mut node, peers, effort.choose(300, 4))?;
-        for (((kind, _), times), points) in KINDS.iter().zip(times).zip(&mut points) {
+        for ((kind, times), points) in names().zip(times).zip(&mut points) {
             let name = format!("node with {peers} peers: {kind}, received to acknowledged, p99");
             let row = Row::new(name, quantile(&times, 0.99), "ms").also("p50", median(&times));
             report.push(row.also("most", quantile(&times, 1.0)).target(Target::AtMost(CHANGE)));
             points.push((f64::from(peers), median(&times)));
         }
     }
-    for ((kind, _), points) in KINDS.iter().zip(&points) {
+    for (kind, points) in names().zip(&points) {
         let name = format!("node: {kind}: growth with the peers, exponent");
         let row = exponent(points).map_or_else(
             || Row::missing(name.clone(), "fewer than two sizes were measured", ""),
@@ -95,14 +104,17 @@ pub(super) fn measure(effort: Effort, report: &mut Report) -> Result<()> {
 
 /// Milliseconds of each change, by kind. All messages are made first, so that a controller's work disturbs no measurement.
 fn changes(node: &mut Node, peers: u32, turns: u32) -> Result<Vec<Vec<f64>>> {
-    let mut changes = Vec::new();
+    let mut messages = Vec::new();
     for turn in 0..turns {
         for (kind, (_, change)) in KINDS.iter().enumerate() {
-            changes.extend(prepared(change(turn, peers)?).into_iter().map(|change| (kind, change)));
+            for change in prepared(change(turn, peers)?) {
+                messages.extend(node.messages([(kind, change)])?);
+            }
         }
+        let id = *node.held.peers.keys().nth(turn as usize % node.held.peers.len()).context("it has peers")?;
+        messages.push((KINDS.len(), Heard::Seen(id, ([198, 51, 100, 1], 1 + turn as u16).into())));
     }
-    let messages = node.messages(changes)?;
-    let mut times = vec![Vec::new(); KINDS.len()];
+    let mut times = vec![Vec::new(); names().count()];
     for (kind, took) in node.receive_all(&messages)? {
         times[kind].push(milliseconds(took));
     }
@@ -149,8 +161,13 @@ struct Node {
     _state_dir: tempfile::TempDir,
 }
 
-/// A message, and the kind of change that it is about.
-type Message = (usize, Vec<u8>);
+/// A message, and the kind that it is of.
+type Message = (usize, Heard);
+
+enum Heard {
+    Update(Vec<u8>),
+    Seen(NodeId, SocketAddr),
+}
 
 impl Node {
     /// A node that has its first slice in force, and how long that took.
@@ -202,7 +219,7 @@ impl Node {
             self.matrix = next;
             if !delta.is_empty() {
                 self.revision = revisions.1;
-                messages.push((kind, encoded(&delta)));
+                messages.push((kind, Heard::Update(encoded(&delta))));
             }
         }
         Ok(messages)
@@ -213,7 +230,14 @@ impl Node {
         let mut times = Vec::with_capacity(messages.len());
         for (kind, message) in messages {
             let began = Instant::now();
-            let held = Arc::new(receive(Some(&self.held), decoded(message)?, self.id)?);
+            let held = match message {
+                Heard::Update(message) => Arc::new(receive(Some(&self.held), decoded(message)?, self.id)?),
+                Heard::Seen(peer, endpoint) => {
+                    let mut held = Slice::clone(&self.held);
+                    held.see([(*peer, *endpoint)]);
+                    Arc::new(held)
+                }
+            };
             let former = std::mem::replace(&mut self.held, Arc::clone(&held));
             self.enforcer.enforce(held);
             times.push((*kind, began.elapsed()));
