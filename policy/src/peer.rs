@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
@@ -20,7 +21,8 @@ pub struct Peer {
     pub endpoint: Option<SocketAddr>,
     /// Where it was seen. Not part of the policy: no delta says it, and no digest counts it.
     pub seen: Option<SocketAddr>,
-    pub allowed_ips: BTreeSet<IpNet>,
+    /// Shared: a peer is copied with its neighbours in a map whenever one of these is another.
+    pub allowed_ips: Arc<BTreeSet<IpNet>>,
 }
 
 impl Peer {
@@ -32,7 +34,7 @@ impl Peer {
             public_key: node.public_key?,
             endpoint: node.endpoint,
             seen: None,
-            allowed_ips: node.addresses.iter().map(IpNet::from).chain(served(network, node)).collect(),
+            allowed_ips: Arc::new(node.addresses.iter().map(IpNet::from).chain(served(network, node)).collect()),
         })
     }
 

@@ -143,7 +143,7 @@ fn spoiled(
         (11, _, _) => delta.cells.push(set(class(a), class(b), of_rule(Action::Allow, 9_999))),
         (12, _, _) => delta.removed_prefixes.extend(pick(old.prefixes.keys().copied(), a)),
         (13, _, Some((id, mut peer))) => {
-            peer.allowed_ips.extend(["10.42.9.1/24".parse::<ipnet::IpNet>().unwrap()]);
+            std::sync::Arc::make_mut(&mut peer.allowed_ips).extend(["10.42.9.1/24".parse::<ipnet::IpNet>().unwrap()]);
             delta.peers.extend([(id, peer)]);
         }
         // Nothing is wrong with these.
@@ -155,7 +155,7 @@ fn spoiled(
         }
         (16, _, Some((_, peer))) => {
             let mut local = (*old.local).clone();
-            local.gateway_for.extend(peer.allowed_ips);
+            local.gateway_for.extend(peer.allowed_ips.iter());
             delta.local = Some(local);
         }
         (17, _, _) => {

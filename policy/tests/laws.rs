@@ -188,7 +188,7 @@ proptest! {
                 if let Some(peer) = slice_a.peers.get(b) {
                     let own = slice_b.local.addresses.iter().map(ipnet::IpNet::from);
                     let stands: std::collections::BTreeSet<_> = own.chain(slice_b.local.gateway_for.iter().copied()).collect();
-                    prop_assert_eq!(&peer.allowed_ips, &stands);
+                    prop_assert_eq!(&*peer.allowed_ips, &stands);
                 }
             }
         }

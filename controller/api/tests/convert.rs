@@ -193,7 +193,7 @@ fn delta() -> SliceDelta {
         public_key: key(3),
         endpoint: endpoint.map(text),
         seen: None,
-        allowed_ips: [text("10.42.3.1/32"), text("192.168.0.0/16")].into(),
+        allowed_ips: std::sync::Arc::new([text("10.42.3.1/32"), text("192.168.0.0/16")].into()),
     };
     SliceDelta {
         from: Revision(8),

@@ -79,7 +79,7 @@ fn is_alike(before: &Peer, after: &Peer) -> bool {
 fn present(peer: &Peer, persistent_keepalive: Option<Duration>) -> DevicePeer {
     DevicePeer {
         endpoint: endpoint(peer),
-        allowed_ips: peer.allowed_ips.clone(),
+        allowed_ips: (*peer.allowed_ips).clone(),
         persistent_keepalive,
         last_handshake: None,
         received_bytes: 0,

@@ -67,7 +67,7 @@ pub(super) fn configured(peer: &Peer, persistent_keepalive: Option<Duration>) ->
     PeerConfig {
         public_key: peer.public_key,
         endpoint: endpoint(peer),
-        allowed_ips: peer.allowed_ips.clone(),
+        allowed_ips: (*peer.allowed_ips).clone(),
         persistent_keepalive,
     }
 }

@@ -62,7 +62,7 @@ fn differences(intent: &Intent, seen: &Tables, observed: &Observed) -> Vec<Strin
         differences.push("the interface is not up".to_owned());
     }
     let wanted: BTreeMap<_, _> =
-        intent.slice.peers.values().map(|peer| (peer.public_key, (&peer.name, &peer.allowed_ips))).collect();
+        intent.slice.peers.values().map(|peer| (peer.public_key, (&peer.name, &*peer.allowed_ips))).collect();
     let device = observed.device.clone().unwrap_or_default();
     for (key, (name, allowed_ips)) in &wanted {
         match device.peers.get(key) {

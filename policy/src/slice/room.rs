@@ -32,7 +32,7 @@ impl Slice {
     pub(super) fn held_prefixes(&self) -> impl Iterator<Item = IpNet> {
         let local = &self.local;
         let routes = local.external_routes.iter().chain(&local.gateway_for);
-        routes.chain(self.gateways().flat_map(|(_, peer)| &peer.allowed_ips)).copied()
+        routes.chain(self.gateways().flat_map(|(_, peer)| peer.allowed_ips.iter())).copied()
     }
 
     /// Which gateway holds what; `None`: no peer does, or this node.

@@ -103,7 +103,7 @@ impl Tally {
             for id in &touched.peers {
                 if let Some(peer) = old.peers.get(id) {
                     less(&mut tally.keys, &peer.public_key);
-                    for net in &peer.allowed_ips {
+                    for net in peer.allowed_ips.iter() {
                         less(&mut tally.allowed, net);
                     }
                 }
@@ -196,7 +196,7 @@ impl Tally {
 
     fn add_peer(&mut self, peer: &Peer) {
         more(&mut self.keys, &peer.public_key);
-        for net in &peer.allowed_ips {
+        for net in peer.allowed_ips.iter() {
             more(&mut self.allowed, net);
         }
     }

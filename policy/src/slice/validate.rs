@@ -93,7 +93,7 @@ impl Slice {
         }
         debug_assert!(self.is_placed());
         let Local { external_routes, gateway_for, .. } = &*self.local;
-        let peers = self.peers.values().flat_map(|peer| &peer.allowed_ips);
+        let peers = self.peers.values().flat_map(|peer| peer.allowed_ips.iter());
         for &prefix in external_routes.iter().chain(gateway_for).chain(peers) {
             check_prefix(prefix)?;
         }
@@ -141,7 +141,7 @@ impl Slice {
             if *id == self.local.node || !keys.insert(peer.public_key) {
                 return Err(DeltaError::SharedIdentity);
             }
-            for &prefix in &peer.allowed_ips {
+            for &prefix in peer.allowed_ips.iter() {
                 if !prefixes.insert(prefix) {
                     return Err(DeltaError::SharedPrefix(prefix));
                 }

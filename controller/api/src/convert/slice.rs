@@ -1,7 +1,7 @@
 //! What a node hears: a slice, or the difference of two.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 
 use ipnet::IpNet;
@@ -219,7 +219,7 @@ fn peer_from_wire(peer: v1::Peer) -> Result<(NodeId, Peer), ConvertError> {
         public_key: public_key("peer.public_key", &key)?,
         endpoint: if endpoint.is_empty() { None } else { Some(parse("peer.endpoint", &endpoint)?) },
         seen: None,
-        allowed_ips: allowed,
+        allowed_ips: allowed.into(),
     };
     Ok((node, peer))
 }

@@ -45,7 +45,7 @@ fn slice(revision: u64, peers: &BTreeMap<u32, Given>) -> Arc<Slice> {
         peer.name = format!("peer-{id}").parse().unwrap();
         peer.public_key = key(*number);
         peer.endpoint = endpoint.map(endpoint_of);
-        peer.allowed_ips = prefixes.iter().map(|prefix| prefix.parse().unwrap()).collect();
+        peer.allowed_ips = Arc::new(prefixes.iter().map(|prefix| prefix.parse().unwrap()).collect());
         (NodeId(100 + id), peer)
     };
     let delta = arbitrary::sealed(None, SliceDelta { peers: peers.iter().map(peer).collect(), ..whole });

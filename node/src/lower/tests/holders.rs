@@ -13,7 +13,7 @@ proptest! {
     #[test]
     fn the_addresses_of_one_gateway_and_no_others_have_its_number((network, flows) in network_and_flows()) {
         for (slice, tables, flows) in by_node(&network, &flows) {
-            let nets = slice.prefixes.keys().chain(slice.peers.values().flat_map(|peer| &peer.allowed_ips));
+            let nets = slice.prefixes.keys().chain(slice.peers.values().flat_map(|peer| peer.allowed_ips.iter()));
             let ends = nets.flat_map(|net| [net.network(), net.broadcast()]);
             let mut numbers: BTreeMap<u32, NodeId> = BTreeMap::new();
             for address in ends.chain(flows.iter().flat_map(|flow| [flow.source, flow.destination])) {

@@ -54,13 +54,14 @@ fn wild() -> impl Strategy<Value = Slice> {
         for (net, class, cidr, kind) in kinds {
             let id = *slice.peers.keys().nth(class as usize - 1).expect("three peers");
             let peer = slice.peers.get_mut(&id).expect("it is there");
+            let allowed_ips = std::sync::Arc::make_mut(&mut peer.allowed_ips);
             let local = std::sync::Arc::make_mut(&mut slice.local);
             match kind {
                 0 => {
-                    peer.allowed_ips.insert(net);
+                    allowed_ips.insert(net);
                     local.external_routes.insert(net);
                 }
-                1 => drop(peer.allowed_ips.insert(net)),
+                1 => drop(allowed_ips.insert(net)),
                 2 => drop(local.external_routes.insert(net)),
                 3 => drop(local.gateway_for.insert(net)),
                 _ => drop(slice.prefixes.insert(net, (ClassId(u64::from(class)), CidrId(cidr)))),
