@@ -64,7 +64,7 @@ async fn what_is_not_kept_is_refused_with_what_is() {
     assert_eq!(refused.code(), Code::OutOfRange);
     let said = refused.message();
     assert!(said.contains(&format!("`{}` has not been yet", newest + 5)), "{said}");
-    assert!(said.contains(&format!("`0` to `{newest}`")), "{said}");
+    assert!(said.contains(&format!("`1` to `{newest}`")), "{said}");
 
     let keep = Keep { revisions: 1, age: Duration::from_secs(3_600) };
     while controller.context.store.compact(keep, controller::clock::now()).expect("compacted") {}

@@ -133,9 +133,12 @@ impl Session {
 
     pub(crate) async fn history(&mut self, range: Range) -> Result<Vec<v1::PastRevision>, Failure> {
         let request = v1::ListHistoryRequest { limit: range.limit, before: range.before() };
-        let v1::ListHistoryResponse { revisions, oldest: _, cut } =
+        let v1::ListHistoryResponse { revisions, oldest, cut } =
             self.client.list_history(timed(request)).await?.into_inner();
         range.say_where_it_ends(cut, revisions.last().map(|past| past.revision));
+        if !cut && oldest > 0 && revisions.len() < range.limit as usize {
+            say(format!("what was before revision `{}` is not kept", oldest + 1));
+        }
         Ok(revisions)
     }
 
@@ -154,10 +157,10 @@ const _: () = assert!(AUDIT_LIMIT == HISTORY_LIMIT);
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct Range {
     /// At most this many, newest first
-    #[arg(long, value_name = "N", default_value_t = HISTORY_LIMIT as u32, value_parser = clap::value_parser!(u32).range(1..=LIST_MAX as i64))]
+    #[arg(long, value_name = "N", default_value_t = HISTORY_LIMIT as u32, value_parser = limit)]
     limit: u32,
     /// Only what is older than this revision
-    #[arg(long, value_name = "REVISION", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "REVISION", value_parser = revision)]
     before: Option<u64>,
 }
 
@@ -173,6 +176,17 @@ impl Range {
     }
 }
 
+fn limit(text: &str) -> Result<u32, String> {
+    let limit = text.parse().ok().filter(|limit| (1..=LIST_MAX).contains(&(*limit as usize)));
+    limit.ok_or_else(|| format!("it must be a number from 1 to {LIST_MAX}"))
+}
+
+/// A revision, as typed.
+pub(crate) fn revision(text: &str) -> Result<u64, String> {
+    let revision = text.parse().ok().filter(|revision| *revision > 0);
+    revision.ok_or_else(|| "it must be a number from 1 on; `meshctl history` lists the revisions".to_owned())
+}
+
 /// A request that is given up after a while.
 pub(crate) fn timed<T>(message: T) -> Request<T> {
     let mut request = Request::new(message);
@@ -185,4 +199,19 @@ fn request_id() -> Result<String, Failure> {
     let mut bytes = [0_u8; 16];
     getrandom::fill(&mut bytes).map_err(|error| Failure::failed(format!("no random numbers: {error}")))?;
     Ok(hex::encode(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_revision_or_limit_is_refused_with_what_would_be() {
+        assert_eq!((revision("120"), limit("10000")), (Ok(120), Ok(10_000)));
+        for text in ["0", "-1", "words", "1.5", "18446744073709551616", ""] {
+            assert!(revision(text).expect_err(text).contains("meshctl history"), "{text}");
+            assert!(limit(text).expect_err(text).contains("1 to 10000"), "{text}");
+        }
+        assert!(limit("10001").is_err());
+    }
 }

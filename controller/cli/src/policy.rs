@@ -10,6 +10,7 @@ use policy::{
 };
 use serde::Serialize;
 
+use crate::connection::revision;
 use crate::matrix::{Table, VerdictText};
 use crate::output::{self, OutputArgs, unknown};
 use crate::{Failure, Session};
@@ -61,7 +62,7 @@ pub(crate) struct Show {
 #[derive(Clone, Copy, Debug, Args)]
 struct Past {
     /// As it was at this revision; `meshctl history` lists them
-    #[arg(long, value_name = "REVISION", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "REVISION", value_parser = revision)]
     at: Option<u64>,
 }
 

@@ -26,7 +26,7 @@ impl Archive<'_> {
                 let network = Some(v1::Network::from(state.network()));
                 return Ok(v1::GetNetworkResponse { revision: state.policy.revision.0, network });
             }
-            let snapshot = store.at(revision, wanted).map_err(not_told)?;
+            let snapshot = store.at(revision, wanted).map_err(|error| not_told(from_the_first(error)))?;
             let (network, _) = rows::decode(&snapshot.rows).map_err(|error| Status::internal(text(&error)))?;
             wanted.check().map_err(not_told)?;
             let revision = rows::policy_revision(&snapshot).0;
@@ -71,6 +71,20 @@ impl Archive<'_> {
 
 fn not_told(error: StoreError) -> Status {
     refused(&Refusal::Store(error))
+}
+
+/// An empty store, at revision 0, has no policy.
+fn from_the_first(error: StoreError) -> StoreError {
+    let first = |oldest: Revision| oldest.max(Revision(1));
+    match error {
+        StoreError::NotKept { revision, oldest, newest } => {
+            StoreError::NotKept { revision, oldest: first(oldest), newest }
+        }
+        StoreError::NotYet { revision, oldest, newest } => {
+            StoreError::NotYet { revision, oldest: first(oldest), newest }
+        }
+        other => other,
+    }
 }
 
 fn past_to_wire(past: Past) -> v1::PastRevision {
