@@ -205,7 +205,11 @@ impl Metrics {
             self.rejected_connections.clone(),
         );
         rows.register("connections", "Open connections of nodes and admins", self.connections.clone());
-        rows.register("questions", "Questions of nodes and admins, by what became of them", self.questions.clone());
+        rows.register(
+            "questions",
+            "Questions of nodes and admins, by what became of them; refused: new streams and renewals too",
+            self.questions.clone(),
+        );
         rows.register(
             "open_questions",
             "Questions of nodes and admins that wait or are worked on",

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{LIMIT, TestController, allow, parse};
+use common::{Follower, LIMIT, TestController, allow, parse};
 use controller_api::v1;
 use controller_api::v1::sync_client::SyncClient;
 use policy::Change;
@@ -91,4 +91,25 @@ async fn a_dry_run_says_what_a_change_would_and_waits_for_no_writer() {
     assert!(refused.message().contains("`two`"), "{refused:?}");
     assert_eq!(commits(&controller), before, "the writer was asked");
     assert_eq!(controller.change(&delete).await, revision + 1);
+}
+
+/// A stream can cost a snapshot each time.
+#[tokio::test]
+async fn a_node_that_opens_streams_all_the_time_is_refused() {
+    let controller = TestController::start().await;
+    let (identity, _) = controller.join("web1", "web", 1).await;
+    let channel = controller.connect(Some(&identity)).await;
+    let opened = async {
+        loop {
+            if let Err(refused) = Follower::open(channel.clone(), None, "").await {
+                return refused;
+            }
+        }
+    };
+    let refused = tokio::time::timeout(LIMIT, opened).await.expect("refused in time");
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert!(refused.message().starts_with("node `web1` calls too often: "), "{refused:?}");
+    let (other, _) = controller.join("web2", "web", 2).await;
+    let mut other = Follower::open(controller.connect(Some(&other)).await, None, "").await.expect("a stream");
+    other.hear().await.expect("a snapshot");
 }

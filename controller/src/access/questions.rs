@@ -22,16 +22,16 @@ use crate::store::Wanted;
 struct Bound {
     /// Of one caller: worked on or waiting.
     asked: usize,
-    /// Costly questions of one caller.
+    /// Costly questions of one caller, and what else it may not do all the time.
     rate: Rate,
     /// Of all callers of this kind: worked on at a time.
     places: usize,
 }
 
-/// `nodectl explain` is all that a node asks.
+/// `nodectl explain` is all that a node asks; beside that it opens a stream now and then.
 const NODE: Bound = Bound { asked: 8, rate: Rate { per_second: 5, burst: 100 }, places: 1 };
 /// Scripts run side by side, and each command asks one or two questions. An answer can hold a whole network.
-const OPERATOR: Bound = Bound { asked: 64, rate: Rate { per_second: 50, burst: 500 }, places: 2 };
+const OPERATOR: Bound = Bound { asked: 256, rate: Rate { per_second: 50, burst: 500 }, places: 2 };
 
 /// Whose questions are counted together.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -72,9 +72,23 @@ struct Kind {
 #[derive(Debug)]
 struct Account {
     asked: usize,
+    /// Of costly questions, and of what else is paced.
     bucket: Bucket,
+    paced: Bucket,
     /// The one question that is worked on, or is the next to be.
     turn: Arc<Semaphore>,
+}
+
+impl Default for Account {
+    fn default() -> Self {
+        Self { asked: 0, bucket: Bucket::default(), paced: Bucket::default(), turn: Arc::new(Semaphore::new(1)) }
+    }
+}
+
+impl Account {
+    fn is_full(&self, now: Instant) -> bool {
+        self.bucket.is_full(now) && self.paced.is_full(now)
+    }
 }
 
 impl Questions {
@@ -108,34 +122,60 @@ impl Questions {
         answered.await.map_err(|error| failed(&error))?
     }
 
+    /// For what is no question and yet costs something each time, as a new stream does: one caller does it so often, and
+    /// no more.
+    pub fn pace(&self, caller: &Caller) -> Result<(), Status> {
+        self.pace_at(caller, Instant::now())
+    }
+
+    fn pace_at(&self, caller: &Caller, now: Instant) -> Result<(), Status> {
+        let (asker, kind) = self.asker(caller);
+        let mut callers = kind.callers();
+        let paced = callers.entry(asker).or_default().paced.take(kind.bound.rate, now);
+        paced.map_err(|wait| self.refuse(TooMuch::Often(wait), caller, kind.bound))
+    }
+
     /// Forgets callers that could ask as much as ever.
     pub fn sweep(&self, now: Instant) {
         for kind in [&self.0.nodes, &self.0.operators] {
-            kind.callers().retain(|_, account| account.asked > 0 || !account.bucket.is_full(now));
+            kind.callers().retain(|_, account| account.asked > 0 || !account.is_full(now));
         }
     }
 
     fn enter(&self, caller: &Caller, cost: Cost, now: Instant) -> Result<(Entered, Arc<Semaphore>), Status> {
-        let (asker, is_node) = match caller {
-            Caller::Root => (Asker::Root, false),
-            Caller::Admin { name } => (Asker::Admin(name.clone()), false),
-            Caller::Node(node) => (Asker::Node(node.id), true),
-        };
-        let kind = if is_node { &self.0.nodes } else { &self.0.operators };
-        let turn = kind.enter(&asker, cost, now).map_err(|refused| {
-            self.0.metrics.question(metrics::Question::Refused);
-            refused.status(caller, kind.bound)
-        })?;
+        let (asker, kind) = self.asker(caller);
+        let turn = kind.enter(&asker, cost, now).map_err(|refused| self.refuse(refused, caller, kind.bound))?;
         self.0.metrics.questions_open.inc();
-        Ok((Entered { questions: self.clone(), is_node, asker, is_answered: false }, turn))
+        Ok((Entered { questions: self.clone(), asker, is_answered: false }, turn))
+    }
+
+    fn asker(&self, caller: &Caller) -> (Asker, &Kind) {
+        let asker = match caller {
+            Caller::Root => Asker::Root,
+            Caller::Admin { name } => Asker::Admin(name.clone()),
+            Caller::Node(node) => Asker::Node(node.id),
+        };
+        let kind = self.kind(&asker);
+        (asker, kind)
+    }
+
+    fn kind(&self, asker: &Asker) -> &Kind {
+        match asker {
+            Asker::Root | Asker::Admin(_) => &self.0.operators,
+            Asker::Node(_) => &self.0.nodes,
+        }
+    }
+
+    fn refuse(&self, refused: TooMuch, caller: &Caller, bound: Bound) -> Status {
+        self.0.metrics.question(metrics::Question::Refused);
+        refused.status(caller, bound)
     }
 }
 
 impl Kind {
     fn enter(&self, asker: &Asker, cost: Cost, now: Instant) -> Result<Arc<Semaphore>, TooMuch> {
         let mut callers = self.callers();
-        let new = || Account { asked: 0, bucket: Bucket::default(), turn: Arc::new(Semaphore::new(1)) };
-        let account = callers.entry(asker.clone()).or_insert_with(new);
+        let account = callers.entry(asker.clone()).or_default();
         if account.asked >= self.bound.asked {
             return Err(TooMuch::AtOnce);
         }
@@ -154,15 +194,13 @@ impl Kind {
 /// A question that is waiting or worked on, for as long as this lives.
 struct Entered {
     questions: Questions,
-    is_node: bool,
     asker: Asker,
     is_answered: bool,
 }
 
 impl Entered {
     fn kind(&self) -> &Kind {
-        let Shared { nodes, operators, .. } = &*self.questions.0;
-        if self.is_node { nodes } else { operators }
+        self.questions.kind(&self.asker)
     }
 }
 
@@ -201,8 +239,8 @@ impl TooMuch {
                  answered"
             ),
             Self::Often(wait) => format!(
-                "{who} asks too often: one caller may ask {burst} questions at once, and then {per_second} a second; try \
-                 again in {} ms",
+                "{who} calls too often: one caller may call {burst} times at once, and then {per_second} times a second; \
+                 try again in {} ms",
                 wait.as_millis().max(1)
             ),
         })

@@ -202,6 +202,7 @@ impl Admin for AdminService {
                 ));
             }
         };
+        self.context.questions.pace(&caller(&request)?)?;
         let v1::RenewRequest { certificate_request } = request.into_inner();
         let request = CertificateRequest::parse(&certificate_request).map_err(|error| invalid(&error))?;
         let now = self.context.now();

@@ -71,6 +71,7 @@ impl Sync for SyncService {
         request: Request<Streaming<v1::FollowRequest>>,
     ) -> Result<Response<Self::FollowStream>, Status> {
         let node = node(&request)?;
+        self.context.questions.pace(&Caller::Node(node.clone()))?;
         let requests = request.into_inner();
         let (queue, receiver) = mpsc::channel(UPDATE_QUEUE);
         let session = Session { context: self.context.clone(), node, queue };
@@ -82,6 +83,7 @@ impl Sync for SyncService {
 
     async fn renew(&self, request: Request<v1::RenewRequest>) -> Result<Response<v1::RenewResponse>, Status> {
         let node = node(&request)?;
+        self.context.questions.pace(&Caller::Node(node.clone()))?;
         let v1::RenewRequest { certificate_request } = request.into_inner();
         let request =
             CertificateRequest::parse(&certificate_request).map_err(|error| Status::invalid_argument(text(&error)))?;

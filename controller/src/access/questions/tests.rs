@@ -63,7 +63,7 @@ async fn who_has_too_many_open_or_asks_too_often_is_told_when_to_try_again() {
     assert_eq!(refused.code(), Code::ResourceExhausted);
     assert_eq!(
         refused.message(),
-        "root has 64 questions open, which is as many as one caller may have; try again when one of them is answered"
+        "root has 256 questions open, which is as many as one caller may have; try again when one of them is answered"
     );
     assert!(questions.enter(&admin("alice"), Cost::High, now).is_ok(), "others have their own");
     drop(open);
@@ -73,12 +73,17 @@ async fn who_has_too_many_open_or_asks_too_often_is_told_when_to_try_again() {
     let Err(refused) = questions.enter(&Caller::Root, Cost::High, now) else { panic!("too often") };
     assert_eq!(
         refused.message(),
-        "root asks too often: one caller may ask 500 questions at once, and then 50 a second; try again in 20 ms"
+        "root calls too often: one caller may call 500 times at once, and then 50 times a second; try again in 20 ms"
     );
     assert!(questions.enter(&Caller::Root, Cost::Low, now).is_ok(), "what costs little has no rate");
     assert!(questions.enter(&Caller::Root, Cost::High, now + Duration::from_millis(20)).is_ok());
+    // Streams are paced likewise, and take nothing from questions.
+    let alice = admin("alice");
+    let paced = (0..1_000).filter(|_| questions.pace_at(&alice, now).is_ok()).count();
+    assert_eq!(paced, OPERATOR.rate.burst as usize);
+    assert!(questions.enter(&alice, Cost::High, now).is_ok());
     let encoded = questions.0.metrics.encode();
-    assert!(encoded.contains("questions_total{result=\"refused\"} 2"), "{encoded}");
+    assert!(encoded.contains("questions_total{result=\"refused\"} 502"), "{encoded}");
 }
 
 #[tokio::test]
