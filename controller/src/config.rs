@@ -1,6 +1,5 @@
 //! `controller.toml`.
 
-use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,9 +9,8 @@ use controller_api::defaults::{
     HISTORY_REVISIONS,
 };
 use controller_api::nearest::nearest;
-use jiff::{Span, SpanRelativeTo};
+use controller_api::time::Span;
 use serde::Deserialize;
-use serde::de::{self, Deserializer};
 
 use crate::store::Keep;
 
@@ -49,88 +47,15 @@ settings! {
     "state-dir" state_dir: PathBuf = CONTROLLER_STATE_DIR;
     /// How many of the newest revisions are kept, for `meshctl history` and `meshctl policy show --at`; at least 1024. What
     /// is older than `history-age` is not kept either.
-    "history-revisions" history_revisions: Count = "16384";
+    "history-revisions" history_revisions: u64 = "16384";
     /// How old a revision may be that is kept; at least `1h`.
-    "history-age" history_age: Age = "90d";
+    "history-age" history_age: Span = "90d";
 }
 
 /// Fewer revisions would not do: by them a request that is repeated is known.
 const REVISIONS_MIN: u64 = 1_024;
 /// As above.
 const AGE_MIN: Duration = Duration::from_secs(3_600);
-
-/// A number of revisions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Count(u64);
-
-impl<'de> Deserialize<'de> for Count {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_u64(Wanted("a whole number of revisions, like `16384`")).and_then(
-            |value| match value {
-                Value::Number(number) => Ok(Self(number)),
-                Value::Text(text) => {
-                    Err(de::Error::invalid_type(de::Unexpected::Str(&text), &"a number without quotes"))
-                }
-            },
-        )
-    }
-}
-
-/// A span of time: `90d`, `12h`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Age(Duration);
-
-impl<'de> Deserialize<'de> for Age {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        match deserializer.deserialize_str(Wanted("a span of time in quotes, like `\"90d\"` or `\"12h\"`"))? {
-            Value::Text(text) => Self::try_from(text).map_err(de::Error::custom),
-            Value::Number(number) => Err(de::Error::custom(format!(
-                "`{number}` has no unit; write it in quotes, like `\"{number}d\"` or `\"{number}h\"`"
-            ))),
-        }
-    }
-}
-
-/// What a setting is, in the words of the error about another type.
-struct Wanted(&'static str);
-
-/// What was written.
-enum Value {
-    Number(u64),
-    Text(String),
-}
-
-impl de::Visitor<'_> for Wanted {
-    type Value = Value;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.0)
-    }
-
-    fn visit_i64<E: de::Error>(self, number: i64) -> Result<Value, E> {
-        let unsigned = u64::try_from(number);
-        unsigned.map(Value::Number).map_err(|_| E::invalid_value(de::Unexpected::Signed(number), &self))
-    }
-
-    fn visit_u64<E: de::Error>(self, number: u64) -> Result<Value, E> {
-        Ok(Value::Number(number))
-    }
-
-    fn visit_str<E: de::Error>(self, text: &str) -> Result<Value, E> {
-        Ok(Value::Text(text.to_owned()))
-    }
-}
-
-impl TryFrom<String> for Age {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        let span = |text: &str| text.parse::<Span>()?.to_duration(SpanRelativeTo::days_are_24_hours());
-        let wrong = |reason: String| format!("`{text}` is not a span of time: {reason}; write it like `90d` or `12h`");
-        let span = span(&text).map_err(|error| wrong(error.to_string()))?;
-        Duration::try_from(span).map(Self).map_err(|_| wrong("it is negative".to_owned()))
-    }
-}
 
 /// Where `controllerd serve` listens and what it serves.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -184,8 +109,8 @@ impl Config {
             metrics: overrides.metrics.or(file.metrics).unwrap_or_else(|| address(CONTROLLER_METRICS)),
             state_dir: overrides.state_dir.or(file.state_dir).unwrap_or_else(|| CONTROLLER_STATE_DIR.into()),
             keep: Keep {
-                revisions: file.history_revisions.map_or(HISTORY_REVISIONS as u64, |Count(count)| count),
-                age: file.history_age.map_or(HISTORY_AGE, |Age(age)| age),
+                revisions: file.history_revisions.unwrap_or(HISTORY_REVISIONS as u64),
+                age: file.history_age.map_or(HISTORY_AGE, |Span(age)| age),
             },
         })
     }
@@ -211,10 +136,10 @@ fn parse(path: &Path, text: &str) -> Result<File, ConfigError> {
     let file: File = toml::from_str(text).map_err(syntax)?;
     let too_small =
         |name, value: String, min: String| ConfigError::TooSmall { path: path.to_owned(), name, value, min };
-    if let Some(Count(revisions)) = file.history_revisions.filter(|Count(revisions)| *revisions < REVISIONS_MIN) {
+    if let Some(revisions) = file.history_revisions.filter(|revisions| *revisions < REVISIONS_MIN) {
         return Err(too_small("history-revisions", revisions.to_string(), REVISIONS_MIN.to_string()));
     }
-    if let Some(Age(age)) = file.history_age.filter(|Age(age)| *age < AGE_MIN) {
+    if let Some(Span(age)) = file.history_age.filter(|Span(age)| *age < AGE_MIN) {
         return Err(too_small("history-age", format!("{}s", age.as_secs()), "1h".to_owned()));
     }
     Ok(file)
@@ -264,8 +189,8 @@ mod tests {
         assert_eq!(file.socket, Some(defaults.socket));
         assert_eq!(file.metrics, Some(defaults.metrics));
         assert_eq!(file.state_dir, Some(defaults.state_dir));
-        assert_eq!(file.history_revisions, Some(Count(defaults.keep.revisions)));
-        assert_eq!(file.history_age, Some(Age(defaults.keep.age)));
+        assert_eq!(file.history_revisions, Some(defaults.keep.revisions));
+        assert_eq!(file.history_age, Some(Span(defaults.keep.age)));
     }
 
     #[test]
@@ -282,12 +207,12 @@ mod tests {
             ("history-age = \"soon\"", "`soon` is not a span of time"),
             ("history-age = \"-3d\"", "it is negative"),
             ("history-age = \"10m\"", "`history-age` of `600s`; it must be at least `1h`"),
-            ("history-age = 90", "`90` has no unit; write it in quotes, like `\"90d\"` or `\"90h\"`"),
-            ("history-age = true", "expected a span of time in quotes, like `\"90d\"`"),
-            ("history-age = \"90\"", "write it like `90d` or `12h`"),
-            ("history-revisions = -1", "integer `-1`, expected a whole number of revisions, like `16384`"),
-            ("history-revisions = 1.5", "expected a whole number of revisions, like `16384`"),
-            ("history-revisions = \"many\"", "string \"many\", expected a number without quotes"),
+            ("history-age = 90", "`history-age` of `90s`; it must be at least `1h`"),
+            ("history-age = true", "expected a span of time like `90s`, `1h` or `7d`, or a number of seconds"),
+            ("history-age = \"90\"", "write it like `90s`, `1h` or `7d`"),
+            ("history-revisions = -1", "integer `-1`, expected u64"),
+            ("history-revisions = 1.5", "floating point `1.5`, expected u64"),
+            ("history-revisions = \"many\"", "string \"many\", expected u64"),
             ("history-revisions = 5", "`history-revisions` of `5`; it must be at least `1024`"),
         ] {
             let error = parse(Path::new("controller.toml"), text).expect_err(text).to_string();

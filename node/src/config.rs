@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use controller_api::defaults;
+use controller_api::time::Span;
 use serde::Deserialize;
 
 use crate::kernel::datapath::DEFAULT_ROOT;
@@ -73,13 +74,13 @@ section! {
     bpffs "bpffs": PathBuf = "\"/sys/fs/bpf\"";
     /// The MTU of the interface: that of the network below, less 80 (60 if no outer packet is IPv6).
     mtu "mtu": u32 = "1420";
-    /// Seconds between packets that keep the way to each peer open through address translation, so that others can speak
-    /// first; 0: none, which is quieter where every node has an address of its own.
-    persistent_keepalive "persistent-keepalive": u16 = "25";
-    /// Seconds between two looks at the kernel, to repair what others changed.
-    reconcile_interval "reconcile-interval": u16 = "2";
-    /// Seconds between two times that the kernel's tables are read back whole and held against the policy.
-    verify_interval "verify-interval": u16 = "60";
+    /// How often a packet keeps the way to each peer open through address translation, so that others can speak first; "0s":
+    /// never, which is quieter where every node has an address of its own. A number is one of seconds, here and below.
+    persistent_keepalive "persistent-keepalive": Span = "\"25s\"";
+    /// How often the kernel is looked at, to repair what others changed.
+    reconcile_interval "reconcile-interval": Span = "\"2s\"";
+    /// How often the kernel's tables are read back whole and held against the policy.
+    verify_interval "verify-interval": Span = "\"60s\"";
     /// Also drop arriving packets at XDP that no rule and no flow could let in. A flood of such packets costs less then, and
     /// everything else more: the kernel no longer aggregates what arrives.
     early_drop "early-drop": bool = "false";
@@ -191,6 +192,8 @@ const INTERFACE_MAX: usize = 15;
 const MTU_MIN: u32 = 1_280;
 /// Largest MTU that WireGuard accepts, rounded down.
 const MTU_MAX: u32 = 65_440;
+/// The longest that WireGuard takes for a keepalive; nobody looks at the kernel less often.
+const SPAN_MAX: Duration = Duration::from_secs(65_535);
 /// Names further away than this are not offered as a correction.
 const NEAREST: f64 = 0.6;
 
@@ -248,12 +251,19 @@ fn resolve(flags: &Flags, file: File) -> Result<Settings, ConfigError> {
     if !(MTU_MIN..=MTU_MAX).contains(&mtu) {
         return Err(ConfigError::Value(format!("mtu `{mtu}` is not from {MTU_MIN} (what IPv6 needs) to {MTU_MAX}")));
     }
-    let interval = |name: &str, given: Option<u16>, default| match given {
-        Some(0) => Err(ConfigError::Value(format!("{name} `0` would leave no time for anything else; the least is 1"))),
-        given => Ok(given.map_or(default, |seconds| Duration::from_secs(seconds.into()))),
+    let span = |name: &str, given: Option<Span>, default| match given {
+        Some(span @ Span(given)) if given > SPAN_MAX => {
+            Err(ConfigError::Value(format!("{name} `{span}` is too long; the longest is `{}`", Span(SPAN_MAX))))
+        }
+        given => Ok(given.map_or(default, |Span(given)| given)),
     };
-    let keepalive =
-        file.persistent_keepalive.map_or(defaults::PERSISTENT_KEEPALIVE, |seconds| Duration::from_secs(seconds.into()));
+    let interval = |name: &str, given: Option<Span>, default| match span(name, given, default)? {
+        Duration::ZERO => {
+            Err(ConfigError::Value(format!("{name} `0s` would leave no time for anything else; the least is `1s`")))
+        }
+        interval => Ok(interval),
+    };
+    let keepalive = span("persistent-keepalive", file.persistent_keepalive, defaults::PERSISTENT_KEEPALIVE)?;
     Ok(Settings {
         socket: flags.socket.or(file.socket).unwrap_or_else(|| defaults::node_socket(interface.as_str())),
         interface,
@@ -418,6 +428,16 @@ mod tests {
     }
 
     #[test]
+    fn a_span_of_time_has_a_unit_or_is_seconds() {
+        for text in ["verify-interval = 90", "verify-interval = \"90s\"", "verify-interval = \"1m30s\""] {
+            assert_eq!(file(text).unwrap().verify_interval, Duration::from_secs(90), "{text}");
+        }
+        for text in ["persistent-keepalive = 0", "persistent-keepalive = \"0s\""] {
+            assert_eq!(file(text).unwrap().persistent_keepalive, None, "{text}");
+        }
+    }
+
+    #[test]
     fn a_flag_beats_the_file() {
         let flags = Flags { interface: Some("wg7".parse().unwrap()), metrics: Some(Metrics::Off), ..Flags::default() };
         let parsed = parse(Path::new("x"), "interface = \"wg1\"\nlisten-port = 7").unwrap();
@@ -440,8 +460,12 @@ mod tests {
             ("wireguard = \"fast\"", &["`fast`", "`userspace`"]),
             ("metrics = \"9586\"", &["`9586`", "`off`"]),
             ("mtu = 576", &["`576`", "1280"]),
-            ("reconcile-interval = 0", &["reconcile-interval `0`"]),
-            ("verify-interval = 0", &["verify-interval `0`"]),
+            ("reconcile-interval = 0", &["reconcile-interval `0s`", "`1s`"]),
+            ("verify-interval = \"0s\"", &["verify-interval `0s`", "`1s`"]),
+            ("verify-interval = \"1d\"", &["verify-interval `1d`", "too long", "18h12m15s"]),
+            ("persistent-keepalive = 65536", &["persistent-keepalive `18h12m16s`", "18h12m15s"]),
+            ("reconcile-interval = -1", &["`-1`", "negative"]),
+            ("reconcile-interval = \"soon\"", &["`soon`", "`90s`"]),
             ("endpoint = \"host:1\"", &["endpoint"]),
             ("listen-port", &["node.toml"]),
             ("guard = 1", &["guard"]),

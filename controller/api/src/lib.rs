@@ -6,6 +6,7 @@
 //! - [`invitation`]: the one line that lets a machine or an admin in; [`refusal`]: what keeps a node out.
 //! - [`client`], [`endpoint`]: how to reach a controller; `codec`: the buffers of a call.
 //! - [`command`]: a change in an admin's words; [`nearest`]: the word that was meant.
+//! - [`time`]: spans, ages and times as people write and read them.
 //! - [`defaults`]: every number and path that both sides take for granted.
 
 /// Generated from `proto/rampart/v1`.
@@ -31,6 +32,7 @@ pub mod identity;
 pub mod invitation;
 pub mod nearest;
 pub mod refusal;
+pub mod time;
 pub mod tls;
 
 pub use convert::ConvertError;

@@ -7,6 +7,7 @@ use controller_api::client;
 use controller_api::defaults::INVITATION_LIFETIME;
 use controller_api::endpoint::ControllerEndpoint;
 use controller_api::invitation::{Invitation, Subject};
+use controller_api::time::{timestamp, timestamp_or_none};
 use controller_api::tls::{self, Trust};
 use controller_api::v1;
 use controller_api::v1::enrol_client::EnrolClient;
@@ -16,7 +17,7 @@ use zeroize::Zeroizing;
 use crate::connection::{ConnectionArgs, timed};
 use crate::identity::{self, AdminIdentity, Profile};
 use crate::output::{self, OutputArgs, Row};
-use crate::time::{self, Lifetime, timestamp, timestamp_or_none};
+use crate::time::{self, Lifetime};
 use crate::{Failure, Session, say};
 
 #[derive(Debug, Subcommand)]

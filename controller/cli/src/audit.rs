@@ -1,12 +1,12 @@
 //! `meshctl audit …`
 
 use clap::Subcommand;
+use controller_api::time::timestamp;
 use controller_api::v1;
 use serde::Serialize;
 
 use crate::connection::Range;
 use crate::output::{self, OutputArgs, Row};
-use crate::time::timestamp;
 use crate::{Failure, Session};
 
 #[derive(Debug, Subcommand)]

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use controller_api::defaults::renew_after;
 use controller_api::identity::{Identity, validity};
+use controller_api::time::timestamp;
 use controller_api::tls::{self, ClientIdentity, Trust};
 use controller_api::v1;
 use controller_api::v1::admin_client::AdminClient;
@@ -17,7 +18,7 @@ use tonic::transport::Channel;
 use zeroize::Zeroizing;
 
 use crate::connection::timed;
-use crate::{Failure, time, with_sources};
+use crate::{Failure, with_sources};
 
 const PROFILE: &str = "admin.toml";
 const KEY: &str = "key.pem";
@@ -102,7 +103,7 @@ impl AdminIdentity {
             Err(failure) => Some(format!(
                 "this admin's certificate, good until {}, could not be renewed: {}; if that stays so, get a new one with \
                  `meshctl admin invite {}` and `meshctl admin join --replace`",
-                time::timestamp(ends),
+                timestamp(ends),
                 failure.text().unwrap_or("nothing can be written"),
                 self.name
             )),

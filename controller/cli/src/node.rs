@@ -6,12 +6,13 @@ use std::net::{IpAddr, SocketAddr};
 use clap::{Args, Subcommand};
 use controller_api::defaults::INVITATION_LIFETIME;
 use controller_api::endpoint::ControllerEndpoint;
+use controller_api::time::{timestamp, timestamp_or_none};
 use controller_api::v1;
 use policy::{Addresses, Change, CidrName, GroupName, Network, Node, NodeName};
 use serde::Serialize;
 
 use crate::output::{self, OutputArgs, Row, unknown, words};
-use crate::time::{Lifetime, timestamp, timestamp_or_none};
+use crate::time::Lifetime;
 use crate::{Failure, Session, say};
 
 #[derive(Debug, Subcommand)]

@@ -1,11 +1,11 @@
 //! `meshctl rule …`
 
 use clap::{Args, Subcommand};
+use controller_api::time::timestamp_or_none;
 use policy::{Action, Change, Mode, Network, Rule, RuleName, RuleSpec, Selector, SelectorSpec, ServiceSpec};
 use serde::Serialize;
 
 use crate::output::{self, OutputArgs, Row, flags, unknown, words};
-use crate::time::timestamp_or_none;
 use crate::{Failure, Session};
 
 #[derive(Debug, Subcommand)]

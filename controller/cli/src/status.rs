@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 
 use clap::Args;
+use controller_api::time::{ago, timestamp_or_none};
 use controller_api::v1;
 use policy::{Network, NodeId, NodeState};
 use serde::Serialize;
 
 use crate::output::{self, OutputArgs, Row};
-use crate::time::{self, ago, timestamp_or_none};
+use crate::time;
 use crate::{Failure, Session};
 
 #[derive(Debug, Args)]

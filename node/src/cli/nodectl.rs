@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use controller_api::time::{ago, timestamp};
 use policy::parse_flow_service;
 use serde::Serialize;
 
-use super::table::{ago, bytes, loud, table};
+use super::table::{bytes, loud, table};
 use super::{DENIED, DIFFERS, FAILED, UNREACHABLE, colour, fail};
 use crate::config::{self, Flags, Interface};
 use crate::serve::local::client::{self, AskError};
@@ -283,7 +284,7 @@ fn head(status: &Status) -> Vec<String> {
     };
     let controller = &status.controller;
     let reached = match (controller.connected, &controller.error) {
-        (true, _) => format!("connected since {}", time(controller.since)),
+        (true, _) => format!("connected since {}", timestamp(controller.since)),
         (false, Some(error)) => format!("{}: {error}", loud("away", colour())),
         (false, None) => "not connected yet".to_owned(),
     };
@@ -305,12 +306,8 @@ fn in_words(backend: &str) -> &str {
     if backend == "kernel" { "the kernel" } else { backend }
 }
 
-fn time(seconds: u64) -> String {
-    jiff::Timestamp::from_second(seconds.cast_signed()).map_or_else(|_| seconds.to_string(), |time| time.to_string())
-}
-
 fn until(seconds: u64) -> String {
-    if seconds == 0 { "-".to_owned() } else { format!("good until {}", time(seconds)) }
+    if seconds == 0 { "-".to_owned() } else { format!("good until {}", timestamp(seconds)) }
 }
 
 fn list<T: ToString>(items: &[T]) -> String {
@@ -329,7 +326,7 @@ fn peers_table(peers: &[Peer], now: u64) -> String {
             peer.name.clone().unwrap_or_else(|| "-".to_owned()),
             peer.endpoint.map_or_else(|| "-".to_owned(), |endpoint| endpoint.to_string()),
             list(&peer.allowed_ips),
-            peer.latest_handshake.map_or_else(|| "never".to_owned(), |then| ago(then, now)),
+            peer.latest_handshake.map_or_else(|| "never".to_owned(), |then| ago(now, then)),
             bytes(peer.received_bytes),
             bytes(peer.sent_bytes),
             peer.public_key.clone(),

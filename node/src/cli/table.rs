@@ -27,26 +27,6 @@ pub(super) fn bytes(count: u64) -> String {
     if unit == 0 { format!("{count} B") } else { format!("{value:.1} {}", UNITS[unit]) }
 }
 
-/// `3 min ago`; `then` and `now` in seconds since the epoch.
-pub(super) fn ago(then: u64, now: u64) -> String {
-    match now.saturating_sub(then) {
-        seconds @ 0..=119 => format!("{seconds} s ago"),
-        seconds @ 120..=7_199 => format!("{} min ago", seconds / 60),
-        seconds @ 7_200..=172_799 => format!("{} h ago", seconds / 3_600),
-        seconds => format!("{} d ago", seconds / 86_400),
-    }
-}
-
-/// `61s`, `2h`: a length of time in one word.
-pub(super) fn short_time(seconds: u64) -> String {
-    match seconds {
-        0..=119 => format!("{seconds}s"),
-        120..=7_199 => format!("{}m", seconds / 60),
-        7_200..=172_799 => format!("{}h", seconds / 3_600),
-        _ => format!("{}d", seconds / 86_400),
-    }
-}
-
 /// Bold red, where colour is wanted.
 pub(super) fn loud(text: &str, colour: bool) -> String {
     if colour { format!("\x1b[1;31m{text}\x1b[0m") } else { text.to_owned() }
@@ -63,13 +43,7 @@ mod tests {
     }
 
     #[test]
-    fn amounts_and_times_are_short() {
+    fn amounts_are_short() {
         assert_eq!([bytes(0), bytes(1_023), bytes(1_536), bytes(5 << 40)], ["0 B", "1023 B", "1.5 KiB", "5.0 TiB"]);
-        assert_eq!(
-            [ago(5, 5), ago(0, 120), ago(0, 7_200), ago(0, 172_800)],
-            ["0 s ago", "2 min ago", "2 h ago", "2 d ago"]
-        );
-        assert_eq!(ago(9, 5), "0 s ago");
-        assert_eq!([119, 120, 7_200, 172_800].map(short_time), ["119s", "2m", "2h", "2d"]);
     }
 }

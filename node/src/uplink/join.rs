@@ -7,6 +7,7 @@ use controller_api::client::{self, ConnectError};
 use controller_api::identity as names;
 use controller_api::invitation::{Invitation, Subject};
 use controller_api::refusal::Refusal;
+use controller_api::time::timestamp;
 use controller_api::tls::{self, Trust};
 use controller_api::v1;
 use controller_api::v1::enrol_client::EnrolClient;
@@ -108,8 +109,7 @@ async fn redeem_and_store(
 ) -> Result<Identity, JoinError> {
     // Whom it has let in already it goes on letting in.
     if present.is_none() && invitation.is_expired(now) {
-        let at = jiff::Timestamp::from_second(invitation.expires_at.cast_signed()).map(|at| at.to_string());
-        let at = at.unwrap_or_else(|_| invitation.expires_at.to_string());
+        let at = timestamp(invitation.expires_at);
         return Err(JoinError::Expired { network: invitation.network.clone(), node: name.clone(), at });
     }
     let keys = Keys::load_or_make(&settings.state_dir)?;

@@ -6,11 +6,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
+use controller_api::time::short;
 use ebpf_common::{reason, underlay};
 use ipnet::IpNet;
 use tokio::time::interval;
 
-use super::super::table::{bytes, loud, short_time, table};
+use super::super::table::{bytes, loud, table};
 use super::super::{UNREACHABLE, colour};
 use super::{Client, Output};
 use crate::serve::local::client;
@@ -258,9 +259,9 @@ fn flows_table(flows: &Flows) -> String {
             flow.service.clone(),
             cidrs(flow.source_cidr.as_deref(), flow.destination_cidr.as_deref()),
             flow.state.to_string(),
-            short_time(flow.age),
-            short_time(flow.idle),
-            short_time(flow.expires_in),
+            short(flow.age),
+            short(flow.idle),
+            short(flow.expires_in),
             format!("{} / {}", flow.packets, bytes(flow.bytes)),
             format!("{} / {}", flow.reply_packets, bytes(flow.reply_bytes)),
             flow.rule.clone().unwrap_or_else(|| flow.reason.clone()),
