@@ -144,22 +144,33 @@ impl Family {
     /// Makes the trees of what all prefixes say.
     fn plant(&mut self, nodes: &mut Nodes) {
         self.outside.plant(nodes);
-        if let Some(network) = self.network.filter(|_| !self.inside.is_empty()) {
+        if !self.inside.is_empty() {
             self.inside.plant(nodes);
-            self.fork = Some(nodes.put_path(&network, network.bits, self.inside.entry, self.outside.entry));
         }
+        self.tell_apart(nodes);
     }
 
     /// Brings one tree up to date with what a prefix says.
     fn paint(&mut self, nodes: &mut Nodes, at: Prefix) -> Option<()> {
-        if self.fork.is_none() && self.network.is_some_and(|network| network.contains(&at)) {
-            return None;
-        }
         self.tree(at).paint(nodes, at)?;
-        if let Some(fork) = self.fork {
-            nodes.lead_on(fork, self.inside.entry, self.outside.entry)?;
+        self.tell_apart(nodes);
+        nodes.fit().then_some(())
+    }
+
+    /// Makes a fork where there is something on both its ways.
+    fn tell_apart(&mut self, nodes: &mut Nodes) {
+        let Self { network, inside, outside, fork } = self;
+        match (network.filter(|_| !inside.is_empty()), *fork) {
+            (Some(_), Some(fork)) => nodes.lead_on(fork, inside.entry, outside.entry),
+            (Some(network), None) => {
+                *fork = Some(nodes.put_path(&network, network.bits, inside.entry, outside.entry));
+            }
+            (None, Some(path)) => {
+                nodes.take_path(path);
+                *fork = None;
+            }
+            (None, None) => {}
         }
-        Some(())
     }
 
     fn root(&self) -> u32 {

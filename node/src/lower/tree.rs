@@ -75,7 +75,7 @@ impl Tree {
                 return None;
             }
             let inside = self.painted(nodes, path.inside, along, at, steps)?;
-            nodes.lead_on(entry, inside, path.outside)?;
+            nodes.lead_on(entry, inside, path.outside);
             Some(entry)
         } else {
             None
@@ -206,14 +206,19 @@ impl Nodes {
     }
 
     /// Lets a path lead elsewhere.
-    pub(super) fn lead_on(&mut self, entry: u32, inside: u32, outside: u32) -> Option<()> {
-        let path = self.paths.get(entry & INDEX)?;
-        self.paths.set(entry & INDEX, Path { inside, outside, ..path });
-        Some(())
+    pub(super) fn lead_on(&mut self, entry: u32, inside: u32, outside: u32) {
+        if let Some(path) = self.paths.get(entry & INDEX) {
+            self.paths.set(entry & INDEX, Path { inside, outside, ..path });
+        }
+    }
+
+    /// Takes a path away, and leaves what it leads to.
+    pub(super) fn take_path(&mut self, entry: u32) {
+        self.paths.take(entry & INDEX);
     }
 
     /// Whether entries have room for every index.
-    fn fit(&self) -> bool {
+    pub(super) fn fit(&self) -> bool {
         self.blocks.list.len() <= limit::BLOCKS as usize && self.paths.list.len() <= limit::PATHS as usize
     }
 

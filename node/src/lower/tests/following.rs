@@ -248,6 +248,27 @@ fn a_rule_that_comes_and_goes_leaves_addresses_alone_and_nothing_behind() {
     }
 }
 
+/// Breaks if a family that loses its last prefix keeps a path to nowhere, or one that gets its first has no way to it.
+#[test]
+fn a_family_that_goes_and_comes_leaves_nothing_behind() {
+    let whole = slice_of(&small(), node(&small()));
+    let mut v6 = whole.clone();
+    let local = std::sync::Arc::make_mut(&mut v6.local);
+    local.addresses = policy::Addresses::new(None, local.addresses.v6()).expect("one");
+    v6.prefixes =
+        whole.prefixes.iter().filter(|(net, _)| net.addr().is_ipv6()).map(|(net, place)| (*net, *place)).collect();
+    let mut more = v6.clone();
+    let net: ipnet::IpNet = "10.42.2.0/24".parse().expect("a prefix");
+    more.prefixes.insert(net, whole.prefixes[&net]);
+    let (mut slots, mut lowering) = (RuleSlots::new(), Lowering::default());
+    for (turn, slice) in [&v6, &more, &v6, &more].into_iter().enumerate() {
+        let tables = lowering.lower(slice, &mut slots).expect("within limits");
+        tables.check().expect("whole");
+        assert!(verify(slice, &tables, &slots.pairs()).is_equal());
+        assert_eq!((lowering.is_followed(), tables.paths.len()), (turn > 0, lowered(slice).paths.len()));
+    }
+}
+
 /// Breaks if a rule that is reported from now on is not, or takes a place of its own.
 #[test]
 fn a_rule_that_is_reported_keeps_its_decision() {
