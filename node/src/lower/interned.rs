@@ -3,6 +3,8 @@
 use std::collections::{BTreeSet, HashMap};
 use std::hash::Hash;
 
+use foldhash::quality::RandomState;
+
 use super::rows::Rows;
 
 /// Values by index. One that nobody holds any more leaves a hole, which is the next to be filled; the list never ends in
@@ -12,7 +14,7 @@ pub(super) struct Interned<T> {
     pub(super) list: Rows<T>,
     /// How many hold the value of each index.
     holders: Vec<usize>,
-    index: HashMap<T, u32>,
+    index: HashMap<T, u32, RandomState>,
     holes: BTreeSet<u32>,
     /// What is written in a hole: it refers to nothing that may not be there.
     hole: T,
@@ -20,7 +22,7 @@ pub(super) struct Interned<T> {
 
 impl<T: Copy + Eq + Hash> Interned<T> {
     pub(super) fn new(hole: T) -> Self {
-        Self { list: Rows::default(), holders: Vec::new(), index: HashMap::new(), holes: BTreeSet::new(), hole }
+        Self { list: Rows::default(), holders: Vec::new(), index: HashMap::default(), holes: BTreeSet::new(), hole }
     }
 
     /// The value's index; if it is new nobody holds it yet.

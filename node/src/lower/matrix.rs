@@ -7,6 +7,7 @@ use ebpf_common::table::{
     ALLOW, CELL_INDEX, DENY, Decision, Few, LOG, NO_RULE_SLOT, Page, Ports, RECORD, UNIFORM, cell_index,
 };
 use ebpf_common::{EGRESS, INGRESS, limit, reason};
+use foldhash::quality::RandomState;
 use policy::{Action, Cell, ClassId, Map, Reason, RuleId, ServiceRange, Slice, Touched, Verdict};
 
 use super::classes::{Classes, Renumbered};
@@ -32,7 +33,7 @@ pub(super) struct Cells {
     ports: Interned<Ports>,
     decisions: Interned<Decision>,
     /// Of each distinct cell, with the number of pairs that have it.
-    words: HashMap<Cell, (u32, usize)>,
+    words: HashMap<Cell, (u32, usize), RandomState>,
 }
 
 /// What cells are lowered by.
@@ -52,7 +53,7 @@ impl Cells {
             pages: Interned::new(EMPTY),
             ports: Interned::new(Ports { decisions: [0; 256] }),
             decisions: Interned::new(NO_RULE),
-            words: HashMap::new(),
+            words: HashMap::default(),
         };
         let no_rule = lowered.decisions.intern(NO_RULE);
         lowered.decisions.hold(no_rule);
