@@ -1,6 +1,7 @@
 //! The node's end of its stream from the controller, and what it keeps on disk of what came.
 
 mod compaction;
+mod entry;
 pub mod follow;
 pub mod identity;
 pub mod join;

@@ -1,6 +1,6 @@
 //! What is on disk, whatever became of it, is a state that was kept.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use policy::{Change, Network};
 
