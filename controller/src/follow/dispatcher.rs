@@ -25,11 +25,18 @@ use crate::state::{Followers, Policy};
 /// From the first endpoint that moves to the message that names all that moved: a thousand nodes that connect at once are
 /// a few messages to each.
 const GATHER: Duration = Duration::from_millis(50);
-/// While everybody connects, every node would hear of each of its peers by itself. So endpoints are gathered the longer the
-/// more nodes heard of the last ones: this long for each.
-const GATHER_EACH: Duration = Duration::from_micros(100);
-/// Yet a peer that moves is known within a second.
-const GATHER_MAX: Duration = Duration::from_millis(700);
+/// How long endpoints are gathered after many nodes were told some: so long for each of those nodes, up to a bound.
+#[derive(Clone, Copy, Debug)]
+struct Gather {
+    each: Duration,
+    most: Duration,
+}
+
+/// A node that was seen elsewhere before: its peers know of it within a second.
+const MOVED: Gather = Gather { each: Duration::from_micros(100), most: Duration::from_millis(700) };
+/// A node that comes for the first time since the controller started. When everybody comes back, their peers know where most
+/// of them are, and would hear of each by itself.
+const APPEARED: Gather = Gather { each: Duration::from_millis(1), most: Duration::from_secs(3) };
 
 /// What a stream's queue holds.
 pub type Queued = Result<v1::FollowResponse, Status>;
@@ -141,7 +148,7 @@ pub fn start(history: History, metrics: Arc<Metrics>) -> std::io::Result<Dispatc
         moved: BTreeSet::new(),
         ungreeted: BTreeSet::new(),
         tick: None,
-        not_before: Instant::now(),
+        told: (Instant::now(), 0),
         reports,
         directory,
         metrics,
@@ -170,14 +177,14 @@ struct Dispatcher {
     streams: BTreeMap<NodeId, Stream>,
     /// To the newest policy: for strangers, and by revision for those who were away.
     greetings: HashMap<Option<Revision>, Messages>,
-    /// Nodes whose endpoints their peers do not know yet.
+    /// Nodes whose endpoints their peers do not know yet, also those that have just appeared.
     moved: BTreeSet<NodeId>,
     /// Nodes that do not know the endpoints of their peers yet.
     ungreeted: BTreeSet<NodeId>,
     /// When endpoints are told next.
     tick: Option<Instant>,
-    /// Not sooner than this.
-    not_before: Instant,
+    /// When some were told last, and to how many nodes.
+    told: (Instant, u32),
     reports: Reports,
     directory: Directory,
     metrics: Arc<Metrics>,
@@ -227,13 +234,15 @@ impl Dispatcher {
             return self.end(node, End::Dismissed);
         };
         self.send(node, message, &policy);
+        let known = self.directory.get(node);
         if let Some(endpoint) = endpoint
             && self.directory.observe(policy.network(), node, endpoint)
         {
             self.moved.insert(node);
+            self.gather(if known.is_some() { MOVED } else { APPEARED });
         }
         self.ungreeted.insert(node);
-        self.gather();
+        self.gather(APPEARED);
     }
 
     /// A delta, where it is known what the node holds; else everything.
@@ -337,7 +346,7 @@ impl Dispatcher {
         stream.is_full = false;
         let (holds, behind) = (stream.holds, stream.behind.take());
         if self.ungreeted.contains(&node) {
-            self.gather();
+            self.gather(APPEARED);
         }
         let Some(old) = behind else { return };
         let mut messages = Messages::new(Some(Arc::clone(&old)), Arc::clone(&policy), None, self.directory.clone());
@@ -360,9 +369,10 @@ impl Dispatcher {
     }
 
     /// Has endpoints told, soon.
-    fn gather(&mut self) {
-        let soonest = self.not_before;
-        self.tick.get_or_insert_with(|| soonest.max(Instant::now() + GATHER));
+    fn gather(&mut self, Gather { each, most }: Gather) {
+        let (last, nodes) = self.told;
+        let soonest = (Instant::now() + GATHER).max(last + each.saturating_mul(nodes).min(most));
+        self.tick = Some(self.tick.map_or(soonest, |tick| tick.min(soonest)));
     }
 
     /// Tells nodes where their peers were seen, as far as they do not know it.
@@ -408,7 +418,7 @@ impl Dispatcher {
             told += 1;
             self.send_endpoints(node, seen);
         }
-        self.not_before = Instant::now() + GATHER_EACH.saturating_mul(told).min(GATHER_MAX);
+        self.told = (Instant::now(), told);
     }
 
     /// A node whose queue is full is told everything once it has room.

@@ -6,13 +6,14 @@ use controller_api::identity::{Identity, is_admin_name};
 use controller_api::invitation::{Invitation, Secret, Subject};
 use controller_api::v1::admin_server::Admin;
 use controller_api::{ConvertError, v1};
+use host::error::chain;
 use policy::{Change, Revision};
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 use tonic::{Request, Response, Status};
 
 use super::archive::Archive;
-use super::{Context, refused, text};
+use super::{Context, refused};
 use crate::access::authority::CertificateRequest;
 use crate::access::caller::Caller;
 use crate::access::questions::Cost;
@@ -73,7 +74,7 @@ fn actor<T>(request: &Request<T>) -> Result<Actor, Status> {
 }
 
 fn invalid(error: &dyn std::error::Error) -> Status {
-    Status::invalid_argument(text(error))
+    Status::invalid_argument(chain(error))
 }
 
 #[tonic::async_trait]
@@ -214,7 +215,7 @@ impl Admin for AdminService {
             .context
             .authority
             .sign(&request, &Identity::Admin(name), now, ADMIN_CERTIFICATE_LIFETIME)
-            .map_err(|error| Status::internal(text(&error)))?;
+            .map_err(|error| Status::internal(chain(&error)))?;
         Ok(Response::new(v1::RenewResponse { certificate }))
     }
 

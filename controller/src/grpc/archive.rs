@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use controller_api::v1;
+use host::error::chain;
 use policy::Revision;
 use tonic::Status;
 
-use super::{Context, refused, text};
+use super::{Context, refused};
 use crate::access::caller::Caller;
 use crate::access::questions::Cost;
 use crate::change::request::Refusal;
@@ -27,7 +28,7 @@ impl Archive<'_> {
                 return Ok(v1::GetNetworkResponse { revision: state.policy.revision.0, network });
             }
             let snapshot = store.at(revision, wanted).map_err(|error| not_told(from_the_first(error)))?;
-            let (network, _) = rows::decode(&snapshot.rows).map_err(|error| Status::internal(text(&error)))?;
+            let (network, _) = rows::decode(&snapshot.rows).map_err(|error| Status::internal(chain(&error)))?;
             wanted.check().map_err(not_told)?;
             let revision = rows::policy_revision(&snapshot).0;
             Ok(v1::GetNetworkResponse { revision, network: Some(v1::Network::from(&network)) })

@@ -8,10 +8,11 @@ use controller_api::invitation::Secret;
 use controller_api::refusal;
 use controller_api::v1;
 use controller_api::v1::enrol_server::Enrol;
+use host::error::chain;
 use policy::PublicKey;
 use tonic::{Request, Response, Status};
 
-use super::{Context, refused, text};
+use super::{Context, refused};
 use crate::access::authority::CertificateRequest;
 use crate::change;
 use crate::change::audit::Actor;
@@ -37,12 +38,12 @@ impl EnrolService {
 
     async fn enrol(&self, request: v1::RedeemRequest) -> Result<v1::RedeemResponse, Status> {
         let v1::RedeemRequest { secret, certificate_request, wireguard_public_key } = request;
-        let secret = Secret::try_from(&secret[..]).map_err(|error| Status::invalid_argument(text(&error)))?;
+        let secret = Secret::try_from(&secret[..]).map_err(|error| Status::invalid_argument(chain(&error)))?;
         let request =
-            CertificateRequest::parse(&certificate_request).map_err(|error| Status::invalid_argument(text(&error)))?;
+            CertificateRequest::parse(&certificate_request).map_err(|error| Status::invalid_argument(chain(&error)))?;
         let wireguard = match &wireguard_public_key[..] {
             [] => None,
-            bytes => Some(PublicKey::try_from(bytes).map_err(|error| Status::invalid_argument(text(&error)))?),
+            bytes => Some(PublicKey::try_from(bytes).map_err(|error| Status::invalid_argument(chain(&error)))?),
         };
         let now = self.context.now();
         let keys = Keys { certificate: request.key(), wireguard };
@@ -64,7 +65,7 @@ impl EnrolService {
         let authority = &self.context.authority;
         let certificate = authority
             .sign(&request, &redeemed.identity, now, lifetime)
-            .map_err(|error| Status::internal(text(&error)))?;
+            .map_err(|error| Status::internal(chain(&error)))?;
         Ok(v1::RedeemResponse {
             certificate,
             authority: authority.certificate().to_vec(),

@@ -1,12 +1,12 @@
 //! What the controller answers, over TLS and over root's Unix socket: three services of its own, health and reflection.
 
-use std::error::Error;
 use std::sync::Arc;
 
 use controller_api::defaults::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MAX_REQUEST, MAX_RESPONSE, REQUEST_TIMEOUT};
 use controller_api::v1::admin_server::AdminServer;
 use controller_api::v1::enrol_server::EnrolServer;
 use controller_api::v1::sync_server::SyncServer;
+use host::error::chain;
 use tokio::task::JoinSet;
 use tonic::service::interceptor::InterceptedService;
 use tonic::service::{Routes, RoutesBuilder};
@@ -143,17 +143,6 @@ fn server() -> Server {
         .trace_fn(|request| tracing::debug_span!("call", path = request.uri().path()))
 }
 
-/// An error with its causes, on one line.
-pub(crate) fn text(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
-}
-
 /// A refusal as gRPC says it: the code for programs, the whole text for people.
 pub(crate) fn refused(refusal: &Refusal) -> Status {
     let code = match refusal {
@@ -179,7 +168,7 @@ pub(crate) fn refused(refusal: &Refusal) -> Status {
         Refusal::NotWritten(error) => store_code(error),
         Refusal::Stopping => Code::Unavailable,
     };
-    Status::new(code, text(refusal))
+    Status::new(code, chain(refusal))
 }
 
 fn store_code(error: &StoreError) -> Code {

@@ -10,6 +10,7 @@ use controller_api::refusal::Refusal;
 use controller_api::v1;
 use controller_api::v1::follow_request::Kind;
 use controller_api::v1::sync_server::Sync;
+use host::error::chain;
 use policy::{Flow, Generation, Network, NodeId, Revision};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::timeout;
@@ -17,7 +18,7 @@ use tokio_stream::Empty;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::frames::Frames;
-use super::{Context, refused, text};
+use super::{Context, refused};
 use crate::access::authority::CertificateRequest;
 use crate::access::caller::{Caller, NodeCaller, identify};
 use crate::access::questions::Cost;
@@ -86,7 +87,7 @@ impl Sync for SyncService {
         self.context.questions.pace(&Caller::Node(node.clone()))?;
         let v1::RenewRequest { certificate_request } = request.into_inner();
         let request =
-            CertificateRequest::parse(&certificate_request).map_err(|error| Status::invalid_argument(text(&error)))?;
+            CertificateRequest::parse(&certificate_request).map_err(|error| Status::invalid_argument(chain(&error)))?;
         let asked = change::Request::Rekey { node: node.id, shown: node.certificate.key, requested: request.key() };
         let ask = Ask::new(Actor::Node(node.name), asked);
         self.context.writer.ask(ask).await.map_err(|refusal| refused(&refusal))?;
@@ -94,7 +95,7 @@ impl Sync for SyncService {
             .context
             .authority
             .sign(&request, &Identity::Node(node.id), self.context.now(), NODE_CERTIFICATE_LIFETIME)
-            .map_err(|error| Status::internal(text(&error)))?;
+            .map_err(|error| Status::internal(chain(&error)))?;
         Ok(Response::new(v1::RenewResponse { certificate }))
     }
 
@@ -105,7 +106,7 @@ impl Sync for SyncService {
         let invalid = |field: &str, value: u32, max: u32| {
             Status::invalid_argument(format!("`{field}` is `{value}`; it must be 0 to {max}"))
         };
-        let wrong = |error: controller_api::ConvertError| Status::invalid_argument(text(&error));
+        let wrong = |error: controller_api::ConvertError| Status::invalid_argument(chain(&error));
         let flow = Flow {
             source: address_from_wire("source", &source).map_err(wrong)?,
             destination: address_from_wire("destination", &destination).map_err(wrong)?,
@@ -188,7 +189,7 @@ impl Session {
         let v1::Hello { revision, listen_port, endpoint, version, digest, features: _ } = hello;
         let endpoint = observed(&self.node, listen_port, &endpoint)?;
         let digest =
-            digest_from_wire("hello.digest", &digest).map_err(|error| Status::invalid_argument(text(&error)))?;
+            digest_from_wire("hello.digest", &digest).map_err(|error| Status::invalid_argument(chain(&error)))?;
         let version = plain(&version, VERSION_MAX);
         let (node, revision, queue) = (self.node.id, Revision(revision), self.queue.clone());
         Ok(Follower { node, version, revision, digest, endpoint, queue })
@@ -255,7 +256,7 @@ impl Session {
             let said = Said { revision: Revision(revision), generation: Generation(generation), error, lacks };
             let reports = &self.context.dispatch.reports;
             if let Err(error) = reports.acknowledge(self.node.id, stream, said, self.context.now()) {
-                return Some(Status::invalid_argument(text(&error)));
+                return Some(Status::invalid_argument(chain(&error)));
             }
         }
     }
