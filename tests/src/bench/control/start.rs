@@ -18,6 +18,8 @@ const LIMIT: Duration = Duration::from_secs(90);
 const START: f64 = 15.0;
 /// KB of the controller per node, in groups and in a mesh.
 const MEMORY: (f64, f64) = (48.0, 64.0);
+/// When so many have come, the controller gathers their endpoints for seconds before it tells their peers.
+const GATHERED: Duration = Duration::from_secs(4);
 /// Over which the controller's CPU at rest is measured.
 const REST: Duration = Duration::from_secs(1);
 const REST_QUICK: Duration = Duration::from_millis(100);
@@ -45,6 +47,8 @@ pub(super) fn cold(lab: &mut Lab, report: &mut Report, _: &mut Growth) -> Result
     let (took, cpu) = (start.elapsed().as_secs_f64(), lab.server.cpu()? - cpu);
     report.push(Row::new(name, took, "s").also("CPU of the controller", cpu).target(Target::AtMost(START)));
     report.push(Row::new(lab.row("controller CPU per node, cold start"), cpu * 1e3 / nodes, "ms"));
+    lab.settle(LIMIT, |_| {})?;
+    std::thread::sleep(lab.effort.choose(GATHERED, REST_QUICK));
     lab.settle(LIMIT, |_| {})?;
     let grown = (lab.server.memory()? - memory) / nodes;
     let most = if lab.shape.kind == super::Kind::Groups { MEMORY.0 } else { MEMORY.1 };
