@@ -30,8 +30,8 @@ struct Bound {
 
 /// `nodectl explain` is all that a node asks; beside that it opens a stream now and then.
 const NODE: Bound = Bound { asked: 8, rate: Rate { per_second: 5, burst: 100 }, places: 1 };
-/// Scripts run side by side, and each command asks one or two questions. An answer can hold a whole network.
-const OPERATOR: Bound = Bound { asked: 256, rate: Rate { per_second: 50, burst: 500 }, places: 2 };
+/// Scripts run side by side and ask again and again; each command asks one or two questions. An answer can hold a whole network.
+const OPERATOR: Bound = Bound { asked: 256, rate: Rate { per_second: 500, burst: 2_000 }, places: 2 };
 
 /// Whose questions are counted together.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

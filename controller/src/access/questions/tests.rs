@@ -73,13 +73,13 @@ async fn who_has_too_many_open_or_asks_too_often_is_told_when_to_try_again() {
     let Err(refused) = questions.enter(&Caller::Root, Cost::High, now) else { panic!("too often") };
     assert_eq!(
         refused.message(),
-        "root calls too often: one caller may call 500 times at once, and then 50 times a second; try again in 20 ms"
+        "root calls too often: one caller may call 2000 times at once, and then 500 times a second; try again in 2 ms"
     );
     assert!(questions.enter(&Caller::Root, Cost::Low, now).is_ok(), "what costs little has no rate");
     assert!(questions.enter(&Caller::Root, Cost::High, now + Duration::from_millis(20)).is_ok());
     // Streams are paced likewise, and take nothing from questions.
     let alice = admin("alice");
-    let paced = (0..1_000).filter(|_| questions.pace_at(&alice, now).is_ok()).count();
+    let paced = (0..2_500).filter(|_| questions.pace_at(&alice, now).is_ok()).count();
     assert_eq!(paced, OPERATOR.rate.burst as usize);
     assert!(questions.enter(&alice, Cost::High, now).is_ok());
     let encoded = questions.0.metrics.encode();
