@@ -190,7 +190,6 @@ fn a_long_journal_is_written_whole_when_nobody_waits() {
         journal.keep(state).unwrap();
     }
     while journal.kept.as_ref().unwrap().compaction.is_some() {
-        assert_eq!(open_copy(directory.path()), Some(read_back(states.last().unwrap())));
         journal.tend_by(Compaction::wait);
     }
     let kept = journal.kept.as_ref().unwrap();
