@@ -122,8 +122,7 @@ impl Questions {
         answered.await.map_err(|error| failed(&error))?
     }
 
-    /// For what is no question and yet costs something each time, as a new stream does: one caller does it so often, and
-    /// no more.
+    /// Takes a token of the caller's second bucket, which is for calls that are not questions: new streams and renewals.
     pub fn pace(&self, caller: &Caller) -> Result<(), Status> {
         self.pace_at(caller, Instant::now())
     }

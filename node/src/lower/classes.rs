@@ -8,7 +8,7 @@ use policy::ClassId;
 use super::own::{ChangedEntry, Entries, Entry, Holder};
 
 /// The slice's classes numbered as the matrix wants them: 0 unknown, then those of the node's own addresses, then the
-/// others. Some numbers are nobody's, so that a class that comes moves no other.
+/// others. Spare numbers let a new class come without another one being renumbered.
 #[derive(Debug)]
 pub(super) struct Classes {
     /// Those of the node's own addresses, which have the first numbers.

@@ -132,7 +132,8 @@ impl Tree {
     /// What the longest prefix says that contains the region.
     fn leaf_around(&self, region: Prefix) -> u32 {
         let mut bound = region;
-        // Whatever contains the region and is no prefix before the bound contains what both share.
+        // Prefixes are sorted, one before those inside it. A prefix that contains the region, and comes before one that does
+        // not, is no longer than what that one and the region share.
         while let Some((before, leaf)) = self.prefixes.range(..=bound).next_back() {
             if before.contains(&region) {
                 return *leaf;

@@ -24,7 +24,7 @@ const RESPONSE_MAX: usize = 256 * 1024 * 1024;
 /// How much longer than the deadline to wait for the daemon's word on it.
 const LAST_WORD: Duration = Duration::from_secs(1);
 
-/// Why there is no answer.
+/// `noded` did not answer.
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
     #[error("no `noded` answers at `{}`: start it with `noded run`, or name its socket with `--socket` or `--interface`", path.display())]

@@ -17,7 +17,7 @@ mod status;
 mod traffic;
 mod verified;
 
-/// A message that makes no sense here.
+/// A message with a missing, unknown or invalid field.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConvertError {
     #[error("`{field}` is missing")]
